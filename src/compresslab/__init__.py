@@ -1,0 +1,1 @@
+"""CompressLab makes neural networks smaller and faster, and proves what it cost."""

@@ -1,0 +1,308 @@
+"""What lies on disk: how an artifact is written so that a kill never breaks it, and how it is opened.
+
+While a run is under way, everything is in `OUT.partial/` beside the output folder:
+
+    OUT.partial/
+      lock              held while a run writes here
+      progress.json     what this run is (recipe, model, data, seed, versions), and every finished unit; replaced atomically
+      units/*.safetensors   the packed tensors of each finished unit
+      states/*          what the last finished block returned for every calibration batch: the point to go on from
+      artifact/         the finished folder, moved to OUT in one rename at the very end
+
+So OUT is either absent or whole. The same command run again goes on from progress.json; another command refuses to mix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compresslab import models
+from compresslab.contract import LayerRecord
+from compresslab.errors import CompressLabError
+from compresslab.layerwise import BlockState, Solved, Unit
+from compresslab.models import Source
+from compresslab.report.schema import Report, read_report
+
+# One weight file up to this size, the finished units as shards of a larger model.
+SINGLE_FILE_BYTES = 4_000_000_000
+MANIFEST = "compresslab.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder."""
+
+    folder: Path
+
+    def load(self, *, dtype: torch.dtype | str = "auto") -> nn.Module:
+        """The model, opened by plain transformers from this folder."""
+        return models.load(self.folder, dtype=dtype)
+
+    def tokenizer(self) -> Any:
+        return models.load_tokenizer(self.folder, str(self.folder))
+
+    def report(self) -> Report:
+        return read_report(self.folder)
+
+    def manifest(self) -> dict[str, Any]:
+        """Files with sizes and hashes, the recipe, and the hash of every layer's de-quantised weight."""
+        path = self.folder / MANIFEST
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise CompressLabError(f"{self.folder} has no readable {MANIFEST}: it is not a finished artifact") from None
+
+    def verify(self) -> None:
+        """CompressLabError if a file is missing or differs from what was written."""
+        for name, known in self.manifest()["files"].items():
+            path = self.folder / name
+            if not path.exists():
+                raise CompressLabError(f"{path} is missing: compress again or fetch the artifact again")
+            if file_sha256(path) != known["sha256"]:
+                raise CompressLabError(f"{path} is not what was written (sha256 differs): fetch the artifact again")
+
+
+class Writer:
+    """The sink of a layer-wise run: units in, artifact out. Use as a context manager; it holds the lock.
+
+    Args:
+        out: the artifact's folder; must be absent or empty unless `force`.
+        key: what this run is. A partial folder of a run with another key is refused, naming what changed.
+    """
+
+    def __init__(self, out: Path, key: dict[str, Any], *, force: bool = False) -> None:
+        self.out = out
+        self.partial = out.parent / f"{out.name}.partial"
+        self.key = json.loads(json.dumps(key))
+        self.force = force
+        self._lock = filelock.FileLock(self.partial / "lock")
+        self._progress: dict[str, Any] = {"key": self.key, "units": {}}
+
+    def __enter__(self) -> Writer:
+        check_output(self.out, self.force)
+        try:
+            (self.partial / "units").mkdir(parents=True, exist_ok=True)
+            (self.partial / "states").mkdir(exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise CompressLabError(f"another run is writing to {self.partial}: wait for it, or choose another --out") from None
+        except OSError as error:
+            raise CompressLabError(f"cannot write to {self.partial} ({error.strerror}): choose another --out") from None
+        try:
+            self._read_progress()
+        except CompressLabError:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    def _read_progress(self) -> None:
+        path = self.partial / "progress.json"
+        if not path.exists():
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["key"] == self.key:
+            self._progress = found
+            return
+        if self.force:
+            for folder in ("units", "states"):
+                shutil.rmtree(self.partial / folder)
+                (self.partial / folder).mkdir()
+            path.unlink()
+            return
+        changed = sorted(k for k in {*found["key"], *self.key} if found["key"].get(k) != self.key.get(k))
+        raise CompressLabError(
+            f"{self.partial} holds an unfinished run with another {', '.join(changed)}: give the same command to go on "
+            "with it, --force to start over, or choose another --out"
+        )
+
+    # -- layerwise.Sink ----------------------------------------------------------------------------------------------
+
+    @property
+    def finished_units(self) -> int:
+        return len(self._progress["units"])
+
+    def is_done(self, unit: str) -> bool:
+        return unit in self._progress["units"]
+
+    def write(self, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor], state: BlockState | None) -> None:
+        tensors = dict(floats)
+        for layer, found in solved.items():
+            tensors |= {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in found.tensors.items()}
+        file = f"units/{len(self._progress['units']):05d}.safetensors"
+        _save(tensors, self.partial / file)
+        entry = {
+            "file": file,
+            "sha256": file_sha256(self.partial / file),
+            "layers": {
+                layer: dataclasses.asdict(found.record) | {"weight_sha256": weight_sha256(found.weight.dequantize())}
+                for layer, found in solved.items()
+            },
+        }
+        if state is not None:
+            entry["state"] = self._save_state(unit.name, state)
+        self._progress["units"][unit.name] = entry
+        atomic_write(self.partial / "progress.json", json.dumps(self._progress).encode())
+        self._drop_older_states(unit.name)
+
+    def _save_state(self, unit: str, state: BlockState) -> dict[str, Any]:
+        """A block returns a tensor, or a tuple of tensors and Nones; the same for every batch."""
+        first = state.outputs[0]
+        is_tensor = isinstance(first, Tensor)
+        rows = [(output,) if is_tensor else tuple(output) for output in state.outputs]
+        if not all(value is None or isinstance(value, Tensor) for row in rows for value in row):
+            raise CompressLabError(f"block {unit} returns {type(first).__name__}: its state cannot be stored")
+        named = {f"{i}.{j}": v.contiguous() for i, row in enumerate(rows) for j, v in enumerate(row) if v is not None}
+        file = f"states/{unit}.safetensors"
+        _save(named, self.partial / file)
+        return {"file": file, "is_tensor": is_tensor, "batches": len(rows), "width": len(rows[0])}
+
+    def _drop_older_states(self, unit: str) -> None:
+        """Of every list of blocks, only the outputs of the last finished block are needed again."""
+        siblings = unit.rpartition(".")[0]
+        for name, entry in self._progress["units"].items():
+            if name != unit and name.rpartition(".")[0] == siblings and "state" in entry:
+                (self.partial / entry["state"]["file"]).unlink(missing_ok=True)
+
+    def last_state(self, units: Sequence[str]) -> BlockState:
+        """The stored outputs of the last of these units, in the order they were finished."""
+        last = [name for name in self._progress["units"] if name in units][-1]
+        spec = self._progress["units"][last]["state"]
+        with safe_open(self.partial / spec["file"], framework="pt") as handle:
+            keys = set(handle.keys())
+            rows = [
+                tuple(handle.get_tensor(f"{i}.{j}").clone() if f"{i}.{j}" in keys else None for j in range(spec["width"]))
+                for i in range(spec["batches"])
+            ]
+        return BlockState(outputs=[row[0] if spec["is_tensor"] else row for row in rows])
+
+    def records(self) -> list[LayerRecord]:
+        """The records of all finished layers, in network order."""
+        found = []
+        for entry in self._progress["units"].values():
+            for record in entry["layers"].values():
+                fields = {k: v for k, v in record.items() if k != "weight_sha256"}
+                found.append(LayerRecord(**fields | {"shape": tuple(fields["shape"])}))
+        return found
+
+    # -- the finished folder -----------------------------------------------------------------------------------------
+
+    def assemble(self, source: Source, quantization_config: dict[str, Any]) -> Path:
+        """Put the finished units, the config and the tokenizer together in the artifact/ folder; return it."""
+        folder = self.partial / "artifact"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        files = [self.partial / entry["file"] for entry in self._progress["units"].values()]
+        _merge(files, folder)
+        config = source.config.to_dict() | {"quantization_config": quantization_config}
+        config = {k: v for k, v in config.items() if k not in ("_name_or_path", "_attn_implementation")}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+        if source.folder is not None:
+            for path in sorted(source.folder.iterdir()):
+                if path.is_file() and _goes_along(path.name):
+                    shutil.copyfile(path, folder / path.name)
+        return folder
+
+    def weight_hashes(self) -> dict[str, str]:
+        units = self._progress["units"].values()
+        return {layer: record["weight_sha256"] for entry in units for layer, record in entry["layers"].items()}
+
+    def publish(self, folder: Path) -> Artifact:
+        """Write the manifest and move the finished folder to its place in one rename."""
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
+        }
+        manifest = {"files": files, "run": self.key, "weights_sha256": self.weight_hashes()}
+        atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        if self.out.exists():
+            old = self.partial / "replaced"
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+        folder.rename(self.out)
+        self._lock.release()
+        shutil.rmtree(self.partial)
+        return Artifact(self.out)
+
+
+def check_output(out: Path, force: bool) -> None:
+    """CompressLabError if the output folder holds something that must not be lost."""
+    if out.exists() and not out.is_dir():
+        raise CompressLabError(f"{out} is a file: choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise CompressLabError(f"{out} is not empty: choose another --out, or replace what is there with --force")
+
+
+def _goes_along(name: str) -> bool:
+    """Files of the model's folder that the artifact needs too: tokenizer, generation settings, pre-processing."""
+    kept = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config",
+            "preprocessor", "processor", "sentencepiece", "spiece", "LICENSE", "NOTICE")  # fmt: skip
+    return name.startswith(kept) and not name.endswith((".safetensors", ".bin", ".pt"))
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file atomically. CompressLabError when the disk is full."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+    except Exception as error:  # safetensors raises its own type for what the system refuses
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise CompressLabError(f"cannot write {path} ({error}): free some disk and run the same command again") from error
+
+
+def _merge(files: Sequence[Path], folder: Path) -> None:
+    """One model.safetensors from all units; or, for a large model, the units as shards with an index."""
+    total = sum(path.stat().st_size for path in files)
+    if total <= SINGLE_FILE_BYTES:
+        tensors: dict[str, Tensor] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as handle:
+                tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        _save(tensors, folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, path in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        os.link(path, folder / name)
+        with safe_open(path, framework="pt") as handle:
+            weight_map |= dict.fromkeys(handle.keys(), name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader, or a kill, sees the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def weight_sha256(weight: Tensor) -> str:
+    """The hash of a weight's float32 values, row by row: equal if and only if every bit is."""
+    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,121 @@
+"""All that a new algorithm must know.
+
+A *method* is one paper in one file: a frozen dataclass whose fields are its settings (they become the keys of a recipe)
+and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
+recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
+
+Most methods here are *solvers*: they see one linear layer at a time, and all they learn of the data is the Gram matrix
+of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
+
+    class MyRounding(frozen dataclass):
+        paper = Paper(...); needs_data = True; needs_labels = False
+        bits: int = 4
+        def solve(self, weight, gram, *, scale_dtype) -> Solution: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from compresslab.numerics.gram import Gram
+from compresslab.numerics.grid import Grid, QuantWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a method comes from, and the figure that the paper is known for (docs/papers.md is made of these)."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None
+    claim: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What a solver found for one layer.
+
+    Attributes:
+        weight: the layer's weight as codes.
+        note: anything out of the ordinary that the report must tell (a raised damping, a dead channel), else "".
+    """
+
+    weight: QuantWeight
+    note: str = ""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A row of METHODS: settings as fields, these three constants on the class."""
+
+    paper: ClassVar[Paper]
+    needs_data: ClassVar[bool]
+    needs_labels: ClassVar[bool]
+
+
+@runtime_checkable
+class Solver(Method, Protocol):
+    """A method that works on one linear layer at a time."""
+
+    def grid(self) -> Grid:
+        """The grid of the weights that `solve` returns."""
+        ...
+
+    def activation_grid(self) -> Grid | None:
+        """The grid on which the runtime rounds the layer's input, or None if the input stays in float."""
+        ...
+
+    def solve(self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype) -> Solution:
+        """Compress one weight.
+
+        Args:
+            weight: float32 [out, in]; must not be changed.
+            gram: H = X^T X of the layer's input with its cached factorisations, or None for a method without data (or
+                a layer that no calibration token reached; then do what H = I would give).
+            scale_dtype: the dtype in which scales are stored.
+
+        Raises:
+            ValueError: if the layer cannot be handled; the driver adds the layer's name.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """What happened to one layer. Lengths in bytes are those of the tensors on disk.
+
+    Attributes:
+        sqnr_db: signal to quantisation-noise ratio in dB, 10 log10(|W X|^2 / |(W - Q) X|^2) over the calibration
+            tokens when there were any (`sqnr_of` = "output"), of the weight itself otherwise (`sqnr_of` = "weight").
+        nonzero_frac: share of weights that are not exactly zero.
+        seconds: time of the solve, without the forward and the Gram matrix.
+    """
+
+    name: str
+    method: str
+    shape: tuple[int, ...]
+    bits_per_weight: float
+    nonzero_frac: float
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float
+    sqnr_of: str
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a recipe: a method with its settings."""
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+Batches = Sequence[dict[str, Tensor]]

@@ -1,0 +1,90 @@
+"""The compressed-tensors layout: what transformers and vLLM open.
+
+Two formats of it are written. "pack-quantized" holds weights of 2 to 8 bits in int32 words beside their scales;
+"int-quantized" holds int8 weights as they are and tells the runtime to round activations per token too.
+
+Source: the compressed-tensors library (its compressors are the oracle in tests/deploy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresslab.contract import Solver
+from compresslab.errors import CompressLabError
+from compresslab.numerics.grid import Grid, QuantWeight
+from compresslab.numerics.packing import pack_int32
+
+
+class Layout:
+    """How the layers of one run are written.
+
+    Raises:
+        CompressLabError: if the format cannot hold the method's grids; before any work is done.
+    """
+
+    def __init__(self, solver: Solver) -> None:
+        self.weights = solver.grid()
+        self.activations = solver.activation_grid()
+        if self.activations is not None and (self.weights.bits != 8 or not self.weights.symmetric):
+            raise CompressLabError(
+                "compressed-tensors holds 8-bit activations with symmetric 8-bit weights only: "
+                f"set bits=8 and symmetric=true (asked for {self.weights.bits} bits)"
+            )
+        self.format = "pack-quantized" if self.activations is None else "int-quantized"
+
+    def check_module(self, name: str, module: nn.Module) -> None:
+        """CompressLabError if the format cannot hold this layer."""
+        if not isinstance(module, nn.Linear):
+            raise CompressLabError(
+                f"layer {name} is a {type(module).__name__}: compressed-tensors holds torch.nn.Linear only. "
+                f"Leave it in float with --ignore '{name}'"
+            )
+        try:
+            self.weights.groups(module.in_features)
+        except ValueError as error:
+            raise CompressLabError(f"layer {name}: {error}; choose another with --set group_size=...") from None
+
+    def encode(self, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of one layer, by the suffix that replaces ".weight"."""
+        if self.format == "int-quantized":
+            return {"weight": weight.codes, "weight_scale": weight.scale}
+        tensors = {
+            "weight_packed": pack_int32(weight.codes, weight.grid.bits),
+            "weight_scale": weight.scale.contiguous(),
+            "weight_shape": torch.tensor(weight.codes.shape),
+        }
+        if weight.zero_point is not None:
+            tensors["weight_zero_point"] = pack_int32(weight.zero_point, weight.grid.bits, dim=0)
+        return tensors
+
+    def config(self, ignore: Sequence[str]) -> dict[str, Any]:
+        """The quantization_config of config.json."""
+        group: dict[str, Any] = {"targets": ["Linear"], "weights": _args(self.weights), "input_activations": None}
+        if self.activations is not None:
+            group["input_activations"] = _args(self.activations) | {"dynamic": True}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.format,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group | {"output_activations": None, "format": self.format}},
+            "ignore": list(ignore),
+            "kv_cache_scheme": None,
+        }
+
+
+def _args(grid: Grid) -> dict[str, Any]:
+    return {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": grid.granularity,
+        "group_size": grid.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "observer": None if grid.granularity == "token" else "minmax",
+    }

@@ -1,0 +1,55 @@
+"""METHODS: the one table from a method's name to its class.
+
+The command line, the recipe schema, docs/papers.md and the contract tests are made from it. To add a method, write its
+file and add a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from compresslab.contract import Method
+from compresslab.errors import CompressLabError, unknown
+from compresslab.quantize.gptq import GPTQ
+from compresslab.quantize.rtn import RTN
+
+METHODS: dict[str, type] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+}
+
+
+def build(name: str, settings: dict[str, Any]) -> Method:
+    """A method from its name and settings.
+
+    Raises:
+        CompressLabError: unknown method or setting (naming the nearest), or a value of the wrong type or range.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    cls = METHODS[name]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in settings.items():
+        if key not in fields:
+            raise unknown(f"setting of {name}", key, fields)
+        _check_type(name, key, value, str(fields[key].type))
+    method = cls(**settings)
+    try:
+        method.grid()
+    except ValueError as error:
+        raise CompressLabError(f"method {name}: {error}") from None
+    return method
+
+
+def _check_type(method: str, key: str, value: Any, annotation: str) -> None:
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
+    allowed = [part.strip() for part in annotation.split("|")]
+    is_bool = isinstance(value, bool)
+    if not any(isinstance(value, kinds[kind]) and (not is_bool or kind == "bool") for kind in allowed):
+        raise CompressLabError(f"method {method}: {key} must be {' or '.join(allowed)}, not {value!r}")
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Every setting of a method with its default."""
+    return {field.name: field.default for field in dataclasses.fields(METHODS[name])}

@@ -1,0 +1,415 @@
+"""Models: found by name, read tensor by tensor, opened as a whole. With data.py and zoo.py, all that knows transformers.
+
+A model is a hub id, a local folder, or a name of the offline zoo. `find` turns any of them into a `Source`: a folder with
+a config and safetensors files. From there a model can be had in two ways:
+
+- `Source.skeleton()` builds the architecture without any weight, and `Source.weights` reads single tensors from the
+  memory-mapped files: this is how the layer-wise driver works on one block at a time, whatever the model's size;
+- `load()` opens the whole model the way any user of transformers does.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from compresslab import zoo
+from compresslab.errors import CompressLabError
+from compresslab.numerics.attention import causal_attention
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights, one tensor at a time
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FolderWeights:
+    """The tensors of a folder's safetensors files. Files are memory-mapped, and open only while a tensor is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(named.values()))
+        else:
+            files = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not files:
+            raise _no_weights(folder)
+        self._file_of: dict[str, str] = {}
+        self._stored_name: dict[str, str] = {}
+        self._shape: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            with self._open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    self._file_of[name], self._stored_name[name] = file, name
+                    self._shape[name] = tuple(handle.get_slice(name).get_shape())
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        path = self.folder / file
+        try:
+            with safe_open(path, framework="pt") as handle:
+                yield handle
+        except FileNotFoundError:
+            raise CompressLabError(f"{path} is named by the index but missing: fetch the model again") from None
+        except SafetensorError as error:
+            raise CompressLabError(f"{path} is damaged ({error}): fetch the model again") from None
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shape[name]
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as stored, in memory of its own. CompressLabError if the file lies about it."""
+        with self._open(self._file_of[name]) as handle:
+            return handle.get_tensor(self._stored_name[name]).clone()
+
+    def rename(self, old: str, new: str) -> None:
+        """Call a tensor by the name that the architecture has for it."""
+        for table in (self._file_of, self._stored_name, self._shape):
+            table[new] = table.pop(old)  # type: ignore[attr-defined]
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash over all weight files."""
+        digest = hashlib.sha256()
+        for file in sorted(set(self._file_of.values())):
+            with (self.folder / file).open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        return digest.hexdigest()
+
+
+class MemoryWeights:
+    """The tensors of a model that is in memory already; the model itself is never changed."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name].detach().to("cpu", copy=True)
+
+    @cached_property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for name in sorted(self._tensors):
+            tensor = self._tensors[name].detach().cpu().contiguous()
+            digest.update(name.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+Weights = FolderWeights | MemoryWeights
+
+
+def _no_weights(folder: Path) -> CompressLabError:
+    if any(next(folder.glob(pattern), None) for pattern in PICKLED):
+        return CompressLabError(
+            f"{folder} holds pickled weights only, which can run code when they are read: "
+            "save the model with save_pretrained, which writes safetensors, and name that folder"
+        )
+    return CompressLabError(f"{folder} holds no *.safetensors file: is it a model folder?")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model that is named and found, but not in memory.
+
+    Attributes:
+        name: what the user called it.
+        folder: where its files lie; None for a model given as an object.
+        config: its transformers configuration.
+        weights: its tensors, by the parameter names of the skeleton.
+        tied: parameter -> the parameter whose tensor it shares (an output head that is the embedding, say).
+    """
+
+    name: str
+    folder: Path | None
+    config: transformers.PretrainedConfig
+    weights: Weights
+    tied: dict[str, str] = field(default_factory=dict)
+    licence: str = "unknown"
+    revision: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        return (self.config.architectures or ["unknown"])[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that weights are stored in: scales and untouched tensors keep it."""
+        return self.config.dtype or torch.float32
+
+    def skeleton(self, attention: str | None = None) -> nn.Module:
+        """The architecture with parameters on the meta device, real buffers, in eval mode."""
+        return _skeleton(self.config, attention)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. CompressLabError if its folder has none."""
+        return load_tokenizer(self.folder, self.name)
+
+    def has_tokenizer(self) -> bool:
+        return self.folder is not None and any(
+            (self.folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+        )
+
+
+def find(model: str | Path | nn.Module, *, revision: str | None = None) -> Source:
+    """The source that a name, a folder or a transformers model stands for.
+
+    Raises:
+        CompressLabError: nothing of that name, no safetensors, or an architecture that transformers does not have.
+    """
+    if isinstance(model, nn.Module):
+        return _from_object(model)
+    name = str(model)
+    folder, licence = _folder(name, revision)
+    config = _config(folder, name)
+    weights = FolderWeights(folder)
+    tied = _match_names(_skeleton(config), weights, name)
+    return Source(
+        name=name, folder=folder, config=config, weights=weights, tied=tied, licence=licence, revision=revision
+    )
+
+
+def _folder(name: str, revision: str | None) -> tuple[Path, str]:
+    if name in zoo.MODELS:
+        return zoo.model_folder(name), zoo.MODELS[name].licence
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, "unknown"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = ", ".join(sorted(zoo.MODELS))
+        raise CompressLabError(f"no model '{name}': not a folder, not a hub id (owner/name), not in the zoo ({known})")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted)), "see the hub's model card"
+    except RepositoryNotFoundError:
+        raise CompressLabError(f"the hub has no model '{name}' (or it is private: set HF_TOKEN)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CompressLabError(
+            f"cannot fetch '{name}' from the hub ({reason}): check the network, name a local folder, "
+            f"or take an offline model: {', '.join(sorted(zoo.MODELS))}"
+        ) from None
+
+
+def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CompressLabError(f"{folder} has no config.json: is it a model folder?") from None
+    except ValueError as error:
+        raise CompressLabError(f"{path} is not valid JSON ({error})") from None
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise CompressLabError(f"'{name}' is quantised already ({method}): name the model in floating point")
+    architecture = (raw.get("architectures") or [None])[0]
+    if architecture is None or not hasattr(transformers, architecture):
+        raise CompressLabError(
+            f"'{name}' has the architecture {architecture or raw.get('model_type')!r}, which transformers "
+            f"{transformers.__version__} cannot build without running the model's own code"
+        )
+    return transformers.AutoConfig.from_pretrained(folder)
+
+
+def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
+    cls = getattr(transformers, config.architectures[0])
+    config = copy.deepcopy(config)
+    if attention is not None and cls._supports_sdpa:
+        config._attn_implementation = attention
+    with init_empty_weights(include_buffers=False):
+        return cls(config).eval().requires_grad_(False)
+
+
+def _match_names(skeleton: nn.Module, weights: FolderWeights, name: str) -> dict[str, str]:
+    """Rename the checkpoint's tensors to the skeleton's parameters where a prefix differs; return the tied ones.
+
+    A head that the checkpoint does not have (an encoder saved without its pooler, say) is left out of the artifact too.
+    """
+    prefix = getattr(skeleton, "base_model_prefix", "") + "."
+    wanted = skeleton.state_dict().keys()
+    tied = {k: v for k, v in getattr(skeleton, "all_tied_weights_keys", {}).items() if k in wanted}
+    for checkpoint_name in weights.names():
+        if checkpoint_name in wanted:
+            continue
+        for candidate in (prefix + checkpoint_name, checkpoint_name.removeprefix(prefix), _modern(checkpoint_name)):
+            if candidate in wanted and candidate not in weights.names():
+                weights.rename(checkpoint_name, candidate)
+                break
+    missing = sorted(set(wanted) - set(weights.names()) - set(tied))
+    missing = [key for key in missing if not _is_optional(skeleton, key)]
+    if missing:
+        raise CompressLabError(
+            f"the checkpoint of '{name}' lacks {len(missing)} of the tensors of {type(skeleton).__name__}, "
+            f"first {missing[0]}: it may need a newer transformers, or be damaged"
+        )
+    for key in wanted:
+        if key in weights.names() and tuple(skeleton.state_dict()[key].shape) != weights.shape(key):
+            raise CompressLabError(
+                f"tensor {key} of '{name}' has shape {list(weights.shape(key))}, but its config asks for "
+                f"{list(skeleton.state_dict()[key].shape)}"
+            )
+    return {k: v for k, v in tied.items() if k not in weights.names()}
+
+
+def _modern(name: str) -> str:
+    """Names from the time before LayerNorm's parameters were called weight and bias."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _is_optional(skeleton: nn.Module, key: str) -> bool:
+    """Whether a model without this tensor is still whole: the pooler of an encoder is often not saved."""
+    return "pooler." in key or key.endswith("position_ids")
+
+
+def _from_object(model: nn.Module) -> Source:
+    config = getattr(model, "config", None)
+    if not isinstance(config, transformers.PretrainedConfig):
+        raise CompressLabError(
+            f"{type(model).__name__} is not a transformers model: give a PreTrainedModel, a folder or a name"
+        )
+    config = type(config).from_dict(config.to_dict())
+    config.architectures = [type(model).__name__]
+    config.dtype = next(model.parameters()).dtype
+    tied = {k: v for k, v in getattr(model, "all_tied_weights_keys", {}).items()}
+    tensors = {k: v for k, v in model.state_dict().items() if k not in tied}
+    return Source(
+        name=type(model).__name__, folder=None, config=config, weights=MemoryWeights(tensors), tied=tied
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening a model as its users do
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The whole model of a folder, float or compressed, opened by plain transformers, in eval mode."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, config.architectures[0])
+    with quiet_transformers():
+        return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path | str | None, name: str) -> Any:
+    if folder is None:
+        raise CompressLabError(f"{name} came without a tokenizer: pass calibration batches made with yours")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CompressLabError(f"'{name}' has no tokenizer that opens ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal: ours is there."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers and blocks of any architecture
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies its input by a weight matrix: nn.Linear, or transformers' transposed Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is kept as [in, out] (GPT-2's Conv1D)."""
+    return isinstance(module, Conv1D)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by its name, in the order of definition."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a network: members of the outermost module lists that hold linear layers.
+
+    Works on decoders, encoders, encoder-decoders and vision transformers alike, because it asks how a network is built
+    and not what its attributes are called. Empty if there is no such list: the network is then one piece.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if isinstance(module, nn.ModuleList) and any(linear_layers(child) or is_linear(child) for child in module):
+            found.update({f"{name}.{i}": child for i, child in enumerate(module)})
+            return
+        for child_name, child in module.named_children():
+            visit(f"{name}.{child_name}" if name else child_name, child)
+
+    visit("", model)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The calibration forward's attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+CALIBRATION_ATTENTION = "compresslab_causal"
+
+
+def _calibration_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over numerics.causal_attention; anything but plain causal goes to sdpa."""
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = is_causal and attention_mask is None and query.shape[2] == key.shape[2] and query.device.type == "cpu"
+    if not plain or set(kwargs) & {"position_bias", "softcap", "s_aux"}:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    repeats = query.shape[1] // key.shape[1]
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    out = causal_attention(query, repeat_kv(key, repeats), repeat_kv(value, repeats), scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, _calibration_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, sdpa_mask)

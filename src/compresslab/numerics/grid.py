@@ -1,0 +1,163 @@
+"""Grids of representable values, and weights written as codes on them.
+
+An affine integer grid stores a real weight w as a small integer:
+
+    code = clamp(round(w / scale) + zero_point, qmin, qmax)        w ~ scale * (code - zero_point)
+
+with signed codes, qmin = -2^(bits-1) and qmax = 2^(bits-1) - 1 (Jacob et al., arXiv 1712.05877, eq. 1; signed as in the
+compressed-tensors format). A symmetric grid has zero_point 0. One (scale, zero_point) pair serves a whole tensor, one
+output channel, or one group of `group_size` neighbouring input channels of an output channel.
+
+`QuantWeight` is the one canonical form of a compressed weight: every solver returns it and every writer reads it, so no
+file format is ever written from de-quantised floats.
+
+Symbols: W [out, in] the weight; G the number of groups along `in`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["tensor", "channel", "token", "group"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What values a weight or an activation may take, and how many of them share a scale.
+
+    Raises:
+        ValueError: on a bit width outside 2..8, or a group size where it does not belong or is missing.
+
+    >>> Grid(bits=4, symmetric=False, granularity="group", group_size=64).levels
+    16
+    """
+
+    bits: int
+    kind: Literal["int", "float", "nf", "mx"] = "int"
+    symmetric: bool = True
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, not {self.bits}")
+        if self.kind != "int":
+            raise ValueError(f"grid kind '{self.kind}' has no solver yet: use 'int'")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size goes with granularity 'group', and only with it")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, not {self.group_size}")
+
+    @property
+    def levels(self) -> int:
+        return 2**self.bits
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, in_features: int) -> int:
+        """How many scales one output channel has. ValueError if the group size does not divide `in_features`."""
+        if self.group_size is None:
+            return 1
+        if in_features % self.group_size:
+            raise ValueError(f"group size {self.group_size} does not divide {in_features} input channels")
+        return in_features // self.group_size
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantWeight:
+    """A weight as codes on a grid.
+
+    Attributes:
+        codes: int8 [out, in], within [grid.qmin, grid.qmax].
+        scale: [out, G], positive; its dtype is the one it is stored in.
+        zero_point: int8 [out, G], or None for a symmetric grid.
+        group_index: int32 [in], the group of each input channel, or None where channel j lies in group j // group_size.
+        grid: the grid the codes live on.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    grid: Grid
+    group_index: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The real weight, float32 [out, in]: scale * (code - zero_point)."""
+        scale, zero_point = per_element(self.scale, self.zero_point, self.codes.shape[1], self.group_index)
+        codes = self.codes.float()
+        return codes.sub_(zero_point).mul_(scale) if zero_point is not None else codes.mul_(scale)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in storage per weight: codes, scales and zero points."""
+        scale_bits = self.scale.numel() * self.scale.element_size() * 8
+        zero_bits = 0 if self.zero_point is None else self.zero_point.numel() * self.grid.bits
+        index_bits = 0 if self.group_index is None else self.group_index.numel() * 32
+        return self.grid.bits + (scale_bits + zero_bits + index_bits) / self.codes.numel()
+
+
+def per_element(
+    scale: Tensor, zero_point: Tensor | None, in_features: int, group_index: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Spread scales and zero points [out, G] over the input channels, as float32 [out, in]."""
+
+    def spread(x: Tensor) -> Tensor:
+        if group_index is not None:
+            return x.float()[:, group_index.long()]
+        return x.float().repeat_interleave(in_features // x.shape[1], dim=1)
+
+    return spread(scale), None if zero_point is None else spread(zero_point)
+
+
+def fit_range(low: Tensor, high: Tensor, grid: Grid, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover [low, high], any shape; the range is widened to hold 0, which is then exact.
+
+    The scale is rounded to the dtype that it will be stored in *before* anything is rounded with it, so that the codes
+    know the scale they will meet again on load.
+
+    Returns:
+        scale in `scale_dtype`, and zero_point int8 (None for a symmetric grid), each of the shape of `low`.
+    """
+    low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
+    tiny = torch.finfo(torch.float32).tiny if scale_dtype != torch.float16 else 2.0**-24
+    if grid.symmetric:
+        # (levels - 1) / 2 = 7.5 at 4 bits: the range is shared between -8 and 7, as compressed-tensors does it.
+        scale = torch.maximum(-low, high) / ((grid.levels - 1) / 2)
+        scale = torch.where(scale > 0, scale.clamp(min=tiny), 1.0).to(scale_dtype)
+        return scale, None
+    scale = (high - low) / (grid.levels - 1)
+    scale = torch.where(scale > 0, scale.clamp(min=tiny), 1.0).to(scale_dtype)
+    zero_point = (grid.qmin - low / scale.float()).round_().clamp_(grid.qmin, grid.qmax)
+    return scale, zero_point.to(torch.int8)
+
+
+def fit_minmax(weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points [out, G] from the extremes of each group of W [out, in] (or of the whole tensor)."""
+    out_features, in_features = weight.shape
+    if grid.granularity == "tensor":
+        low, high = weight.min().expand(out_features, 1), weight.max().expand(out_features, 1)
+        return fit_range(low, high, grid, scale_dtype)
+    grouped = weight.reshape(out_features, grid.groups(in_features), -1)
+    return fit_range(grouped.amin(dim=2), grouped.amax(dim=2), grid, scale_dtype)
+
+
+def quantize(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, group_index: Tensor | None = None
+) -> QuantWeight:
+    """Round W [out, in] to the nearest point of a grid whose scales [out, G] are given."""
+    scales, zeros = per_element(scale, zero_point, weight.shape[1], group_index)
+    codes = (weight.float() / scales).round_()
+    if zeros is not None:
+        codes.add_(zeros)
+    codes = codes.clamp_(grid.qmin, grid.qmax).to(torch.int8)
+    return QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid, group_index=group_index)

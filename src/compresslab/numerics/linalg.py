@@ -1,0 +1,47 @@
+"""Factorisations of a Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def feedback_factor(matrix: Tensor, order: Tensor, damp_frac: float) -> tuple[Tensor, Tensor, float]:
+    """The feedback form of second-order rounding: H = U U^T with U upper triangular, columns taken in `order`.
+
+    Rounding column k at v_k = w_k + sum over j < k of (w_j - q_j) U[j, k] / U[k, k] leaves the error
+    tr((W - Q) H (W - Q)^T) = sum over k of U[k, k]^2 |v_k - q_k|^2 (QuIP, arXiv 2307.13304, LDLQ; the same codes as
+    GPTQ's, arXiv 2210.17323, but from one Cholesky factorisation of the flipped H and no inverse).
+
+    Args:
+        matrix: H, float32 or float64 [in, in].
+        order: int64 [in], the order in which columns are rounded.
+        damp_frac: added to the diagonal, as a fraction of its mean; raised tenfold until the factorisation exists.
+
+    Returns:
+        U[j, k] / U[k, k] (unit diagonal), diag(U), and the damping that was needed.
+
+    Raises:
+        ValueError: if the matrix is not even factorisable with a damping equal to its mean diagonal.
+    """
+    mean = matrix.diagonal().mean()
+    if not float(mean) > 0:
+        raise ValueError("the Gram matrix is zero: no calibration token excited this layer's input")
+    flipped_order = order.flip(0)
+    while True:
+        flipped = matrix[flipped_order][:, flipped_order]
+        flipped.diagonal().add_(damp_frac * mean)
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        if int(info) == 0:
+            break
+        damp_frac = max(damp_frac * 10, 1e-4)
+        if damp_frac > 1:
+            raise ValueError("the Gram matrix cannot be factorised, even with its own mean added to the diagonal")
+    upper = lower.flip(0, 1)
+    diagonal = upper.diagonal().clone()
+    return upper / diagonal, diagonal, damp_frac
+
+
+def quadratic_error(difference: Tensor, matrix: Tensor) -> Tensor:
+    """tr(D H D^T) for D [out, in] and H [in, in]."""
+    return ((difference @ matrix) * difference).sum(dtype=torch.float64)

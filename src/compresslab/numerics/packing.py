@@ -1,0 +1,56 @@
+"""Codes of 1 to 8 bits packed without gaps into 32-bit words."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack_int32(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
+    """Pack signed codes into int32 words along a dimension, least significant bits first.
+
+    Every code is stored as code + 2^(bits-1), so that -2^(bits-1) becomes 0. Code j of a line takes bits
+    j * bits .. (j + 1) * bits - 1 of the line's bit stream, which is cut into little-endian 32-bit words; the last word is
+    filled with zeros. This is the layout of compressed-tensors' pack-quantized format.
+
+    Args:
+        codes: int8 [rows, columns].
+        dim: 1 packs each row, giving [rows, ceil(columns * bits / 32)]; 0 each column, giving
+            [ceil(rows * bits / 32), columns].
+
+    >>> hex(pack_int32(torch.tensor([[-8, -7, -6, -5, -4, -3, -2, -1]], dtype=torch.int8), 4).item())
+    '0x76543210'
+    """
+    if dim == 0:
+        return pack_int32(codes.t().contiguous(), bits).t().contiguous()
+    unsigned = (codes.cpu().to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).numpy()
+    rows, columns = unsigned.shape
+    words = -(-columns * bits // 32)
+    if bits in (4, 8):  # a code never crosses a byte
+        stream = unsigned if bits == 8 else _nibbles(unsigned)
+    else:
+        stream = np.packbits(
+            np.unpackbits(unsigned[:, :, None], axis=2, bitorder="little")[:, :, :bits].reshape(rows, -1),
+            axis=1,
+            bitorder="little",
+        )
+    padded = np.zeros((rows, words * 4), dtype=np.uint8)
+    padded[:, : stream.shape[1]] = stream
+    return torch.from_numpy(padded.view("<i4").astype(np.int32, copy=False))
+
+
+def _nibbles(unsigned: np.ndarray) -> np.ndarray:
+    if unsigned.shape[1] % 2:
+        unsigned = np.pad(unsigned, ((0, 0), (0, 1)))
+    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+
+
+def unpack_int32(words: Tensor, bits: int, length: int, dim: int = 1) -> Tensor:
+    """The inverse of `pack_int32`: int8 codes, `length` of them along `dim`."""
+    if dim == 0:
+        return unpack_int32(words.t().contiguous(), bits, length).t().contiguous()
+    stream = words.cpu().contiguous().numpy().astype("<i4").view(np.uint8)
+    flags = np.unpackbits(stream, axis=1, bitorder="little")[:, : length * bits].reshape(len(stream), length, bits)
+    unsigned = np.packbits(flags, axis=2, bitorder="little")[:, :, 0]
+    return torch.from_numpy((unsigned.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8))

@@ -1,0 +1,1 @@
+"""Quantisation: one paper, one file."""

@@ -1,0 +1,161 @@
+"""Recipes: what to do to a model, as strict YAML.
+
+    name: w4a16-gptq
+    version: 1
+    summary: 4-bit weights, second-order rounding
+    steps:
+      - method: gptq
+        bits: 4
+        group_size: 64
+    ignore: ["@outside-blocks"]
+    calibration: {samples: 64, sequence_length: 512}
+    expect:
+      smollm2-135m: {perplexity_ratio: [1.0, 1.12]}
+
+Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
+else can be constructed from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compresslab import methods
+from compresslab.contract import Method
+from compresslab.errors import CompressLabError, unknown
+
+DEFAULT = "w4a16-gptq"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Step(BaseModel):
+    """A method and its settings; every setting the method has is filled in, so a recipe says all that was done."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    method: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "method" not in raw:
+            raise CompressLabError("a step needs a 'method' key")
+        settings = {key: value for key, value in raw.items() if key != "method"}
+        methods.build(raw["method"], settings)
+        return {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def build(self) -> Method:
+        return methods.build(self.method, self.settings)
+
+
+class CalibrationSize(Strict):
+    samples: int = Field(default=64, ge=1)
+    sequence_length: int = Field(default=512, ge=2)
+
+
+class Recipe(Strict):
+    """A recipe as it will run."""
+
+    name: str = Field(min_length=1)
+    version: int = Field(ge=1)
+    summary: str = ""
+    steps: tuple[Step, ...] = Field(min_length=1, strict=False)
+    ignore: tuple[str, ...] = Field(default=("@outside-blocks",), strict=False)
+    calibration: CalibrationSize = CalibrationSize()
+    expect: dict[str, dict[str, list[float]]] = {}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def override(self, settings: dict[str, Any]) -> Recipe:
+        """A copy with settings replaced: a key of the (one) step, or "ignore", or "calibration.samples" and the like.
+
+        Raises:
+            CompressLabError: a key that neither the recipe nor its method has.
+        """
+        raw = self.model_dump(mode="json")
+        for key, value in settings.items():
+            where: dict[str, Any] = raw
+            *path, leaf = key.split(".")
+            for part in path:
+                if not isinstance(where.get(part), dict):
+                    raise unknown("recipe setting", key, _settings_of(raw))
+                where = where[part]
+            if path or leaf in ("ignore", "name", "summary"):
+                if leaf not in where:
+                    raise unknown("recipe setting", key, _settings_of(raw))
+                where[leaf] = value
+            else:
+                takers = [step for step in raw["steps"] if leaf in step]
+                if not takers:
+                    raise unknown("recipe setting", key, _settings_of(raw))
+                for step in takers:
+                    step[leaf] = value
+        return parse(raw, f"recipe '{self.name}' with --set")
+
+
+def _settings_of(raw: dict[str, Any]) -> list[str]:
+    own = [key for step in raw["steps"] for key in step if key != "method"]
+    return [*own, "ignore", "calibration.samples", "calibration.sequence_length"]
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("compresslab"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read(name_or_file: str | Path) -> Recipe:
+    """A shipped recipe by name, or a YAML file.
+
+    Raises:
+        CompressLabError: neither; not YAML; YAML that tries to construct objects; unknown keys; wrong values.
+    """
+    name = str(name_or_file)
+    path = shipped().get(name, Path(name))
+    if name not in shipped() and path.suffix not in (".yaml", ".yml"):
+        raise unknown("recipe", name, shipped())
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CompressLabError(f"no recipe file {path}; shipped recipes: {', '.join(shipped())}") from None
+    except yaml.constructor.ConstructorError as error:
+        problem = (error.problem or "").split(" for the tag ")[-1]
+        raise CompressLabError(f"{path}: a recipe cannot construct objects ({problem}): use plain values") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CompressLabError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return parse(raw, str(path))
+
+
+def parse(raw: Any, where: str) -> Recipe:
+    """A recipe from plain data. CompressLabError that says what is wrong in `where`."""
+    if not isinstance(raw, dict):
+        raise CompressLabError(f"{where}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    try:
+        return Recipe.model_validate(raw)
+    except CompressLabError as error:
+        raise CompressLabError(f"{where}: {error}") from None
+    except ValidationError as error:
+        raise CompressLabError(f"{where}: {_first_fault(error)}") from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{path}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+    known = [*Recipe.model_fields, *CalibrationSize.model_fields]
+    near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+    return f"unknown key '{path}'" + (f": did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")

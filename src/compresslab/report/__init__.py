@@ -1,0 +1,1 @@
+"""The report: data first (schema), then pure functions of it (render)."""

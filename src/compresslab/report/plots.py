@@ -1,0 +1,305 @@
+"""Numbers as people read them, and the plots of the report: hand-made SVG, and characters for the terminal.
+
+All text goes through markupsafe, which escapes what it is not told to trust. Colours are classes (k0 to k7); the style
+sheet in template.html gives them their value for light and dark. Shape repeats what colour says.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from compresslab.report.schema import Bytes, Layer
+
+COLOURS = 8  # the last one is for all that comes after the first seven
+_UNIT_SHAPES = (  # drawn in a box of -1..1
+    "M-1,0a1,1 0 1,0 2,0a1,1 0 1,0 -2,0z",
+    "M-.88,-.88h1.76v1.76h-1.76z",
+    "M0,-1.15L1.1,.85H-1.1z",
+    "M0,-1.25L1.25,0L0,1.25L-1.25,0z",
+    "M0,1.15L1.1,-.85H-1.1z",
+    "M-.4,-1.1h.8v.7h.7v.8h-.7v.7h-.8v-.7h-.7v-.8h.7z",
+    "M-1.1,-.5h2.2v1h-2.2z",
+    "M-.5,-1.1h1v2.2h-1z",
+)
+
+
+def number(value: float, unit: str) -> str:
+    """A value without its unit, three or four digits long; bytes keep theirs (decimal prefixes)."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if unit == "bytes":
+        power = 0
+        while abs(value) >= 999.95 and power < 5:
+            value, power = value / 1000, power + 1
+        return f"{value:.1f} {' kMGTP'[power]}B" if power else f"{value:.0f} B"
+    if unit == "1":
+        if size >= 1e6:
+            scale, word = (1e9, "billion") if size >= 999.95e6 else (1e6, "million")
+            return f"{value / scale:,.1f} {word}"
+        return f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 1 or not size else f"{value:.4g}"
+    if unit == "dB":
+        return f"{value:.1f}"
+    return (
+        f"{value:,.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}" if size >= 1 or not size else f"{value:.3g}"
+    )
+
+
+def human(value: float, unit: str) -> str:
+    """A value with its unit, as one would say it.
+
+    >>> human(113_900_000, "bytes"), human(27.52, "1"), human(14.3, "ms"), human(121, "tokens/s"), human(754, "s")
+    ('113.9 MB', '27.52', '14.3 ms', '121 tokens/s', '12 min 34 s')
+    """
+    if unit == "s" and 119.5 <= value < math.inf:
+        minutes, seconds = divmod(round(value), 60)
+        hours, rest = divmod(minutes, 60)
+        return f"{hours} h {rest} min" if hours else f"{minutes} min {seconds} s"
+    return number(value, unit) if unit in ("1", "bytes") and math.isfinite(value) else f"{number(value, unit)} {unit}"
+
+
+def decibel(layer: Layer) -> str:
+    """The SQNR of a layer in words: no noise at all is infinitely many decibel, no signal and no noise is undefined."""
+    if math.isnan(layer.sqnr_db):
+        return "undefined"
+    return "exact" if layer.sqnr_db == math.inf else human(layer.sqnr_db, "dB")
+
+
+def role(name: str) -> str:
+    """The last part of a layer's name that is not a number: q_proj, down_proj."""
+    parts = [part for part in name.split(".") if part and not part.isdigit()]
+    return parts[-1] if parts else name
+
+
+def roles(layers: Iterable[Layer]) -> dict[str, int]:
+    """Role -> colour, in order of appearance."""
+    found = dict.fromkeys(role(layer.name) for layer in layers)
+    return {name: min(i, COLOURS - 1) for i, name in enumerate(found)}
+
+
+def worst(layers: Iterable[Layer], count: int) -> list[Layer]:
+    """The layers with most error first: undefined ones, then the lowest SQNR. Exact layers never count."""
+    noisy = [layer for layer in layers if layer.sqnr_db != math.inf]
+    return sorted(noisy, key=lambda layer: -math.inf if math.isnan(layer.sqnr_db) else layer.sqnr_db)[:count]
+
+
+def _el(tag: str, text: str = "", **attributes: str | float) -> Markup:
+    """One SVG element; text and attributes are escaped unless they are Markup."""
+    pairs = [
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), f"{v:.1f}" if isinstance(v, float) else v)
+        for key, v in attributes.items()
+    ]
+    return Markup("<{}{}>{}</{}>").format(tag, Markup("").join(pairs), text, tag)
+
+
+def _svg(width: int, height: int, label: str, parts: Iterable[Markup], css: str) -> Markup:
+    return _el("svg", Markup("").join(parts), class_=css, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
+
+
+def _glyph(colour: int, x: float, y: float, radius: float, *, title: str = "", css: str = "dot") -> Markup:
+    return _el(
+        "path",
+        _el("title", title) if title else "",
+        class_=f"{css} k{colour}",
+        d=_UNIT_SHAPES[colour],
+        transform=f"translate({x:.1f},{y:.1f})scale({radius})",
+    )
+
+
+def icon(colour: int) -> Markup:
+    """The marker of a colour on its own, for a legend."""
+    return _el("svg", _glyph(colour, 7, 7, 4.6), class_="icon", viewBox="0 0 14 14", aria_hidden="true")
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers that span [low, high], about `count` of them."""
+    step = 10 ** math.floor(math.log10((high - low) / count))
+    step = next(step * k for k in (1, 2, 5, 10, 20) if (high - low) / (step * k) <= count)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, last + 1)]
+
+
+def _labels(wanted: Sequence[tuple[float, float, str]], width: float, height: float) -> list[Markup]:
+    """Texts beside their points, each in the first free place; one that finds none is left out."""
+    taken: list[tuple[float, float, float, float]] = []
+    made: list[Markup] = []
+    places = [(9.0, 4.0, 0.0), (-9.0, 4.0, -1.0), (0.0, 18.0, -0.5), (0.0, -10.0, -0.5)]
+    places += [(dx, dy + shift, side) for shift in (14.0, -14.0, 28.0, -28.0) for dx, dy, side in places[:2]]
+    for x, y, text in wanted:
+        wide = 6.6 * len(text)
+        for dx, dy, side in places:
+            left, base = x + dx + side * wide, y + dy
+            box = (left, base - 10, left + wide, base + 3)
+            free = all(box[2] < b[0] or box[0] > b[2] or box[3] < b[1] or box[1] > b[3] for b in taken)
+            if free and box[0] >= 0 and box[2] <= width and box[1] >= 0 and box[3] <= height:
+                taken.append(box)
+                made.append(_el("text", text, class_="label", x=left, y=base))
+                break
+    return made
+
+
+def _across(y: float, left: float, right: float, text: str) -> Markup:
+    """A grid line and its value."""
+    line = _el("line", class_="grid", x1=left, x2=right, y1=y, y2=y)
+    return line + _el("text", text, class_="tick end", x=left - 8, y=y + 4)
+
+
+def _blocks(layers: Sequence[Layer], count: int) -> tuple[str, list[tuple[int, str]]]:
+    """What the horizontal axis counts, and its ticks: where blocks begin if names are numbered."""
+    found = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.name) for layer in layers]
+    starts: list[tuple[int, str]] = []
+    for i, match in enumerate(found):
+        if match and (not starts or starts[-1][1] != match[1]):
+            starts.append((i, match[1]))
+    if len(starts) < 2:
+        step = max(1, math.ceil(len(layers) / count))
+        return "layer", [(i, str(i + 1)) for i in range(0, len(layers), step)]
+    step = next(k for k in (1, 2, 5, 10, 20, 50, 100, 10**9) if len(starts) / k <= count)
+    return "block", starts[::step]
+
+
+def layer_plot(layers: Sequence[Layer], *, width: int = 960, height: int = 380, labelled: int = 5) -> Markup:
+    """SQNR of every layer in network order. Exact layers stand on the upper edge, undefined ones on the lower."""
+    left, right, top, bottom = 46, width - 12, 34, height - 44
+    finite = [layer.sqnr_db for layer in layers if math.isfinite(layer.sqnr_db)]
+    marks = ticks(min(finite) - 0.5, max(finite) + 0.5, height // 55) if finite else [0.0, 10.0, 20.0, 30.0]
+    span = marks[-1] - marks[0]
+
+    def at(i: int, db: float) -> tuple[float, float]:
+        share = 1.0 if db == math.inf else (db - marks[0]) / span if math.isfinite(db) else 0.0
+        edge = 0 if math.isfinite(db) else -9 if db == math.inf else 9
+        return left + (i + 0.5) * (right - left) / max(len(layers), 1), bottom - share * (bottom - top) + edge
+
+    of = " or ".join(f"the layer's {kind}" for kind in dict.fromkeys(layer.sqnr_of for layer in layers))
+    axis, starts = _blocks(layers, 16 if width > 600 else 7)
+    parts = [_el("text", f"SQNR of {of}, dB (higher is better)", class_="axis", x=0, y=13)]
+    parts += [_across(at(0, mark)[1], left, right, f"{mark:g}") for mark in marks]
+    if any(layer.sqnr_db == math.inf for layer in layers):
+        parts.append(_el("text", "exact", class_="tick end", x=left - 8, y=top - 8))
+    for i, text in starts:
+        parts.append(_el("text", text, class_="tick mid", x=at(i, 0)[0], y=bottom + 26))
+        parts.append(_el("line", class_="grid", x1=at(i, 0)[0], x2=at(i, 0)[0], y1=bottom + 10, y2=bottom + 14))
+    parts.append(_el("text", f"{axis}, in network order", class_="axis end", x=right, y=height - 3))
+    colours = roles(layers)
+    points = [(layer, *at(i, layer.sqnr_db)) for i, layer in enumerate(layers)]
+    for name, colour in colours.items():
+        own = [(x, y) for layer, x, y in points if role(layer.name) == name and math.isfinite(layer.sqnr_db)]
+        parts.append(_el("polyline", class_=f"trace k{colour}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in own)))
+    radius = 3.4 if width > 600 else 2.5
+    for layer, x, y in points:
+        title = f"{layer.name}\n{decibel(layer)}, {layer.bits_per_weight:.2f} bits per weight"
+        parts.append(_glyph(colours[role(layer.name)], x, y, radius, title=title))
+    bad = {id(layer) for layer in worst(layers, labelled)}
+    parts += _labels([(x, y, _short(layer.name)) for layer, x, y in points if id(layer) in bad], width, bottom + 12)
+    return _svg(width, height, "Signal to quantisation-noise ratio of every layer", parts, "plot")
+
+
+def _short(name: str) -> str:
+    """'model.layers.29.mlp.down_proj' -> '29 down_proj'."""
+    block = re.search(r"(?:^|\.)(\d+)\.", name)
+    short = f"{block[1]} {role(name)}" if block else role(name)
+    return short if len(short) <= 24 else short[:23] + "…"
+
+
+def byte_bar(parts: Sequence[Bytes], side: str, label: str) -> Markup:
+    """A stacked bar of one side ("before" or "after"); both sides are drawn to the same scale."""
+    total = max(sum(part.before_bytes for part in parts), sum(part.after_bytes for part in parts), 1)
+    start, rects = 0, []
+    for i, part in enumerate(parts):
+        size = part.before_bytes if side == "before" else part.after_bytes
+        title = _el("title", f"{part.kind}: {human(size, 'bytes')}")
+        x, wide = f"{100 * start / total:.4f}%", f"{100 * size / total:.4f}%"
+        css = f"seg k{min(i, COLOURS - 1)}"
+        rects.append(_el("rect", title, class_=css, data_bytes=size, x=x, y=0, width=wide, height=36))
+        start += size
+    return _el("svg", Markup("").join(rects), class_="bar", role="img", aria_label=label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run in the plot of quality against size; group is the conditions under which perplexity was measured."""
+
+    mark: str
+    label: str
+    size: float
+    perplexity: float
+    group: int
+    baseline: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.label}\n{human(self.size, 'bytes')}, perplexity {human(self.perplexity, '1')}"
+
+
+def _scale(points: Sequence[Point]) -> tuple[Callable[[float], float], list[float], list[float], str]:
+    """Height of a perplexity (logarithmic where they differ more than tenfold), ticks of both axes, a word on it."""
+    low, high = min(p.perplexity for p in points), max(p.perplexity for p in points)
+    xs = ticks(0, max(p.size for p in points), 5)
+    if low > 0 and high / low > 10:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        return math.log10, xs, [10.0**k for k in range(first, last + 1)], ", logarithmic"
+    pad = (high - low) * 0.06 or max(abs(high), 1) * 0.05
+    return float, xs, ticks(low - pad, high + pad, 5), ""
+
+
+def _drawable(points: Iterable[Point]) -> list[Point]:
+    return [p for p in points if math.isfinite(p.size) and math.isfinite(p.perplexity) and p.perplexity > 0]
+
+
+def size_plot(points: Sequence[Point], *, width: int = 960, height: int = 400) -> Markup:
+    """Perplexity against the bytes of the weights; a float model is a ring. Empty if nothing can be drawn."""
+    points = _drawable(points)
+    if not points:
+        return Markup("")
+    lift, xs, ys, word = _scale(points)
+    left, right, top, bottom = 64, width - 24, 34, height - 48
+
+    def at(size: float, perplexity: float) -> tuple[float, float]:
+        share = (lift(perplexity) - lift(ys[0])) / (lift(ys[-1]) - lift(ys[0]))
+        return left + size / xs[-1] * (right - left), bottom - share * (bottom - top)
+
+    parts = [_el("text", f"perplexity{word} (lower is better)", class_="axis", x=0, y=13)]
+    parts += [_across(at(0, y)[1], left, right, f"{y:,g}") for y in ys]
+    for x in xs[:: 1 if width > 600 else 2]:
+        place = "tick end" if x == xs[-1] else "tick mid"
+        parts.append(_el("text", human(x, "bytes").replace(".0 ", " "), class_=place, x=at(x, ys[0])[0], y=bottom + 20))
+    parts.append(_el("text", "bytes of the weights (smaller is better)", class_="axis end", x=right, y=height - 6))
+    wanted = []
+    for p in points:
+        x, y = at(p.size, p.perplexity)
+        parts.append(_glyph(p.group % COLOURS, x, y, 6, title=p.title, css="dot float" if p.baseline else "dot"))
+        wanted.append((x, y, p.label if width > 600 and len(p.label) <= 40 else p.mark))
+    parts += _labels(wanted, width, bottom + 12)
+    return _svg(width, height, "Perplexity against the bytes of the weights", parts, "plot")
+
+
+def size_text(points: Sequence[Point], *, width: int = 58, height: int = 12) -> str:
+    """The same plot made of characters: each run is its mark. Empty if nothing can be drawn."""
+    points = _drawable(points)
+    if not points:
+        return ""
+    lift, xs, ys, word = _scale(points)
+    gutter = max(len(f"{y:,g}") for y in ys) + 2
+    inner = width - gutter - 1
+    cells = [[" "] * inner for _ in range(height)]
+    span = lift(ys[-1]) - lift(ys[0])
+    for p in points:
+        row = height - 1 - round((lift(p.perplexity) - lift(ys[0])) / span * (height - 1))
+        column = round(p.size / xs[-1] * (inner - 1))
+        free = [
+            c for c in range(inner) if cells[row][c] == " "
+        ]  # a taken place: the mark moves to the nearest free one
+        if free:
+            cells[row][min(free, key=lambda c: abs(c - column))] = p.mark
+    names = {height - 1 - round((lift(y) - lift(ys[0])) / span * (height - 1)): f"{y:,g}" for y in ys}
+    lines = [f"perplexity{word}"]
+    lines += [f"{names.get(i, ''):>{gutter - 1}} |{''.join(row)}".rstrip() for i, row in enumerate(cells)]
+    lines.append(" " * gutter + "+" + "-" * inner)
+    last = human(xs[-1], "bytes").replace(".0 ", " ")
+    lines.append(" " * (gutter + 1) + "0" + f"bytes of the weights   {last}".rjust(inner - 1))
+    return "\n".join(lines)
