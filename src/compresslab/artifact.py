@@ -14,11 +14,13 @@ So OUT is either absent or whole. The same command run again goes on from progre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,9 @@ from compresslab import models
 from compresslab.contract import LayerRecord
 from compresslab.errors import CompressLabError
 from compresslab.layerwise import BlockState, Solved, Unit
+from compresslab.measure.size import read_header
 from compresslab.models import Source
+from compresslab.numerics.grid import QuantWeight
 from compresslab.report.schema import Report, read_report
 
 # One weight file up to this size, the finished units as shards of a larger model.
@@ -151,7 +155,7 @@ class Writer:
             "file": file,
             "sha256": file_sha256(self.partial / file),
             "layers": {
-                layer: dataclasses.asdict(found.record) | {"weight_sha256": weight_sha256(found.weight.dequantize())}
+                layer: dataclasses.asdict(found.record) | {"weight_sha256": weight_sha256(stored_weight(found.weight))}
                 for layer, found in solved.items()
             },
         }
@@ -272,20 +276,51 @@ def _merge(files: Sequence[Path], folder: Path) -> None:
     """One model.safetensors from all units; or, for a large model, the units as shards with an index."""
     total = sum(path.stat().st_size for path in files)
     if total <= SINGLE_FILE_BYTES:
-        tensors: dict[str, Tensor] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as handle:
-                tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        _save(tensors, folder / "model.safetensors")
+        join_safetensors(files, folder / "model.safetensors")
         return
     weight_map = {}
     for number, path in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         os.link(path, folder / name)
-        with safe_open(path, framework="pt") as handle:
-            weight_map |= dict.fromkeys(handle.keys(), name)
+        weight_map |= dict.fromkeys(read_header(path)[1], name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def join_safetensors(files: Sequence[Path], target: Path) -> None:
+    """Copy the tensors of several safetensors files into one, without holding any of them in memory.
+
+    Layout (the format's own): uint64 length of the header, JSON header padded with spaces to 8 bytes, data. Tensors are
+    ordered by falling element size and then by name, as the safetensors library does, so that each one is aligned.
+    """
+    widths = {"64": 8, "32": 4, "16": 2}
+    found = []
+    for path in files:
+        start, header = read_header(path)
+        for name, entry in header.items():
+            width = widths.get(entry["dtype"].lstrip("BFIUC")[:2], 1)
+            found.append((-width, name, path, start + entry["data_offsets"][0], entry))
+    found.sort(key=lambda row: row[:2])
+    merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for _, name, _, _, entry in found:
+        size = entry["data_offsets"][1] - entry["data_offsets"][0]
+        merged[name] = {**entry, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(merged, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = target.with_suffix(".tmp")
+    try:
+        with contextlib.ExitStack() as opened, temporary.open("wb") as out:
+            handles = {path: opened.enter_context(path.open("rb")) for path in files}
+            out.write(struct.pack("<Q", len(text)) + text)
+            for _, _, path, start, entry in found:
+                handles[path].seek(start)
+                out.write(handles[path].read(entry["data_offsets"][1] - entry["data_offsets"][0]))
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CompressLabError(f"cannot write {target} ({error.strerror}): free some disk and run again") from error
 
 
 def atomic_write(path: Path, content: bytes) -> None:
@@ -301,6 +336,11 @@ def atomic_write(path: Path, content: bytes) -> None:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def stored_weight(weight: QuantWeight) -> Tensor:
+    """The weight as a runtime sees it that multiplies codes by scales in the dtype of the scales, as transformers does."""
+    return weight.dequantize().to(weight.scale.dtype)
 
 
 def weight_sha256(weight: Tensor) -> str:

@@ -22,8 +22,11 @@ order; other tools run each block two or three times for it), and only the tenso
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fnmatch
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -216,7 +219,8 @@ def _float_tensors(job: Job, unit: Unit) -> dict[str, Tensor]:
 def read_finite(source: Source, name: str) -> Tensor:
     """A tensor as stored. CompressLabError if it holds a NaN or an infinity."""
     tensor = source.weights.get(name)
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    # A sum is finite only if every term is: one pass and no temporary in the ordinary case.
+    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
         where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         raise CompressLabError(f"tensor {name} of {source.name} holds a NaN or an infinity at {where}: nothing to save here")
     return tensor
@@ -266,7 +270,10 @@ def sqnr_db(weight: Tensor, solution: Solution, gram: Gram | None) -> float:
     if gram is None:
         signal, noise = weight.square().sum(dtype=torch.float64), difference.square().sum(dtype=torch.float64)
     else:
-        signal, noise = quadratic_error(weight, gram.matrix), quadratic_error(difference, gram.matrix)
+        # The signal needs no more than bfloat16 (0.01 dB); the noise is a small difference and does.
+        low = gram.cached("bfloat16", lambda: gram.matrix.bfloat16())
+        signal = quadratic_error(weight.bfloat16(), low)
+        noise = quadratic_error(difference, gram.matrix)
     if float(noise) <= 0:
         return math.inf
     return 10 * math.log10(max(float(signal / noise), 1e-30))
@@ -324,7 +331,6 @@ class Forward:
         """Let the walks run from stop to stop until every layer is solved, then write what lies outside the blocks."""
         try:
             if any(unit.name not in self.finished and unit.layers for unit in self.units.values()):
-                self._load("")
                 for walk in self.walks:
                     walk.waits_at = walk.coroutine.switch(walk.batch)
                 self._meet()
@@ -371,6 +377,8 @@ class Forward:
             if unit not in self.finished:
                 stop = Stop(order=order[name], unit=unit, layer=name)
                 module.register_forward_pre_hook(lambda module, args, stop=stop: self._before_layer(stop, args[0]))
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in self.units[""].tensors):
+            self.model.get_submodule(owner).register_forward_pre_hook(lambda module, args: self._load(""))
         lists: dict[str, list[str]] = {}
         for name in self.units:
             if name:
@@ -421,12 +429,13 @@ class Forward:
     # -- weights in and out ------------------------------------------------------------------------------------------
 
     def _load(self, unit: str) -> None:
-        """Read a unit's weights into the skeleton; those of solved layers are put there by `_solve`."""
+        """Read a unit's weights into the skeleton when they are first needed; `_solve` puts solved ones there."""
         if unit in self.loaded:
             return
         self.loaded.add(unit)
         for name in self.units[unit].tensors:
-            _place(self.model, name, read_finite(self.job.source, name).to(self.job.device), self.job.compute_dtype)
+            if name.removesuffix(".weight") not in self.solved:
+                _place(self.model, name, read_finite(self.job.source, name).to(self.job.device), self.job.compute_dtype)
         if unit == "":
             self.model.tie_weights()
 
@@ -447,8 +456,23 @@ class Forward:
         self.solved.update(dict.fromkeys(unit.layers))
         self.job.sink.write(unit, solved, _float_tensors(self.job, unit), state)
         self.finished.add(unit.name)
-        if unit.name:
-            self.model.get_submodule(unit.name).to("meta")
+        self._drop(unit)
+        if not self.units[""].layers:  # embeddings: read again in the unlikely case that they are asked for again
+            self._drop(self.units[""])
+        give_memory_back()
+
+    def _drop(self, unit: Unit) -> None:
+        self.loaded.discard(unit.name)
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name in unit.tensors:
+            _place(self.model, name, tensors[name].to("meta"), self.job.compute_dtype)
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system: glibc would keep what a block's activations took, and every block more of it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _real_tokens(x: Tensor, attention_mask: Tensor | None) -> Tensor:

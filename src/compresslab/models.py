@@ -253,6 +253,7 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
     cls = getattr(transformers, config.architectures[0])
     config = copy.deepcopy(config)
+    config.use_cache = False  # a skeleton only ever reads whole windows: keys and values kept would be a leak
     if attention is not None and cls._supports_sdpa:
         config._attn_implementation = attention
     with init_empty_weights(include_buffers=False):
@@ -321,6 +322,11 @@ def _from_object(model: nn.Module) -> Source:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def locate(model: str | Path) -> Path:
+    """The folder of a model or of an artifact, by name; fetched if need be."""
+    return _folder(str(model), None)[0]
+
+
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
     """The whole model of a folder, float or compressed, opened by plain transformers, in eval mode."""
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -353,6 +359,11 @@ def quiet_transformers() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers and blocks of any architecture
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model predicts the next token, so that perplexity and decoding make sense of it."""
+    return type(model).__name__.endswith("ForCausalLM") or type(model).__name__.endswith("LMHeadModel")
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -67,7 +67,7 @@ class Layout:
         group: dict[str, Any] = {"targets": ["Linear"], "weights": _args(self.weights), "input_activations": None}
         if self.activations is not None:
             group["input_activations"] = _args(self.activations) | {"dynamic": True}
-        return {
+        config = {
             "quant_method": "compressed-tensors",
             "format": self.format,
             "quantization_status": "compressed",
@@ -75,6 +75,9 @@ class Layout:
             "ignore": list(ignore),
             "kv_cache_scheme": None,
         }
+        # transformers opens these by de-quantising each weight as it reads it: its other way, packed modules filled from
+        # the file, expects zero points unpacked and fails on asymmetric grids (seen with compressed-tensors 0.20).
+        return config if self.activations is not None else config | {"dequantize": True}
 
 
 def _args(grid: Grid) -> dict[str, Any]:

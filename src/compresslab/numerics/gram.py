@@ -19,11 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from compresslab.numerics import kernels
+
 Precision = Literal["int8", "float32"]
 
+TOP = 126  # the code of a column's largest value; one below what int8 holds, so that rounding up is safe
 # 127^2 * tokens must stay below 2^31, or the int32 accumulator of one product could overflow.
 MAX_TOKENS_PER_PRODUCT = 2**31 // 127**2 - 1
 # Width of the column stripes of the int8 product; only stripes on and below the diagonal are computed.
@@ -44,7 +48,6 @@ class Gram:
         self.precision: Precision = precision
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
         self._cache: dict[Any, Any] = {}
-        self._lower_only = precision == "int8"
 
     def add_(self, x: Tensor) -> None:
         """Add the tokens x [..., in], of any float dtype.
@@ -54,37 +57,43 @@ class Gram:
         """
         x = x.reshape(-1, self.features)
         for part in x.split(MAX_TOKENS_PER_PRODUCT):
-            largest = part.abs().amax(dim=0).float()  # one pass; NaN and infinity both survive it
-            if not torch.isfinite(largest).all():
-                bad = int((~torch.isfinite(largest)).nonzero()[0])
-                raise ValueError(f"NaN or infinity in input channel {bad} of the calibration activations")
             if self.precision == "int8":
-                self._add_int8_(part, largest)
+                self._add_int8_(part)
             else:
-                part = part.float()
-                self._sum.addmm_(part.t(), part)
+                self._add_float_(part)
         self.tokens += x.shape[0]
         self._cache.clear()
 
-    def _add_int8_(self, x: Tensor, largest: Tensor) -> None:
-        """Lower triangle, by stripes, of diag(s) (round(X / s)^T round(X / s)) diag(s), with s = max|X| / 127."""
-        scale = (largest / 127).clamp_(min=1e-30)
-        codes = (x * (1 / scale).to(x.dtype)).round_().clamp_(-127, 127).to(torch.int8)
+    def _add_float_(self, x: Tensor) -> None:
+        x = x.float()
+        _check_finite(x.abs().amax(dim=0))
+        self._sum.addmm_(x.t(), x)
+
+    def _add_int8_(self, x: Tensor) -> None:
+        """Lower triangle, by stripes, of diag(s) (round(X / s)^T round(X / s)) diag(s), with s = max|X| / 126."""
+        x = x.to(torch.bfloat16).contiguous()
+        largest = torch.empty(self.features)
+        codes = torch.empty(x.shape, dtype=torch.int8)
+        bits = x.view(torch.int16).numpy()
+        kernels.quantize_columns_bf16(bits, largest.numpy(), codes.numpy(), np.float32(TOP), torch.get_num_threads())
+        _check_finite(largest)
+        scale = largest / TOP
         for start in range(0, self.features, STRIPE):
             stop = min(start + STRIPE, self.features)
-            product = torch._int_mm(codes[:, start:stop].t(), codes[:, :stop]).float()
-            product.mul_(scale[start:stop, None]).mul_(scale[:stop])
-            self._sum[start:stop, :stop] += product
+            product = torch._int_mm(codes[:, start:stop].t(), codes[:, :stop])
+            self._sum[start:stop, :stop].addcmul_(product, torch.outer(scale[start:stop], scale[:stop]))
 
     @property
     def matrix(self) -> Tensor:
         """H, float32 [in, in], symmetric."""
-        return self.cached("matrix", self._symmetric)
+        return self.cached("matrix", self._mirror)
 
-    def _symmetric(self) -> Tensor:
-        if not self._lower_only:
-            return self._sum
-        return self._sum.tril() + self._sum.tril(-1).t()
+    def _mirror(self) -> Tensor:
+        """Fill the upper triangle, which the int8 product leaves out, from the lower one, in place."""
+        if self.precision == "int8":
+            self._sum.tril_()
+            self._sum += self._sum.tril(-1).t()
+        return self._sum
 
     @property
     def diagonal(self) -> Tensor:
@@ -96,6 +105,12 @@ class Gram:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
+
+
+def _check_finite(largest: Tensor) -> None:
+    if not torch.isfinite(largest).all():
+        bad = int((~torch.isfinite(largest)).nonzero()[0])
+        raise ValueError(f"NaN or infinity in input channel {bad} of the calibration activations")
 
 
 def best_precision(device: torch.device | str = "cpu") -> Precision:

@@ -11,32 +11,70 @@ import numpy as np
 
 
 @numba.njit(parallel=True, fastmath={"contract", "nsz"}, cache=True)
-def round_block_with_feedback(target, feedback, scale, zero, qmin, qmax, codes, error):  # pragma: no cover
+def round_block_with_feedback(target, feedback, columns, group_of, scale, zero, qmin, qmax, codes, error):
     """Round one block of B columns, each row left to right, feeding every column's error into the later ones.
 
     Args:
-        target: float32 [out, B], W plus what the columns before this block feed into it.
+        target: float32 [out, B], W plus what the columns before this block feed into it; changed.
         feedback: float32 [B, B], row j holds U[j, k] / U[k, k] for k > j.
-        scale, zero: float32 [out, B], the grid of every element, fixed beforehand.
-        codes: int8 [out, B], written.
+        columns: int64 [B], where in W the block's columns stand.
+        group_of: int64 [in], the group of each column of W.
+        scale, zero: float32 [out, G], the grids, fixed beforehand.
+        codes: int8 [out, in], written at `columns`.
         error: float32 [out, B]; on entry W itself, on exit W - Q.
     """
     rows, width = target.shape
     for r in numba.prange(rows):
-        v = target[r].copy()
         for k in range(width):
-            s = scale[r, k]
-            code = min(max(np.rint(v[k] / s) + zero[r, k], qmin), qmax)
-            codes[r, k] = np.int8(code)
-            q = s * (code - zero[r, k])
-            e = error[r, k] - q
+            column = columns[k]
+            s = scale[r, group_of[column]]
+            z = zero[r, group_of[column]]
+            code = min(max(np.rint(target[r, k] / s) + z, qmin), qmax)
+            codes[r, column] = np.int8(code)
+            e = error[r, k] - s * (code - z)
             error[r, k] = e
             for j in range(k + 1, width):
-                v[j] += e * feedback[k, j]
+                target[r, j] += e * feedback[k, j]
+
+
+@numba.njit(parallel=True, cache=True)
+def quantize_columns_bf16(bits, largest, codes, top, parts):
+    """Round a bfloat16 matrix to int8 with one scale per column, in two passes over the cache.
+
+    Args:
+        bits: int16 [tokens, in], the bit patterns of X.
+        largest: float32 [in], written: max |X| of each column; infinity or NaN if the column holds one.
+        codes: int8 [tokens, in], written: round(X * top / largest).
+        top: the code of the largest value.
+        parts: how many pieces the tokens are cut into, one for each thread.
+    """
+    tokens, width = bits.shape
+    maxima = np.zeros((parts, width), dtype=np.int16)
+    for p in numba.prange(parts):
+        local = np.zeros(width, dtype=np.int16)
+        for t in range(tokens * p // parts, tokens * (p + 1) // parts):
+            for j in range(width):
+                # Without its sign bit, a bfloat16's pattern orders like its magnitude.
+                local[j] = max(local[j], np.int16(bits[t, j] & np.int16(0x7FFF)))
+        maxima[p] = local
+    patterns = np.zeros(width, dtype=np.uint32)
+    for p in range(parts):
+        for j in range(width):
+            patterns[j] = max(patterns[j], np.uint32(maxima[p, j]) << np.uint32(16))
+    largest[:] = patterns.view(np.float32)
+    inverse = np.float32(top) / np.maximum(largest, np.float32(1e-30))
+    for p in numba.prange(parts):
+        row = np.empty(width, dtype=np.uint32)
+        for t in range(tokens * p // parts, tokens * (p + 1) // parts):
+            for j in range(width):
+                row[j] = np.uint32(np.uint16(bits[t, j])) << np.uint32(16)
+            values = row.view(np.float32)
+            for j in range(width):
+                codes[t, j] = np.int8(np.rint(values[j] * inverse[j]))
 
 
 @numba.njit(parallel=True, fastmath={"contract", "nsz"}, cache=True)
-def shrink_ranges(weight, importance, low, high, shrinks, levels, symmetric, out_low, out_high):  # pragma: no cover
+def shrink_ranges(weight, importance, low, high, shrinks, levels, symmetric, out_low, out_high):
     """For every group, the shrink of its range that rounds it with the least weighted squared error.
 
     Args:

@@ -28,10 +28,11 @@ def feedback_factor(matrix: Tensor, order: Tensor, damp_frac: float) -> tuple[Te
     if not float(mean) > 0:
         raise ValueError("the Gram matrix is zero: no calibration token excited this layer's input")
     flipped_order = order.flip(0)
+    info = torch.zeros((), dtype=torch.int32, device=matrix.device)
     while True:
-        flipped = matrix[flipped_order][:, flipped_order]
-        flipped.diagonal().add_(damp_frac * mean)
-        lower, info = torch.linalg.cholesky_ex(flipped)
+        lower = matrix[flipped_order[:, None], flipped_order]
+        lower.diagonal().add_(damp_frac * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
             break
         damp_frac = max(damp_frac * 10, 1e-4)
@@ -39,9 +40,9 @@ def feedback_factor(matrix: Tensor, order: Tensor, damp_frac: float) -> tuple[Te
             raise ValueError("the Gram matrix cannot be factorised, even with its own mean added to the diagonal")
     upper = lower.flip(0, 1)
     diagonal = upper.diagonal().clone()
-    return upper / diagonal, diagonal, damp_frac
+    return upper.div_(diagonal), diagonal, damp_frac
 
 
 def quadratic_error(difference: Tensor, matrix: Tensor) -> Tensor:
-    """tr(D H D^T) for D [out, in] and H [in, in]."""
+    """tr(D H D^T) for D [out, in] and H [in, in], in the precision of the two."""
     return ((difference @ matrix) * difference).sum(dtype=torch.float64)

@@ -31,13 +31,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compresslab.contract import Paper, Solution
 from compresslab.numerics import kernels
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, QuantWeight, fit_minmax, fit_range, per_element, quantize
+from compresslab.numerics.grid import Grid, QuantWeight, fit_minmax, fit_range, quantize
 from compresslab.numerics.linalg import feedback_factor
 
 BLOCK = 64
@@ -134,22 +135,20 @@ def round_with_feedback(
 ) -> Tensor:
     """Codes int8 [out, in] of W under the recurrence above; `feedback` [in, in] has its columns in `order`."""
     out_features, in_features = weight.shape
-    scales, zeros = per_element(scale, zero_point, in_features)
-    scales = scales[:, order].cpu()
-    zeros = torch.zeros_like(scales) if zeros is None else zeros[:, order].cpu()
-    error = weight[:, order].cpu()  # W, turned into W - Q block by block
-    feedback = feedback.cpu()
+    order, feedback = order.cpu(), feedback.cpu()
+    group_of = torch.arange(in_features) // (in_features // scale.shape[1])
+    scales = scale.float().cpu().numpy()
+    zeros = np.zeros_like(scales) if zero_point is None else zero_point.float().cpu().numpy()
+    error = weight.cpu()[:, order]  # W, turned into W - Q block by block
     codes = torch.empty(out_features, in_features, dtype=torch.int8)
     for start in range(0, in_features, BLOCK):
         block = slice(start, min(start + BLOCK, in_features))
         target = torch.addmm(error[:, block], error[:, :start], feedback[:start, block])
         kernels.round_block_with_feedback(
-            target.numpy(), feedback[block, block].contiguous().numpy(), scales[:, block].numpy(),
-            zeros[:, block].numpy(), grid.qmin, grid.qmax, codes[:, block].numpy(), error[:, block].numpy(),
+            target.numpy(), feedback[block, block].contiguous().numpy(), order[block].numpy(), group_of.numpy(),
+            scales, zeros, grid.qmin, grid.qmax, codes.numpy(), error[:, block].numpy(),
         )  # fmt: skip
-    restored = torch.empty_like(codes)
-    restored[:, order.cpu()] = codes
-    return restored.to(weight.device)
+    return codes.to(weight.device)
 
 
 def _remarks(gram: Gram, asked_frac: float, used_frac: float) -> str:

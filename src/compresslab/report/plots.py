@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,9 +24,14 @@ _UNIT_SHAPES = (  # drawn in a box of -1..1
     "M0,-1.25L1.25,0L0,1.25L-1.25,0z",
     "M0,1.15L1.1,-.85H-1.1z",
     "M-.4,-1.1h.8v.7h.7v.8h-.7v.7h-.8v-.7h-.7v-.8h.7z",
+    "M0,-.5L.65,-1.15L1.15,-.65L.5,0L1.15,.65L.65,1.15L0,.5L-.65,1.15L-1.15,.65L-.5,0L-1.15,-.65L-.65,-1.15z",
     "M-1.1,-.5h2.2v1h-2.2z",
-    "M-.5,-1.1h1v2.2h-1z",
 )
+
+
+def plain(text: object) -> str:
+    """Text on one line without control characters (a name may hold anything, escape sequences of terminals too)."""
+    return "".join(" " if c in "\n\r\t" else "\ufffd" if unicodedata.category(c) == "Cc" else c for c in str(text))
 
 
 def number(value: float, unit: str) -> str:
@@ -42,7 +48,13 @@ def number(value: float, unit: str) -> str:
         if size >= 1e6:
             scale, word = (1e9, "billion") if size >= 999.95e6 else (1e6, "million")
             return f"{value / scale:,.1f} {word}"
-        return f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 1 or not size else f"{value:.4g}"
+        return (
+            f"{value:,.0f}"
+            if size >= 1000
+            else f"{value:.2f}"
+            if size >= 1 or not size
+            else f"{value:.{6 if size > 0.99 else 4}g}"
+        )
     if unit == "dB":
         return f"{value:.1f}"
     return (
@@ -126,19 +138,20 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 def _labels(wanted: Sequence[tuple[float, float, str]], width: float, height: float) -> list[Markup]:
     """Texts beside their points, each in the first free place; one that finds none is left out."""
-    taken: list[tuple[float, float, float, float]] = []
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in wanted]  # no label over a point that has one
     made: list[Markup] = []
-    places = [(9.0, 4.0, 0.0), (-9.0, 4.0, -1.0), (0.0, 18.0, -0.5), (0.0, -10.0, -0.5)]
+    places = [(11.0, 4.0, 0.0), (-11.0, 4.0, 1.0), (0.0, 19.0, 0.5), (0.0, -11.0, 0.5)]
     places += [(dx, dy + shift, side) for shift in (14.0, -14.0, 28.0, -28.0) for dx, dy, side in places[:2]]
     for x, y, text in wanted:
-        wide = 6.6 * len(text)
+        wide = 7.6 * len(text)
         for dx, dy, side in places:
-            left, base = x + dx + side * wide, y + dy
-            box = (left, base - 10, left + wide, base + 3)
+            left, base = x + dx - side * wide, y + dy
+            box = (left, base - 11, left + wide, base + 4)
             free = all(box[2] < b[0] or box[0] > b[2] or box[3] < b[1] or box[1] > b[3] for b in taken)
             if free and box[0] >= 0 and box[2] <= width and box[1] >= 0 and box[3] <= height:
                 taken.append(box)
-                made.append(_el("text", text, class_="label", x=left, y=base))
+                anchor = {0.0: "", 0.5: " mid", 1.0: " end"}[side]
+                made.append(_el("text", text, class_=f"label{anchor}", x=x + dx, y=base))
                 break
     return made
 
@@ -164,38 +177,42 @@ def _blocks(layers: Sequence[Layer], count: int) -> tuple[str, list[tuple[int, s
 
 
 def layer_plot(layers: Sequence[Layer], *, width: int = 960, height: int = 380, labelled: int = 5) -> Markup:
-    """SQNR of every layer in network order. Exact layers stand on the upper edge, undefined ones on the lower."""
-    left, right, top, bottom = 46, width - 12, 34, height - 44
+    """SQNR of every layer in network order. Exact layers stand above the scale, undefined ones below."""
     finite = [layer.sqnr_db for layer in layers if math.isfinite(layer.sqnr_db)]
+    exact = any(layer.sqnr_db == math.inf for layer in layers)
+    lost = len(finite) + sum(layer.sqnr_db == math.inf for layer in layers) < len(layers)
+    left, right, top, bottom = (72 if lost else 46), width - 12, (60 if exact else 34), height - (72 if lost else 44)
     marks = ticks(min(finite) - 0.5, max(finite) + 0.5, height // 55) if finite else [0.0, 10.0, 20.0, 30.0]
-    span = marks[-1] - marks[0]
 
     def at(i: int, db: float) -> tuple[float, float]:
-        share = 1.0 if db == math.inf else (db - marks[0]) / span if math.isfinite(db) else 0.0
-        edge = 0 if math.isfinite(db) else -9 if db == math.inf else 9
-        return left + (i + 0.5) * (right - left) / max(len(layers), 1), bottom - share * (bottom - top) + edge
+        x = left + (i + 0.5) * (right - left) / max(len(layers), 1)
+        if not math.isfinite(db):
+            return x, top - 24.0 if db == math.inf else bottom + 26.0
+        return x, bottom - (db - marks[0]) / (marks[-1] - marks[0]) * (bottom - top)
 
-    of = " or ".join(f"the layer's {kind}" for kind in dict.fromkeys(layer.sqnr_of for layer in layers))
+    of = " or ".join(f"the layer's {plain(kind)}" for kind in dict.fromkeys(layer.sqnr_of for layer in layers))
     axis, starts = _blocks(layers, 16 if width > 600 else 7)
     parts = [_el("text", f"SQNR of {of}, dB (higher is better)", class_="axis", x=0, y=13)]
     parts += [_across(at(0, mark)[1], left, right, f"{mark:g}") for mark in marks]
-    if any(layer.sqnr_db == math.inf for layer in layers):
-        parts.append(_el("text", "exact", class_="tick end", x=left - 8, y=top - 8))
+    parts += [_across(top - 24.0, left, right, "exact")] if exact else []
+    parts += [_across(bottom + 26.0, left, right, "undefined")] if lost else []
+    floor = height - 44
     for i, text in starts:
-        parts.append(_el("text", text, class_="tick mid", x=at(i, 0)[0], y=bottom + 26))
-        parts.append(_el("line", class_="grid", x1=at(i, 0)[0], x2=at(i, 0)[0], y1=bottom + 10, y2=bottom + 14))
+        parts.append(_el("text", text, class_="tick mid", x=at(i, 0)[0], y=floor + 26))
+        parts.append(_el("line", class_="grid", x1=at(i, 0)[0], x2=at(i, 0)[0], y1=floor + 10, y2=floor + 14))
     parts.append(_el("text", f"{axis}, in network order", class_="axis end", x=right, y=height - 3))
     colours = roles(layers)
     points = [(layer, *at(i, layer.sqnr_db)) for i, layer in enumerate(layers)]
     for name, colour in colours.items():
         own = [(x, y) for layer, x, y in points if role(layer.name) == name and math.isfinite(layer.sqnr_db)]
         parts.append(_el("polyline", class_=f"trace k{colour}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in own)))
-    radius = 3.4 if width > 600 else 2.5
+    radius = 3.7 if width > 600 else 2.7
     for layer, x, y in points:
-        title = f"{layer.name}\n{decibel(layer)}, {layer.bits_per_weight:.2f} bits per weight"
+        title = f"{plain(layer.name)}\n{decibel(layer)}, {layer.bits_per_weight:.2f} bits per weight"
         parts.append(_glyph(colours[role(layer.name)], x, y, radius, title=title))
-    bad = {id(layer) for layer in worst(layers, labelled)}
-    parts += _labels([(x, y, _short(layer.name)) for layer, x, y in points if id(layer) in bad], width, bottom + 12)
+    places = {id(layer): (x, y) for layer, x, y in points}
+    named = [(*places[id(layer)], _short(plain(layer.name))) for layer in worst(layers, labelled)]
+    parts += _labels(named, width, floor + 12)
     return _svg(width, height, "Signal to quantisation-noise ratio of every layer", parts, "plot")
 
 
@@ -212,7 +229,7 @@ def byte_bar(parts: Sequence[Bytes], side: str, label: str) -> Markup:
     start, rects = 0, []
     for i, part in enumerate(parts):
         size = part.before_bytes if side == "before" else part.after_bytes
-        title = _el("title", f"{part.kind}: {human(size, 'bytes')}")
+        title = _el("title", f"{plain(part.kind)}: {human(size, 'bytes')}")
         x, wide = f"{100 * start / total:.4f}%", f"{100 * size / total:.4f}%"
         css = f"seg k{min(i, COLOURS - 1)}"
         rects.append(_el("rect", title, class_=css, data_bytes=size, x=x, y=0, width=wide, height=36))
@@ -267,7 +284,8 @@ def size_plot(points: Sequence[Point], *, width: int = 960, height: int = 400) -
     parts += [_across(at(0, y)[1], left, right, f"{y:,g}") for y in ys]
     for x in xs[:: 1 if width > 600 else 2]:
         place = "tick end" if x == xs[-1] else "tick mid"
-        parts.append(_el("text", human(x, "bytes").replace(".0 ", " "), class_=place, x=at(x, ys[0])[0], y=bottom + 20))
+        value = human(x, "bytes").replace(".0 ", " ") if x else "0"
+        parts.append(_el("text", value, class_=place, x=at(x, ys[0])[0], y=bottom + 20))
     parts.append(_el("text", "bytes of the weights (smaller is better)", class_="axis end", x=right, y=height - 6))
     wanted = []
     for p in points:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +22,7 @@ from rich.text import Text
 
 from compresslab.errors import CompressLabError
 from compresslab.report import plots
-from compresslab.report.plots import decibel, human, number
+from compresslab.report.plots import decibel, human, number, plain
 from compresslab.report.schema import Measurement, Report
 
 __all__ = ["compare_html", "compare_markdown", "compare_terminal", "human", "to_html", "to_markdown", "to_terminal"]
@@ -72,11 +71,6 @@ class Row:
         return [f"{k}: {v}" for k, v in told.items()] if len(set(told.values())) > 1 else list(told.values())[:1]
 
 
-def plain(text: object) -> str:
-    """Text on one line without control characters (a name may hold anything, escape sequences of terminals too)."""
-    return "".join(" " if c in "\n\r\t" else "\ufffd" if unicodedata.category(c) == "Cc" else c for c in str(text))
-
-
 def _times(ratio: float) -> str:
     return f"{ratio:,.{0 if ratio >= 9.95 else 1 if ratio >= 1.095 else 2}f}x"
 
@@ -93,16 +87,15 @@ def _change(before: Measurement, after: Measurement) -> tuple[str, str]:
     if before.unit not in _DIRECTIONS:
         share = 100 * (a / b - 1)
         tone = ("bad" if a > b else "good") if before.name == "perplexity" else ""
-        return f"{share:+.1f} %" if abs(share) >= 0.095 else f"{share:+.1g} %", tone
+        return f"{share:+,.1f} %" if abs(share) >= 0.095 else f"{share:+.1g} %", tone
     good, bad, more = _DIRECTIONS[before.unit]
-    well = (a > b) == more
-    ratio = max(a / b, b / a)
+    well, ratio = (a > b) == more, max(a / b, b / a)
+    text, tone = f"{_times(ratio)} {good if well else bad}", "good" if well else "bad"
     if ratio < 1.005:
-        return "about the same", "same"
-    text = f"{_times(ratio)} {good if well else bad}"
-    if abs(a - b) <= (before.spread or 0) + (after.spread or 0):
-        return f"{text}, within spread", "same"
-    return text, "good" if well else "bad"
+        text, tone = "about the same", "same"
+    elif abs(a - b) <= (before.spread or 0) + (after.spread or 0):
+        text, tone = f"{text}, within spread", "same"
+    return text, tone
 
 
 def table_rows(report: Report) -> list[Row]:
@@ -118,21 +111,25 @@ def table_rows(report: Report) -> list[Row]:
 
 
 def claims(report: Report) -> list[tuple[str, str]]:
-    """The verdict as clauses with their tones; made only of what was measured on both sides."""
+    """The verdict as clauses with their tones; made only of what was measured."""
     pairs = {b.name: (b, a) for b, a in report.pairs()}
+    after = {m.name: m for m in report.after}
     made: list[tuple[str, str]] = []
     size = next((name for name in ("disk_bytes", "weight_bytes") if name in pairs), None)
     if size:
         text, tone = _change(*pairs[size])
         made.append((f"size {text}" if tone == "same" else text, tone))
-    speed = next((name for name in ("decode_tokens_per_s", "decode_ms_per_token") if name in pairs), None)
+    speeds = {"decode_tokens_per_s": "decode", "decode_ms_per_token": "decode", "forward_ms": "forward"}
+    speed = next((name for name in speeds if name in pairs), None)
     if speed:
-        text, tone = _change(*pairs[speed])
-        made.append(("decode as fast as before, within spread" if "within" in text else f"decode {text}", tone))
+        (text, tone), what = _change(*pairs[speed]), speeds[speed]
+        made.append((f"{what} as fast as before, within spread" if "within" in text else f"{what} {text}", tone))
     if "perplexity" in pairs:
         b, a = pairs["perplexity"]
         text, tone = _change(b, a)
         made.append((f"perplexity {human(b.value, '1')} -> {human(a.value, '1')} ({text})", tone))
+    elif "output_cosine" in after:
+        made.append((f"output cosine {human(after['output_cosine'].value, '1')}", ""))
     return made or [("nothing was measured both before and after", "")]
 
 
@@ -151,6 +148,11 @@ def _spread(m: Measurement | None) -> str:
         return ""
     digits = max(0, 1 - math.floor(math.log10(m.spread))) if 0 < m.spread < math.inf else 0
     return f"± {number(m.spread, m.unit) if m.unit == 'bytes' else f'{m.spread:,.{digits}f}'}"
+
+
+def _share(size: int, total: int) -> str:
+    share = 100 * size / total
+    return f"{share:.1f} %" if share >= 0.1 else "< 0.1 %"
 
 
 def notes(report: Report) -> list[tuple[str, list[str]]]:
@@ -279,8 +281,10 @@ def limitations(report: Report) -> list[str]:
             f"Perplexity went from {human(b.value, '1')} to {human(a.value, '1')} ({_change(b, a)[0]}). "
             "Tasks, languages and lengths that were not measured can lose more than that."
         )
+        if (b.conditions, b.n) != (a.conditions, a.n):
+            found.append("Perplexity was measured under different conditions before and after (see the table).")
     else:
-        found.append("Perplexity was not measured before and after: nothing here says how much quality was lost.")
+        found.append("Perplexity was not measured before and after: the table holds all that is known of quality.")
     slower = [row.label for row in table_rows(report) if "slower" in row.change and row.tone == "bad"]
     if slower:
         found.append(f"Slower than the original on the machine below: {', '.join(slower)}.")
@@ -355,7 +359,9 @@ def to_markdown(report: Report) -> str:
 def _template() -> Template:
     folder = FileSystemLoader(Path(__file__).parent)
     made = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters.update(human=human, decibel=decibel, cell=_cell, spread=_spread, plain=plain, facts=facts)
+    made.filters.update(
+        human=human, decibel=decibel, cell=_cell, spread=_spread, share=_share, plain=plain, facts=facts
+    )
     return made.get_template("template.html")
 
 
@@ -505,7 +511,7 @@ def compare_markdown(reports: Sequence[Report]) -> str:
     """Several runs as a Markdown table."""
     found = comparison(reports)
     parts = ["# Runs compared", _md_table(found.head, found.rows)]
-    parts += [f"**Not comparable as they stand.** {md(caveat)}" for caveat in found.caveats]
+    parts += [f"**Compare with care.** {md(caveat)}" for caveat in found.caveats]
     parts.append("\n".join(f"- perplexity [{letter}]: {md(text)}" for letter, text in found.conditions))
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,0 +1,296 @@
+"""The command line: a thin skin over the Python calls. Faults a user can mend are one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from compresslab.errors import CompressLabError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+out_console = Console()
+error_console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def main() -> None:
+    """Entry point of the `compresslab` command."""
+    try:
+        app()
+    except CompressLabError as error:
+        error_console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        error_console.print("stopped. Run the same command again to go on where it stopped.", highlight=False)
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or a name from `compresslab models`.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see `compresslab recipes`) or a YAML file.")] = "w4a16-gptq",
+    data: Annotated[str, typer.Option(help="Text: a name from `compresslab datasets`, a file, or a hub id.")] = "wiki",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Leave these layers in float; shell pattern, repeatable.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")] = 24,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
+    measure: Annotated[bool, typer.Option(help="Measure quality and speed before and after.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it would take; do nothing.")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Compress a model into a folder, and measure what that changed."""
+    from compresslab import pipeline
+    from compresslab.report import render
+
+    settings = _settings(set_ or [], samples, sequence_length)
+    if ignore:
+        from compresslab import recipe as recipes
+
+        settings["ignore"] = [*recipes.read(recipe).ignore, *ignore]
+    if dry_run:
+        _show_plan(*pipeline.plan_only(model, recipe, settings=settings, device=device), as_json)
+        return
+    with _bars(silent=quiet or as_json) as progress:
+        artifact, report = pipeline.compress(
+            model, recipe, data, out=out, settings=settings, seed=seed, device=device, force=force, measure=measure,
+            evaluation_windows=windows, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print(report.model_dump_json(indent=1))  # noqa: T201
+    elif not quiet:
+        out_console.print(render.to_terminal(report))
+        out_console.print(f"\nartifact  {artifact.folder}", highlight=False, soft_wrap=True)
+        out_console.print(f"report    {artifact.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _settings(pairs: list[str], samples: int | None, sequence_length: int | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise CompressLabError(f"--set takes KEY=VALUE, not '{pair}'")
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise CompressLabError(f"--set {key}: '{value}' is not a plain value") from None
+    if samples is not None:
+        settings["calibration.samples"] = samples
+    if sequence_length is not None:
+        settings["calibration.sequence_length"] = sequence_length
+    return settings
+
+
+@contextmanager
+def _bars(silent: bool) -> Iterator[Any]:
+    """A progress bar with the time left, as the callbacks that pipeline.compress takes."""
+    from compresslab.pipeline import Progress
+
+    if silent:
+        yield Progress()
+        return
+    bars = Bars(
+        TextColumn("{task.description:<8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=error_console, transient=not error_console.is_terminal,
+    )  # fmt: skip
+    with bars:
+        yield Progress(
+            stage=lambda name, steps: bars.add_task(name, total=steps),
+            step=lambda what: bars.advance(bars.task_ids[-1]),
+        )
+
+
+def _show_plan(plan: Any, estimate: Any, recipe: Any, as_json: bool) -> None:
+    from compresslab.report.render import human
+
+    facts = {
+        "layers": len(plan.layers),
+        "blocks": sum(1 for unit in plan.units if unit.name),
+        "skipped": plan.skipped,
+        "memory_bytes": estimate.memory_bytes,
+        "disk_bytes": estimate.disk_bytes,
+        "artifact_bytes": estimate.artifact_bytes,
+        "seconds": round(estimate.seconds, 1),
+        "seconds_by_part": {part: round(seconds, 1) for part, seconds in estimate.parts.items()},
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=1))  # noqa: T201
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("layers to compress", f"{facts['layers']} in {facts['blocks']} blocks")
+    for name, reason in plan.skipped.items():
+        table.add_row("left in float", f"{name}: {reason}")
+    table.add_row("weights after", human(estimate.artifact_bytes, "bytes"))
+    table.add_row("memory, at most", human(estimate.memory_bytes, "bytes"))
+    table.add_row("disk while it runs", human(estimate.disk_bytes, "bytes"))
+    table.add_row("time, without measuring", f"about {estimate.seconds:.0f} s")
+    out_console.print(table)
+    out_console.print("dry run: nothing was written")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model or an artifact: folder, zoo name or hub id.")],
+    data: Annotated[str, typer.Option(help="Text to predict; its test split is used.")] = "wiki",
+    windows: Annotated[int, typer.Option(help="How many windows.")] = 24,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity over fixed windows, speed and peak memory of one model, in a fresh process."""
+    from compresslab import evaluation
+
+    found = evaluation.evaluate(model, data, windows=windows, length=length, device=device)
+    _show_measurements(found, as_json)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="The compressed model: an artifact's folder.")],
+    against: Annotated[str, typer.Option(help="The uncompressed model.")],
+    prompt: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds; the two models take turns in each.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads; by default what torch would take.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Latency of prefill and decode of two models in turn: median and spread, threads pinned, after a warm-up."""
+    from compresslab import evaluation
+
+    found = evaluation.bench(model, against, prompt=prompt, tokens=tokens, rounds=rounds, threads=threads)
+    if as_json:
+        print(json.dumps([pair.model_dump(mode="json") for pair in found], indent=1))  # noqa: T201
+        return
+    from compresslab.report.render import human
+
+    table = Table("", "compressed", "uncompressed", "ratio, pair by pair", box=None, pad_edge=False)
+    for pair in found:
+        a, b = pair.compressed, pair.uncompressed
+        table.add_row(
+            a.name.removesuffix("_ms").replace("_", " "),
+            f"{human(a.value, a.unit)} ± {human(a.spread or 0, a.unit)}",
+            f"{human(b.value, b.unit)} ± {human(b.spread or 0, b.unit)}",
+            f"{pair.ratio:.2f} ({pair.ratio_low:.2f} to {pair.ratio_high:.2f})",
+        )
+    out_console.print(table)
+    out_console.print(f"{found[0].compressed.device}; {found[0].compressed.conditions}", highlight=False)
+
+
+def _show_measurements(found: list[Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([m.model_dump(mode="json") for m in found], indent=1))  # noqa: T201
+        return
+    from compresslab.report.render import human
+
+    table = Table("", "value", "±", "conditions", box=None, pad_edge=False)
+    for m in found:
+        name = m.name.removesuffix("_bytes").removesuffix("_ms").removesuffix("_per_s").replace("_", " ")
+        table.add_row(name, human(m.value, m.unit), human(m.spread, m.unit) if m.spread else "", m.conditions)
+    out_console.print(table)
+    out_console.print(found[-1].device, highlight=False)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Artifacts, or report.json files.")],
+    html: Annotated[Path | None, typer.Option(help="Write the comparison as one HTML file.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Show one report, or compare several runs in one table and one plot of quality against size."""
+    from compresslab.report import render
+    from compresslab.report.schema import read_report
+
+    reports = [read_report(folder) for folder in folders]
+    one = len(reports) == 1
+    if html is not None:
+        html.write_text(render.to_html(reports[0]) if one else render.compare_html(reports), encoding="utf-8")
+        out_console.print(f"wrote {html}", highlight=False, soft_wrap=True)
+    elif markdown:
+        print(render.to_markdown(reports[0]) if one else render.compare_markdown(reports))  # noqa: T201
+    else:
+        out_console.print(render.to_terminal(reports[0]) if one else render.compare_terminal(reports))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """The offline zoo: models that come through pip, and whether they are cached."""
+    from compresslab import zoo
+    from compresslab.report.render import human
+
+    rows = [
+        {"name": m.name, "kind": m.kind, "size_bytes": m.size_bytes, "licence": m.licence, "cached": zoo.is_cached(m.name),
+         "description": m.description}
+        for m in zoo.MODELS.values()
+    ]  # fmt: skip
+    _table(rows, as_json, lambda row: [
+        row["name"], row["kind"], human(row["size_bytes"], "bytes"), row["licence"], "yes" if row["cached"] else "no",
+        row["description"],
+    ], ["name", "kind", "size", "licence", "cached", ""])  # fmt: skip
+
+
+@app.command()
+def datasets(as_json: Json = False) -> None:
+    """The offline data sets, and whether they are cached."""
+    from compresslab import data
+    from compresslab.report.render import human
+
+    rows = [
+        {"name": name, "kind": d.kind, "size_bytes": d.size_bytes, "licence": d.licence, "cached": data.is_cached(name),
+         "description": d.description}
+        for name, d in data.DATASETS.items()
+    ]  # fmt: skip
+    _table(rows, as_json, lambda row: [
+        row["name"], row["kind"], human(row["size_bytes"], "bytes"), row["licence"], "yes" if row["cached"] else "no",
+        row["description"],
+    ], ["name", "kind", "size", "licence", "cached", ""])  # fmt: skip
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show this one whole.")] = None, as_json: Json = False) -> None:
+    """The recipes that come with CompressLab."""
+    from compresslab import recipe
+
+    if name is not None:
+        chosen = recipe.read(name)
+        print(chosen.model_dump_json(indent=1) if as_json else chosen.to_yaml())  # noqa: T201
+        return
+    rows = [{"name": key, "summary": recipe.read(key).summary} for key in recipe.shipped()]
+    _table(rows, as_json, lambda row: [row["name"], row["summary"]], ["recipe", "what it does"])
+
+
+def _table(rows: list[dict[str, Any]], as_json: bool, cells: Any, head: list[str]) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))  # noqa: T201
+        return
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*cells(row))
+    out_console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""`compresslab evaluate` and `compresslab bench`: one model measured, and two models timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from compresslab import data as datasets
+from compresslab import models
+from compresslab.errors import CompressLabError
+from compresslab.measure import fresh, size, speed
+from compresslab.report.schema import Frozen, Measurement
+
+
+def evaluate(
+    model: str | Path, data: str = "wiki", *, windows: int = 24, length: int = 512, device: str = "auto"
+) -> list[Measurement]:
+    """Size, speed, peak memory and quality of a model or an artifact, opened in a fresh process.
+
+    Raises:
+        CompressLabError: if there is no such model, or too little text.
+    """
+    from compresslab.pipeline import pick_device
+
+    folder = models.locate(model)
+    tokens = datasets.windows(data, models.load_tokenizer(folder, str(model)), length=length, count=windows)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "windows.safetensors"
+        save_file({"input_ids": tokens}, path)
+        job = fresh.Job(
+            folder=folder, windows=path, source=f"{data}, test split", device=str(pick_device(device)),
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        return [*size.measure(folder), *fresh.measure(job).measurements]
+
+
+class Pair(Frozen):
+    """The same quantity of two models, measured in turn; ratios are compressed / uncompressed, round by round."""
+
+    compressed: Measurement
+    uncompressed: Measurement
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def bench(
+    model: str | Path, against: str | Path, *, prompt: int = 128, tokens: int = 32, rounds: int = 5,
+    threads: int | None = None,
+) -> list[Pair]:  # fmt: skip
+    """Prefill and decode latency in ms of two language models, in turns A B A B ... so that drift hits both alike.
+
+    Raises:
+        CompressLabError: if either is not there or is not a language model.
+    """
+    torch.set_num_threads(threads or torch.get_num_threads())
+    loaded = [models.load(models.locate(name)) for name in (model, against)]
+    for name, found in zip((model, against), loaded, strict=True):
+        if not models.is_language_model(found):
+            raise CompressLabError(f"'{name}' is no causal language model: there is nothing to decode")
+    vocabulary = min(int(found.config.vocab_size) for found in loaded)
+    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    times: dict[str, tuple[list[float], list[float]]] = {"prefill_ms": ([], []), "decode_ms_per_token": ([], [])}
+    for round_ in range(rounds + 1):
+        for side, found in enumerate(loaded):
+            with torch.inference_mode():
+                (prefill,) = speed.time_ms(lambda m=found: m(ids, use_cache=False, logits_to_keep=1), 1, warm_up=0)
+            decoder = speed.Decoder(found, ids[:, :32])
+            step = statistics.median(speed.time_ms(decoder.step, tokens, warm_up=2))
+            if round_:  # the first round warms up
+                times["prefill_ms"][side].append(prefill)
+                times["decode_ms_per_token"][side].append(step)
+    conditions = {
+        "prefill_ms": f"{prompt} tokens, batch 1, {rounds} rounds in turn",
+        "decode_ms_per_token": f"{tokens} tokens after 32, batch 1, {rounds} rounds in turn",
+    }
+    return [_pair(name, *sides, conditions[name]) for name, sides in times.items()]
+
+
+def _pair(name: str, ours: list[float], theirs: list[float], conditions: str) -> Pair:
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    cpu = torch.device("cpu")
+    return Pair(
+        compressed=speed.summary(name, ours, "ms", cpu, conditions),
+        uncompressed=speed.summary(name, theirs, "ms", cpu, conditions),
+        ratio=statistics.median(ratios),
+        ratio_low=min(ratios),
+        ratio_high=max(ratios),
+    )

@@ -1,0 +1,132 @@
+"""Measuring in a process of its own, which has nothing in memory but the model it opened from disk.
+
+`measure(job)` starts `python -m compresslab.measure.fresh JOB RESULT`. There the folder is opened by plain transformers:
+once in the dtype its config asks for, to time it and to read the peak memory; once in float32, to compare every
+de-quantised weight with what was solved, bit by bit, and to take the quality.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compresslab.errors import CompressLabError
+from compresslab.report.schema import Frozen, Measurement
+
+
+class Job(Frozen):
+    """What to measure.
+
+    Attributes:
+        folder: the model.
+        windows: safetensors file with "input_ids" [n, L], or None to leave quality and speed out.
+        reference: file for the hidden states of the uncompressed encoder; written if absent, compared with if there.
+        weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
+        source: where the windows come from, in words.
+    """
+
+    folder: Path
+    windows: Path | None = None
+    reference: Path | None = None
+    weights_sha256: dict[str, str] = Field(default_factory=dict)
+    source: str = ""
+    device: str = "cpu"
+    threads: int = 1
+    speed: bool = True
+
+
+class Result(Frozen):
+    measurements: tuple[Measurement, ...]
+    weights_compared: int
+    weights_differing: tuple[str, ...]
+
+
+def measure(job: Job) -> Result:
+    """Run a job in a fresh process.
+
+    Raises:
+        CompressLabError: if the process fails, with the last line it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spec, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        spec.write_text(job.model_dump_json(), encoding="utf-8")
+        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "TRANSFORMERS_VERBOSITY": "error"}
+        command = [sys.executable, "-m", "compresslab.measure.fresh", str(spec), str(result)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            raise CompressLabError(f"measuring {job.folder} in a fresh process failed: {said[-1]}")
+        return Result.model_validate_json(result.read_text(encoding="utf-8"))
+
+
+def _run(job: Job) -> Result:
+    from compresslab import models
+    from compresslab.measure import quality, speed
+    from compresslab.measure.environment import device_label, peak_memory_bytes
+
+    torch.set_num_threads(job.threads)
+    found: list[Measurement] = []
+    windows = None if job.windows is None else load_file(job.windows)["input_ids"]
+    started = time.perf_counter()
+    model = models.load(job.folder).to(job.device)
+    load_ms = (time.perf_counter() - started) * 1000
+    opened = f"opened by transformers, {str(model.dtype).removeprefix('torch.')}"
+    if windows is not None and job.speed:
+        if models.is_language_model(model):
+            found += speed.language_model_speed(model, windows[:1, :128], conditions="transformers")
+        else:
+            found += speed.encoder_speed(model, windows[:1, :128], conditions="transformers")
+    where = device_label(job.device)
+    found.append(Measurement(name="load_ms", value=load_ms, unit="ms", n=1, device=where, conditions=opened))
+    peak = peak_memory_bytes()
+    found.append(
+        Measurement(name="peak_memory_bytes", value=peak, unit="bytes", n=1, device=where,
+                    conditions=f"resident memory of a fresh process that {opened}, ran a prompt of 128 tokens and decoded")
+    )  # fmt: skip
+    del model
+    gc.collect()
+    model = models.load(job.folder, dtype=torch.float32).to(job.device)
+    if windows is not None:
+        found += _quality(job, model, windows)
+    differing = [name for name, sha256 in job.weights_sha256.items() if _hash(model, name) != sha256]
+    return Result(
+        measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
+    )
+
+
+def _quality(job: Job, model: torch.nn.Module, windows: Tensor) -> list[Measurement]:
+    from compresslab import models
+    from compresslab.measure import quality
+
+    if models.is_language_model(model):
+        return [quality.perplexity(model, windows, conditions=job.source)]
+    if job.reference is None or not hasattr(model, "config"):
+        return []
+    states = quality.hidden_states(model, windows)
+    if not job.reference.exists():
+        save_file({"states": states}, job.reference)
+        return []
+    return [quality.output_cosine(load_file(job.reference)["states"], states, conditions=job.source)]
+
+
+def _hash(model: torch.nn.Module, layer: str) -> str:
+    from compresslab.artifact import weight_sha256
+
+    return weight_sha256(model.get_submodule(layer).weight)
+
+
+if __name__ == "__main__":
+    spec_path, result_path = map(Path, sys.argv[1:3])
+    answer = _run(Job.model_validate(json.loads(spec_path.read_text(encoding="utf-8")) ))
+    result_path.write_text(answer.model_dump_json(), encoding="utf-8")

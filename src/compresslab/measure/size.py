@@ -1,0 +1,78 @@
+"""Size: bytes on disk, and what they are spent on."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from compresslab.report.schema import Bytes, Measurement
+
+# Written after the model is measured, or about it: not part of what a user must carry to run the model.
+ABOUT = {"report.json", "report.html", "README.md", "compresslab.json", "zoo.json", "LICENSE"}
+KINDS = ("codes", "scales", "zero points", "embeddings", "other weights", "norms and biases", "file headers")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def measure(folder: Path) -> list[Measurement]:
+    """disk_bytes, of all files needed to run the model, and weight_bytes, of the safetensors files."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ABOUT]
+    weights = weight_files(folder)
+
+    def total(name: str, paths: list[Path], conditions: str) -> Measurement:
+        size = sum(path.stat().st_size for path in paths)
+        return Measurement(
+            name=name, value=size, unit="bytes", n=len(paths), device="disk", conditions=conditions
+        )
+
+    return [
+        total("disk_bytes", files, "all files of the model's folder but reports"),
+        total("weight_bytes", weights, "safetensors files, with scales and headers"),
+    ]
+
+
+def by_kind(folder: Path, embeddings: set[str]) -> dict[str, int]:
+    """Bytes of the weight files by kind; they add up to the size of the files.
+
+    Args:
+        embeddings: names of the tensors that are embedding tables or output heads.
+    """
+    found = dict.fromkeys(KINDS, 0)
+    for path in weight_files(folder):
+        header_bytes, header = read_header(path)
+        found["file headers"] += header_bytes
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            found[_kind(name, entry, embeddings)] += stop - start
+    return found
+
+
+def read_header(path: Path) -> tuple[int, dict[str, dict]]:
+    """Length of a safetensors file's header in bytes, and its entries by tensor name."""
+    with path.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    return 8 + length, header
+
+
+def _kind(name: str, entry: dict, embeddings: set[str]) -> str:
+    leaf = name.rpartition(".")[2]
+    if leaf == "weight_packed" or entry["dtype"] == "I8":
+        return "codes"
+    if leaf in ("weight_scale", "weight_shape"):
+        return "scales"
+    if leaf == "weight_zero_point":
+        return "zero points"
+    if name in embeddings:
+        return "embeddings"
+    return "norms and biases" if len(entry["shape"]) < 2 else "other weights"
+
+
+def compare(before: Path, after: Path, embeddings: set[str]) -> tuple[Bytes, ...]:
+    """Bytes by kind of two folders, leaving out kinds that neither has."""
+    old, new = by_kind(before, embeddings), by_kind(after, embeddings)
+    return tuple(Bytes(kind=k, before_bytes=old[k], after_bytes=new[k]) for k in KINDS if old[k] or new[k])

@@ -1,0 +1,309 @@
+"""compress(): the whole data flow on one page.
+
+    read -> plan and preflight -> calibrate -> solve layer by layer, writing codes -> assemble
+         -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
+
+Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from compresslab import data as datasets
+from compresslab import layerwise, models, preflight
+from compresslab import recipe as recipes
+from compresslab.artifact import Artifact, Writer, check_output
+from compresslab.contract import LayerRecord, Solver
+from compresslab.deploy.compressed_tensors import Layout
+from compresslab.errors import CompressLabError
+from compresslab.measure import environment, fresh, size
+from compresslab.numerics.gram import best_precision
+from compresslab.recipe import Recipe
+from compresslab.report import render
+from compresslab.report.schema import Layer, Parity, Report
+
+BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a caller may want to show while it waits. Every callback has a do-nothing default."""
+
+    stage: Callable[[str, int], None] = lambda name, steps: None
+    step: Callable[[str], None] = lambda what: None
+
+
+def compress(
+    model: str | Path | nn.Module,
+    recipe: str | Path | Recipe = recipes.DEFAULT,
+    data: str | datasets.Calibration | None = "wiki",
+    *,
+    out: str | Path,
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    measure: bool = True,
+    evaluation_windows: int = 24,
+    progress: Progress | None = None,
+) -> tuple[Artifact, Report]:
+    """Compress a model into a folder, and measure what that changed.
+
+    Args:
+        model: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed.
+        recipe: a shipped recipe's name, a YAML file, or a Recipe.
+        data: text for calibration and evaluation (see data.py), or a ready Calibration; a method without data uses it
+            for the evaluation only. None leaves both out.
+        out: the folder to make. A run that was killed goes on where it stopped when it is called again.
+        settings: overrides of the recipe's settings, as `--set` gives them.
+        measure: measure size, speed and quality before and after; otherwise only size and parity.
+
+    Returns:
+        The finished artifact and its report.
+
+    Raises:
+        CompressLabError: whatever the user can mend, before any file is written where possible.
+    """
+    progress, out, clock = progress or Progress(), Path(out), Clock()
+    where = pick_device(device)
+
+    with clock("read"):
+        check_output(out, force)
+        chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
+        chosen = chosen.override(settings) if settings else chosen
+        solver, layout = _solver(chosen)
+        source = models.find(model)
+        plan = layerwise.make_plan(source, chosen.ignore)
+        _check_layers(source, plan, layout)
+        calibration = _calibration(source, solver, chosen, data, seed)
+        tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
+        preflight.check(preflight.estimate(source, plan, solver, *tokens, where), out)
+
+    with Writer(out, _key(source, chosen, calibration, seed, where), force=force) as writer:
+        with clock("calibrate and solve"):
+            progress.stage("solve", len(plan.layers))
+            for record in writer.records():
+                progress.step(record.name)
+            layerwise.run(_job(source, plan, chosen, solver, layout, calibration, writer, where, progress))
+        with clock("write"):
+            folder = writer.assemble(source, layout.config(list(plan.skipped)))
+        with clock("measure"), _original(source, model) as original:
+            progress.stage("measure", 2 if measure else 1)
+            before, after = _measure(source, original, folder, writer, data, measure, evaluation_windows, where, progress)
+        report = Report(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            title=f"{source.name}, {chosen.name}",
+            recipe=chosen.model_dump(mode="json"),
+            model=_describe(source),
+            data=None if calibration is None else _data_fields(calibration),
+            environment=environment.describe(where),
+            seconds=clock.seconds,
+            before=(*size.measure(original), *(before.measurements if before else ())),
+            after=(*size.measure(folder), *after.measurements),
+            layers=tuple(Layer(**dataclasses.asdict(record)) for record in writer.records()),
+            skipped=plan.skipped,
+            bytes=size.compare(original, folder, _embeddings(source)),
+            parity=Parity(runtime="transformers", tensors=after.weights_compared, max_abs_difference=0.0),
+        )
+        report.save(folder)
+        (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
+        (folder / "report.html").write_text(render.to_html(report), encoding="utf-8")
+        return writer.publish(folder), report
+
+
+def plan_only(
+    model: str | Path | nn.Module,
+    recipe: str | Path | Recipe = recipes.DEFAULT,
+    *,
+    settings: dict[str, Any] | None = None,
+    device: str = "auto",
+) -> tuple[layerwise.Plan, preflight.Estimate, Recipe]:
+    """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
+    chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
+    chosen = chosen.override(settings) if settings else chosen
+    solver, layout = _solver(chosen)
+    source = models.find(model)
+    plan = layerwise.make_plan(source, chosen.ignore)
+    _check_layers(source, plan, layout)
+    tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if solver.needs_data else (0, 0)
+    return plan, preflight.estimate(source, plan, solver, *tokens, pick_device(device)), chosen
+
+
+class Clock:
+    """Wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - started
+
+
+def pick_device(device: str) -> torch.device:
+    """A torch device; "auto" is the GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise CompressLabError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]})") from None
+    return chosen
+
+
+def _solver(recipe: Recipe) -> tuple[Solver, Layout]:
+    if len(recipe.steps) != 1:
+        raise CompressLabError(f"recipe '{recipe.name}' has {len(recipe.steps)} steps: one quantisation step at a time so far")
+    solver = recipe.steps[0].build()
+    assert isinstance(solver, Solver)
+    return solver, Layout(solver)
+
+
+def _check_layers(source: models.Source, plan: layerwise.Plan, layout: Layout) -> None:
+    skeleton = source.skeleton()
+    for name in plan.layers:
+        layout.check_module(name, skeleton.get_submodule(name))
+
+
+def _calibration(
+    source: models.Source, solver: Solver, recipe: Recipe, data: str | datasets.Calibration | None, seed: int
+) -> datasets.Calibration | None:
+    if not solver.needs_data:
+        return None
+    if data is None:
+        raise CompressLabError(f"method {recipe.steps[0].method} needs calibration data: name it with --data, e.g. wiki")
+    if isinstance(data, datasets.Calibration):
+        return data
+    length = recipe.calibration.sequence_length
+    return datasets.calibration(
+        data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
+        batch_size=max(1, BATCH_TOKENS // length),
+    )  # fmt: skip
+
+
+def _key(
+    source: models.Source, recipe: Recipe, calibration: datasets.Calibration | None, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """All that the codes depend on: a run is only continued by the same one."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": source.weights.sha256,
+        "data": None if calibration is None else calibration.sha256,
+        "seed": seed,
+        "version": environment.version(),
+        "device": device.type,
+        "compute_dtype": str(layerwise.best_compute_dtype(device)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _job(
+    source: models.Source, plan: layerwise.Plan, recipe: Recipe, solver: Solver, layout: Layout,
+    calibration: datasets.Calibration | None, writer: Writer, device: torch.device, progress: Progress,
+) -> layerwise.Job:  # fmt: skip
+    def on_layer(record: LayerRecord) -> None:
+        progress.step(record.name)
+
+    return layerwise.Job(
+        source=source,
+        plan=plan,
+        method=recipe.steps[0].method,
+        solver=solver,
+        batches=None if calibration is None else calibration.batches,
+        sink=writer,
+        encode=layout.encode,
+        device=device,
+        compute_dtype=layerwise.best_compute_dtype(device),
+        gram_precision=best_precision(device),
+        on_layer=on_layer,
+    )
+
+
+@contextmanager
+def _original(source: models.Source, model: Any) -> Iterator[Path]:
+    """The uncompressed model as a folder; one that was given as an object is saved for the time of measuring."""
+    if source.folder is not None:
+        yield source.folder
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        yield Path(folder)
+
+
+def _measure(
+    source: models.Source, original: Path, folder: Path, writer: Writer, data: Any, everything: bool, count: int,
+    device: torch.device, progress: Progress,
+) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
+    """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
+
+    Raises:
+        CompressLabError: if a reloaded weight is not bit-equal to the solved one.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        windows, said = None, ""
+        if everything and isinstance(data, str) and source.has_tokenizer():
+            tokens = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
+            windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
+            save_file({"input_ids": tokens}, windows)
+        job = fresh.Job(
+            folder=original, windows=windows, reference=Path(scratch) / "reference.safetensors", source=said,
+            device=str(device), threads=torch.get_num_threads(), speed=everything,
+        )  # fmt: skip
+        before = None
+        if everything:
+            before = fresh.measure(job)
+            progress.step("the model as it was")
+        after = fresh.measure(job.model_copy(update={"folder": folder, "weights_sha256": writer.weight_hashes()}))
+        progress.step("the artifact, reloaded from disk")
+    if after.weights_differing:
+        raise CompressLabError(
+            f"{len(after.weights_differing)} layers came back from disk with other values than were solved, first "
+            f"{after.weights_differing[0]}: the artifact was not published; please report this"
+        )
+    return before, after
+
+
+def _window_length(source: models.Source) -> int:
+    return min(512, int(getattr(source.config, "max_position_embeddings", 512) or 512))
+
+
+def _describe(source: models.Source) -> dict[str, Any]:
+    parameters = sum(preflight._numel(source, name) for name in source.weights.names())
+    return {
+        "name": source.name,
+        "architecture": source.architecture,
+        "parameters": parameters,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "licence": source.licence,
+        "revision": source.revision,
+        "sha256": source.weights.sha256,
+    }
+
+
+def _data_fields(calibration: datasets.Calibration) -> dict[str, Any]:
+    fields = {f.name: getattr(calibration, f.name) for f in dataclasses.fields(calibration) if f.name != "batches"}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _embeddings(source: models.Source) -> set[str]:
+    skeleton = source.skeleton()
+    tables = {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Embedding)}
+    head = getattr(skeleton, "get_output_embeddings", lambda: None)()
+    heads = {f"{name}.weight" for name, module in skeleton.named_modules() if head is not None and module is head}
+    return tables | heads

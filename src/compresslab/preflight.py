@@ -1,0 +1,159 @@
+"""Preflight: how much memory, disk and time a run will take, said before any work; what cannot fit is refused.
+
+Time is predicted from three measured rates of this machine (a fraction of a second each) and the arithmetic that the run
+consists of: the forward over the calibration tokens, the Gram matrices, the solving, and the bytes read and written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from compresslab.contract import Solver
+from compresslab.errors import CompressLabError
+from compresslab.layerwise import Plan, best_compute_dtype
+from compresslab.models import Source, is_transposed
+from compresslab.numerics.gram import Gram, best_precision
+
+# Python, torch, transformers and numba loaded, with nothing done yet; measured.
+PROGRAM_BYTES = 560_000_000
+BYTES_PER_SECOND = 400_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will need.
+
+    Attributes:
+        memory_bytes: peak resident memory of the process.
+        disk_bytes: what the partial folder holds at most.
+        seconds: wall time without measuring before and after.
+        artifact_bytes: the weight files in the end.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+    artifact_bytes: int
+    parts: dict[str, float]
+
+
+def estimate(source: Source, plan: Plan, solver: Solver, samples: int, sequence_length: int, device: torch.device) -> Estimate:
+    """Predict a run's needs from the model's shapes and this machine's rates."""
+    skeleton = source.skeleton()
+    element = torch.empty((), dtype=source.dtype).element_size()
+    shapes = {}
+    for name in plan.layers:
+        module = skeleton.get_submodule(name)
+        rows, columns = tuple(module.weight.shape)
+        shapes[name] = (columns, rows) if is_transposed(module) else (rows, columns)
+    all_bytes = sum(_numel(source, name) * element for unit in plan.units for name in unit.tensors)
+    layer_bytes = sum(rows * columns * element for rows, columns in shapes.values())
+    artifact = all_bytes - layer_bytes + sum(_packed_bytes(shape, solver, element) for shape in shapes.values())
+    block_bytes = max((sum(_numel(source, n) for n in u.tensors) for u in plan.units if u.name), default=0) * (element + 4)
+    outside_bytes = sum(_numel(source, n) for u in plan.units if not u.name for n in u.tensors) * 2 * element
+    memory, parts = PROGRAM_BYTES + block_bytes + outside_bytes, {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND}
+    states = 0
+    if solver.needs_data:
+        tokens = samples * sequence_length
+        compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
+        widest = max(columns for _, columns in shapes.values())
+        hidden = _hidden_size(source, shapes)
+        states = tokens * hidden * compute
+        memory += 4 * states + tokens * widest * compute + 4 * 4 * widest**2
+        parts |= _work(shapes, tokens, sequence_length, hidden, device)
+    parts["solve"] = parts.get("solve", 0) + sum(r * c for r, c in shapes.values()) / 60e6
+    return Estimate(
+        memory_bytes=int(memory),
+        disk_bytes=int(2 * artifact + 2 * states),
+        seconds=sum(parts.values()),
+        artifact_bytes=int(artifact),
+        parts=parts,
+    )
+
+
+def _numel(source: Source, name: str) -> int:
+    count = 1
+    for size in source.weights.shape(name):
+        count *= size
+    return count
+
+
+def _packed_bytes(shape: tuple[int, int], solver: Solver, element: int) -> int:
+    rows, columns = shape
+    grid = solver.grid()
+    groups = columns // grid.group_size if grid.group_size else 1
+    zero_bits = 0 if grid.symmetric else grid.bits
+    return rows * columns * grid.bits // 8 + rows * groups * element + rows * groups * zero_bits // 8
+
+
+def _hidden_size(source: Source, shapes: dict[str, tuple[int, int]]) -> int:
+    return int(getattr(source.config, "hidden_size", 0) or min(columns for _, columns in shapes.values()))
+
+
+def _work(
+    shapes: dict[str, tuple[int, int]], tokens: int, length: int, hidden: int, device: torch.device
+) -> dict[str, float]:
+    """Seconds of forward, Gram matrices and solving."""
+    forward_rate, gram_rate, solve_rate = rates(device)
+    linear = sum(2 * tokens * rows * columns for rows, columns in shapes.values())
+    # Layers that read one tensor have one width and follow each other: count each run of equal widths once.
+    widths = [columns for _, columns in shapes.values()]
+    inputs = [w for i, w in enumerate(widths) if i == 0 or w != widths[i - 1] or shapes_differ(list(shapes), i)]
+    attention = len(shapes) / 7 * 2 * 2 * tokens * length * hidden * 0.6
+    return {
+        "forward": 1.35 * (linear + attention) / forward_rate,
+        "gram": 1.3 * sum(2 * tokens * w * w for w in inputs) / gram_rate,
+        "solve": sum(3 * rows * columns * columns for rows, columns in shapes.values()) / solve_rate,
+    }
+
+
+def shapes_differ(names: list[str], i: int) -> bool:
+    """Whether layer i has another parent than the one before it, so that it reads another input."""
+    return names[i].rpartition(".")[0] != names[i - 1].rpartition(".")[0]
+
+
+def rates(device: torch.device) -> tuple[float, float, float]:
+    """Operations a second of the forward's, the Gram's and the solver's matrix products, on this machine now."""
+    dtype = best_compute_dtype(device)
+    x = torch.randn(1024, 1024, device=device)
+    low = x.to(dtype)
+    gram = Gram(1024, precision=best_precision(device), device=device)
+    operations = 2 * 1024**3
+    return (
+        operations / _seconds(lambda: low @ low.t()),
+        operations / _seconds(lambda: gram.add_(low)),
+        operations / _seconds(lambda: x @ x.t()),
+    )
+
+
+def _seconds(call: object) -> float:
+    call()  # type: ignore[operator]
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        call()  # type: ignore[operator]
+        times.append(time.perf_counter() - started)
+    return sorted(times)[2]
+
+
+def check(found: Estimate, out: Path) -> None:
+    """CompressLabError if the machine has too little memory or disk for it."""
+    free_memory = psutil.virtual_memory().available
+    if found.memory_bytes > free_memory:
+        raise CompressLabError(
+            f"needs about {found.memory_bytes / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free: "
+            "take fewer calibration tokens (--samples, --sequence-length) or close other programs"
+        )
+    parent = next(folder for folder in (out, *out.parents) if folder.exists())
+    free_disk = shutil.disk_usage(parent).free
+    if found.disk_bytes > free_disk:
+        raise CompressLabError(
+            f"needs about {found.disk_bytes / 1e9:.1f} GB of disk in {parent}, {free_disk / 1e9:.1f} GB are free: "
+            "make room or choose another --out"
+        )
