@@ -38,7 +38,6 @@ from compresslab.errors import CompressLabError
 from compresslab.layerwise import BlockState, Solved, Unit
 from compresslab.measure.size import read_header
 from compresslab.models import Source
-from compresslab.numerics.grid import QuantWeight
 from compresslab.report.schema import Report, read_report
 
 # One weight file up to this size, the finished units as shards of a larger model.
@@ -103,7 +102,9 @@ class Writer:
             (self.partial / "states").mkdir(exist_ok=True)
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise CompressLabError(f"another run is writing to {self.partial}: wait for it, or choose another --out") from None
+            raise CompressLabError(
+                f"another run is writing to {self.partial}: wait for it, or choose another --out"
+            ) from None
         except OSError as error:
             raise CompressLabError(f"cannot write to {self.partial} ({error.strerror}): choose another --out") from None
         try:
@@ -155,7 +156,7 @@ class Writer:
             "file": file,
             "sha256": file_sha256(self.partial / file),
             "layers": {
-                layer: dataclasses.asdict(found.record) | {"weight_sha256": weight_sha256(stored_weight(found.weight))}
+                layer: dataclasses.asdict(found.record) | {"weight_sha256": weight_sha256(stored_weight(found))}
                 for layer, found in solved.items()
             },
         }
@@ -191,7 +192,9 @@ class Writer:
         with safe_open(self.partial / spec["file"], framework="pt") as handle:
             keys = set(handle.keys())
             rows = [
-                tuple(handle.get_tensor(f"{i}.{j}").clone() if f"{i}.{j}" in keys else None for j in range(spec["width"]))
+                tuple(
+                    handle.get_tensor(f"{i}.{j}").clone() if f"{i}.{j}" in keys else None for j in range(spec["width"])
+                )
                 for i in range(spec["batches"])
             ]
         return BlockState(outputs=[row[0] if spec["is_tensor"] else row for row in rows])
@@ -269,7 +272,9 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
-        raise CompressLabError(f"cannot write {path} ({error}): free some disk and run the same command again") from error
+        raise CompressLabError(
+            f"cannot write {path} ({error}): free some disk and run the same command again"
+        ) from error
 
 
 def _merge(files: Sequence[Path], folder: Path) -> None:
@@ -338,9 +343,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def stored_weight(weight: QuantWeight) -> Tensor:
+def stored_weight(found: Solved) -> Tensor:
     """The weight as a runtime sees it that multiplies codes by scales in the dtype of the scales, as transformers does."""
-    return weight.dequantize().to(weight.scale.dtype)
+    weight = found.weight.dequantize().to(found.weight.scale.dtype)
+    return weight.t() if found.transposed else weight
 
 
 def weight_sha256(weight: Tensor) -> str:

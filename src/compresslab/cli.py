@@ -47,18 +47,26 @@ def _escape(text: str) -> str:
 def compress(
     model: Annotated[str, typer.Argument(help="A hub id, a folder, or a name from `compresslab models`.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    recipe: Annotated[str, typer.Option(help="A recipe's name (see `compresslab recipes`) or a YAML file.")] = "w4a16-gptq",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe's name (see `compresslab recipes`) or a YAML file.")
+    ] = "w4a16-gptq",
     data: Annotated[str, typer.Option(help="Text: a name from `compresslab datasets`, a file, or a hub id.")] = "wiki",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Leave these layers in float; shell pattern, repeatable.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave these layers in float; shell pattern, repeatable.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")] = 24,
     seed: Seed = 0,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
     measure: Annotated[bool, typer.Option(help="Measure quality and speed before and after.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it would take; do nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and what it would take; do nothing.")
+    ] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -270,7 +278,9 @@ def datasets(as_json: Json = False) -> None:
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Show this one whole.")] = None, as_json: Json = False) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one whole.")] = None, as_json: Json = False
+) -> None:
     """The recipes that come with CompressLab."""
     from compresslab import recipe
 

@@ -10,20 +10,23 @@ of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and s
     class MyRounding(frozen dataclass):
         paper = Paper(...); needs_data = True; needs_labels = False
         bits: int = 4
-        def solve(self, weight, gram, *, scale_dtype) -> Solution: ...
+        def solve(self, weight, gram, *, scale_dtype, groups_along="in") -> Solution: ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.grid import Grid, QuantWeight
+
+
+Along = Literal["in", "out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,9 @@ class Solver(Method, Protocol):
         """The grid on which the runtime rounds the layer's input, or None if the input stays in float."""
         ...
 
-    def solve(self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype) -> Solution:
+    def solve(
+        self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
+    ) -> Solution:
         """Compress one weight.
 
         Args:
@@ -79,6 +84,8 @@ class Solver(Method, Protocol):
             gram: H = X^T X of the layer's input with its cached factorisations, or None for a method without data (or
                 a layer that no calibration token reached; then do what H = I would give).
             scale_dtype: the dtype in which scales are stored.
+            groups_along: "out" if the layer keeps its weight as [in, out] (Conv1D), so that the neighbours on disk which
+                share a scale are output channels.
 
         Raises:
             ValueError: if the layer cannot be handled; the driver adds the layer's name.
@@ -108,14 +115,6 @@ class LayerRecord:
     sqnr_of: str
     seconds: float
     note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of a recipe: a method with its settings."""
-
-    method: str
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 Batches = Sequence[dict[str, Tensor]]

@@ -37,7 +37,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from compresslab.contract import Batches, LayerRecord, Solution, Solver
+from compresslab.contract import Along, Batches, LayerRecord, Solution, Solver
 from compresslab.errors import CompressLabError
 from compresslab.models import CALIBRATION_ATTENTION, Source, blocks, is_transposed, linear_layers
 from compresslab.numerics.gram import Gram, Precision
@@ -129,6 +129,7 @@ class Solved:
     """One finished layer: its codes, the tensors that will be written for it, and its record."""
 
     weight: QuantWeight
+    transposed: bool  # the module keeps its weight as [in, out]
     tensors: dict[str, Tensor]
     record: LayerRecord
 
@@ -222,7 +223,9 @@ def read_finite(source: Source, name: str) -> Tensor:
     # A sum is finite only if every term is: one pass and no temporary in the ordinary case.
     if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
         where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-        raise CompressLabError(f"tensor {name} of {source.name} holds a NaN or an infinity at {where}: nothing to save here")
+        raise CompressLabError(
+            f"tensor {name} of {source.name} holds a NaN or an infinity at {where}: nothing to save here"
+        )
     return tensor
 
 
@@ -233,7 +236,8 @@ def solve_layer(job: Job, name: str, module: nn.Module, gram: Gram | None) -> So
     weight = weight.to(job.device, torch.float32).contiguous()
     started = time.perf_counter()
     try:
-        solution = job.solver.solve(weight, gram, scale_dtype=stored.dtype)
+        along: Along = "out" if is_transposed(module) else "in"
+        solution = job.solver.solve(weight, gram, scale_dtype=stored.dtype, groups_along=along)
     except ValueError as error:
         raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
     seconds = time.perf_counter() - started
@@ -241,6 +245,7 @@ def solve_layer(job: Job, name: str, module: nn.Module, gram: Gram | None) -> So
     bytes_after = sum(t.numel() * t.element_size() for t in tensors.values())
     return Solved(
         weight=solution.weight,
+        transposed=is_transposed(module),
         tensors=tensors,
         record=LayerRecord(
             name=name,
@@ -314,8 +319,12 @@ class Forward:
         assert job.batches is not None
         self.job = job
         self.model = job.source.skeleton(attention=CALIBRATION_ATTENTION)
+        for parameter in self.model.parameters():  # models ask a weight for its dtype before it is loaded
+            parameter.data = parameter.data.to(job.compute_dtype)
         self.units = {unit.name: unit for unit in job.plan.units}
-        self.layers = {name: (unit.name, self.model.get_submodule(name)) for unit in job.plan.units for name in unit.layers}
+        self.layers = {
+            name: (unit.name, self.model.get_submodule(name)) for unit in job.plan.units for name in unit.layers
+        }
         self.solved: dict[str, Solved | None] = {}  # None once written
         self.grams: dict[str, Gram] = {}
         self.finished = {name for name in self.units if job.sink.is_done(name)}
@@ -377,7 +386,9 @@ class Forward:
             if unit not in self.finished:
                 stop = Stop(order=order[name], unit=unit, layer=name)
                 module.register_forward_pre_hook(lambda module, args, stop=stop: self._before_layer(stop, args[0]))
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in self.units[""].tensors):
+        for owner in dict.fromkeys(
+            name.rpartition(".")[0] for name in (*self.units[""].tensors, *self.job.source.tied)
+        ):
             self.model.get_submodule(owner).register_forward_pre_hook(lambda module, args: self._load(""))
         lists: dict[str, list[str]] = {}
         for name in self.units:
@@ -463,8 +474,8 @@ class Forward:
 
     def _drop(self, unit: Unit) -> None:
         self.loaded.discard(unit.name)
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        for name in unit.tensors:
+        tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        for name in (*unit.tensors, *(() if unit.name else self.job.source.tied)):
             _place(self.model, name, tensors[name].to("meta"), self.job.compute_dtype)
 
 
@@ -491,4 +502,3 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> N
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
-

@@ -183,7 +183,8 @@ class Source:
 
     def has_tokenizer(self) -> bool:
         return self.folder is not None and any(
-            (self.folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+            (self.folder / file).exists()
+            for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
         )
 
 
@@ -312,9 +313,7 @@ def _from_object(model: nn.Module) -> Source:
     config.dtype = next(model.parameters()).dtype
     tied = {k: v for k, v in getattr(model, "all_tied_weights_keys", {}).items()}
     tensors = {k: v for k, v in model.state_dict().items() if k not in tied}
-    return Source(
-        name=type(model).__name__, folder=None, config=config, weights=MemoryWeights(tensors), tied=tied
-    )
+    return Source(name=type(model).__name__, folder=None, config=config, weights=MemoryWeights(tensors), tied=tied)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,11 @@ def compress(
             folder = writer.assemble(source, layout.config(list(plan.skipped)))
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(source, original, folder, writer, data, measure, evaluation_windows, where, progress)
+            before, after = _measure(
+                source, original, folder, writer, data, measure, evaluation_windows, where, progress
+            )
+            sizes = size.measure(original), size.measure(folder)
+            kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             title=f"{source.name}, {chosen.name}",
@@ -111,11 +115,11 @@ def compress(
             data=None if calibration is None else _data_fields(calibration),
             environment=environment.describe(where),
             seconds=clock.seconds,
-            before=(*size.measure(original), *(before.measurements if before else ())),
-            after=(*size.measure(folder), *after.measurements),
+            before=(*sizes[0], *(before.measurements if before else ())),
+            after=(*sizes[1], *after.measurements),
             layers=tuple(Layer(**dataclasses.asdict(record)) for record in writer.records()),
             skipped=plan.skipped,
-            bytes=size.compare(original, folder, _embeddings(source)),
+            bytes=kinds,
             parity=Parity(runtime="transformers", tensors=after.weights_compared, max_abs_difference=0.0),
         )
         report.save(folder)
@@ -169,7 +173,9 @@ def pick_device(device: str) -> torch.device:
 
 def _solver(recipe: Recipe) -> tuple[Solver, Layout]:
     if len(recipe.steps) != 1:
-        raise CompressLabError(f"recipe '{recipe.name}' has {len(recipe.steps)} steps: one quantisation step at a time so far")
+        raise CompressLabError(
+            f"recipe '{recipe.name}' has {len(recipe.steps)} steps: one quantisation step at a time so far"
+        )
     solver = recipe.steps[0].build()
     assert isinstance(solver, Solver)
     return solver, Layout(solver)
@@ -187,7 +193,9 @@ def _calibration(
     if not solver.needs_data:
         return None
     if data is None:
-        raise CompressLabError(f"method {recipe.steps[0].method} needs calibration data: name it with --data, e.g. wiki")
+        raise CompressLabError(
+            f"method {recipe.steps[0].method} needs calibration data: name it with --data, e.g. wiki"
+        )
     if isinstance(data, datasets.Calibration):
         return data
     length = recipe.calibration.sequence_length

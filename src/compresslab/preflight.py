@@ -43,7 +43,9 @@ class Estimate:
     parts: dict[str, float]
 
 
-def estimate(source: Source, plan: Plan, solver: Solver, samples: int, sequence_length: int, device: torch.device) -> Estimate:
+def estimate(
+    source: Source, plan: Plan, solver: Solver, samples: int, sequence_length: int, device: torch.device
+) -> Estimate:
     """Predict a run's needs from the model's shapes and this machine's rates."""
     skeleton = source.skeleton()
     element = torch.empty((), dtype=source.dtype).element_size()
@@ -55,9 +57,14 @@ def estimate(source: Source, plan: Plan, solver: Solver, samples: int, sequence_
     all_bytes = sum(_numel(source, name) * element for unit in plan.units for name in unit.tensors)
     layer_bytes = sum(rows * columns * element for rows, columns in shapes.values())
     artifact = all_bytes - layer_bytes + sum(_packed_bytes(shape, solver, element) for shape in shapes.values())
-    block_bytes = max((sum(_numel(source, n) for n in u.tensors) for u in plan.units if u.name), default=0) * (element + 4)
+    block_bytes = max((sum(_numel(source, n) for n in u.tensors) for u in plan.units if u.name), default=0) * (
+        element + 4
+    )
     outside_bytes = sum(_numel(source, n) for u in plan.units if not u.name for n in u.tensors) * 2 * element
-    memory, parts = PROGRAM_BYTES + block_bytes + outside_bytes, {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND}
+    memory, parts = (
+        PROGRAM_BYTES + block_bytes + outside_bytes,
+        {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND},
+    )
     states = 0
     if solver.needs_data:
         tokens = samples * sequence_length

@@ -8,6 +8,7 @@ Source: the compressed-tensors library (its compressors are the oracle in tests/
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,18 +40,26 @@ class Layout:
 
     def check_module(self, name: str, module: nn.Module) -> None:
         """CompressLabError if the format cannot hold this layer."""
-        if not isinstance(module, nn.Linear):
+        rows, columns = module.weight.shape
+        if self.activations is not None and not isinstance(module, nn.Linear):
             raise CompressLabError(
-                f"layer {name} is a {type(module).__name__}: compressed-tensors holds torch.nn.Linear only. "
-                f"Leave it in float with --ignore '{name}'"
+                f"layer {name} is a {type(module).__name__}, and transformers rounds the activations of torch.nn.Linear only: "
+                f"take a weight-only recipe such as w8a16, or leave the layer in float with --ignore '{name}'"
             )
         try:
-            self.weights.groups(module.in_features)
+            self.weights.groups(columns)
         except ValueError as error:
-            raise CompressLabError(f"layer {name}: {error}; choose another with --set group_size=...") from None
+            raise CompressLabError(
+                f"layer {name}, stored as {rows} x {columns}: {error}; set another group_size"
+            ) from None
 
     def encode(self, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
-        """The tensors of one layer, by the suffix that replaces ".weight"."""
+        """The tensors of one layer, by the suffix that replaces ".weight"; transposed for a module that keeps [in, out]."""
+        if not isinstance(module, nn.Linear):
+            zero_point = None if weight.zero_point is None else weight.zero_point.t().contiguous()
+            weight = dataclasses.replace(
+                weight, codes=weight.codes.t().contiguous(), scale=weight.scale.t().contiguous(), zero_point=zero_point
+            )
         if self.format == "int-quantized":
             return {"weight": weight.codes, "weight_scale": weight.scale}
         tensors = {

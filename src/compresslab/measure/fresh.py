@@ -128,5 +128,5 @@ def _hash(model: torch.nn.Module, layer: str) -> str:
 
 if __name__ == "__main__":
     spec_path, result_path = map(Path, sys.argv[1:3])
-    answer = _run(Job.model_validate(json.loads(spec_path.read_text(encoding="utf-8")) ))
+    answer = _run(Job.model_validate(json.loads(spec_path.read_text(encoding="utf-8"))))
     result_path.write_text(answer.model_dump_json(), encoding="utf-8")

@@ -49,7 +49,9 @@ def hidden_states(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> 
     """The last hidden state of an encoder for every token, float32 [n * L, width]."""
     device = next(model.parameters()).device
     with torch.inference_mode():
-        parts = [model(input_ids=batch.to(device)).last_hidden_state.float().cpu() for batch in windows.split(batch_size)]
+        parts = [
+            model(input_ids=batch.to(device)).last_hidden_state.float().cpu() for batch in windows.split(batch_size)
+        ]
     return torch.cat(parts).flatten(0, 1)
 
 

@@ -24,9 +24,7 @@ def measure(folder: Path) -> list[Measurement]:
 
     def total(name: str, paths: list[Path], conditions: str) -> Measurement:
         size = sum(path.stat().st_size for path in paths)
-        return Measurement(
-            name=name, value=size, unit="bytes", n=len(paths), device="disk", conditions=conditions
-        )
+        return Measurement(name=name, value=size, unit="bytes", n=len(paths), device="disk", conditions=conditions)
 
     return [
         total("disk_bytes", files, "all files of the model's folder but reports"),

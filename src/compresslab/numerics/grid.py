@@ -16,8 +16,9 @@ Symbols: W [out, in] the weight; G the number of groups along `in`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,9 +80,10 @@ class QuantWeight:
 
     Attributes:
         codes: int8 [out, in], within [grid.qmin, grid.qmax].
-        scale: [out, G], positive; its dtype is the one it is stored in.
-        zero_point: int8 [out, G], or None for a symmetric grid.
-        group_index: int32 [in], the group of each input channel, or None where channel j lies in group j // group_size.
+        scale: [R, G], positive, each entry serving a block of out / R by in / G weights; its dtype is the one it is stored
+            in. Groups along `in` have R = out; a layer that keeps its weight transposed has groups along `out`, G = in.
+        zero_point: int8 [R, G], or None for a symmetric grid.
+        group_index: int32 [in], the group of each input channel, or None where channel j lies in group j // (in / G).
         grid: the grid the codes live on.
     """
 
@@ -93,7 +95,7 @@ class QuantWeight:
 
     def dequantize(self) -> Tensor:
         """The real weight, float32 [out, in]: scale * (code - zero_point)."""
-        scale, zero_point = per_element(self.scale, self.zero_point, self.codes.shape[1], self.group_index)
+        scale, zero_point = per_element(self.scale, self.zero_point, self.codes.shape, self.group_index)
         codes = self.codes.float()
         return codes.sub_(zero_point).mul_(scale) if zero_point is not None else codes.mul_(scale)
 
@@ -107,14 +109,17 @@ class QuantWeight:
 
 
 def per_element(
-    scale: Tensor, zero_point: Tensor | None, in_features: int, group_index: Tensor | None = None
+    scale: Tensor, zero_point: Tensor | None, shape: Sequence[int], group_index: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Spread scales and zero points [out, G] over the input channels, as float32 [out, in]."""
+    """Spread scales and zero points [R, G] over a weight of `shape` (out, in), as float32."""
 
     def spread(x: Tensor) -> Tensor:
+        x = x.float()
+        if x.shape[0] != shape[0]:
+            x = x.repeat_interleave(shape[0] // x.shape[0], dim=0)
         if group_index is not None:
-            return x.float()[:, group_index.long()]
-        return x.float().repeat_interleave(in_features // x.shape[1], dim=1)
+            return x[:, group_index.long()]
+        return x.repeat_interleave(shape[1] // x.shape[1], dim=1)
 
     return spread(scale), None if zero_point is None else spread(zero_point)
 
@@ -142,7 +147,10 @@ def fit_range(low: Tensor, high: Tensor, grid: Grid, scale_dtype: torch.dtype) -
 
 
 def fit_minmax(weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points [out, G] from the extremes of each group of W [out, in] (or of the whole tensor)."""
+    """Scales and zero points [out, G] from the extremes of each group of W [out, in] (or of the whole tensor).
+
+    For groups along `out`, give W^T and transpose what comes back.
+    """
     out_features, in_features = weight.shape
     if grid.granularity == "tensor":
         low, high = weight.min().expand(out_features, 1), weight.max().expand(out_features, 1)
@@ -151,11 +159,19 @@ def fit_minmax(weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> tuple[Te
     return fit_range(grouped.amin(dim=2), grouped.amax(dim=2), grid, scale_dtype)
 
 
+def fit_along(fit: Any, weight: Tensor, groups_along: str, *settings: Any) -> tuple[Tensor, Tensor | None]:
+    """`fit(W, *settings)` for groups along "in", or along "out" by way of the transpose; scales [R, G] either way."""
+    if groups_along == "in":
+        return fit(weight, *settings)
+    scale, zero_point = fit(weight.t().contiguous(), *settings)
+    return scale.t().contiguous(), None if zero_point is None else zero_point.t().contiguous()
+
+
 def quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, group_index: Tensor | None = None
 ) -> QuantWeight:
-    """Round W [out, in] to the nearest point of a grid whose scales [out, G] are given."""
-    scales, zeros = per_element(scale, zero_point, weight.shape[1], group_index)
+    """Round W [out, in] to the nearest point of a grid whose scales [R, G] are given."""
+    scales, zeros = per_element(scale, zero_point, weight.shape, group_index)
     codes = (weight.float() / scales).round_()
     if zeros is not None:
         codes.add_(zeros)

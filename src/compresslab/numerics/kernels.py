@@ -11,15 +11,15 @@ import numpy as np
 
 
 @numba.njit(parallel=True, fastmath={"contract", "nsz"}, cache=True)
-def round_block_with_feedback(target, feedback, columns, group_of, scale, zero, qmin, qmax, codes, error):
+def round_block_with_feedback(target, feedback, columns, row_of, group_of, scale, zero, qmin, qmax, codes, error):
     """Round one block of B columns, each row left to right, feeding every column's error into the later ones.
 
     Args:
         target: float32 [out, B], W plus what the columns before this block feed into it; changed.
         feedback: float32 [B, B], row j holds U[j, k] / U[k, k] for k > j.
         columns: int64 [B], where in W the block's columns stand.
-        group_of: int64 [in], the group of each column of W.
-        scale, zero: float32 [out, G], the grids, fixed beforehand.
+        row_of, group_of: int64 [out] and [in], where in `scale` each row and column of W finds its grid.
+        scale, zero: float32 [R, G], the grids, fixed beforehand.
         codes: int8 [out, in], written at `columns`.
         error: float32 [out, B]; on entry W itself, on exit W - Q.
     """
@@ -27,8 +27,8 @@ def round_block_with_feedback(target, feedback, columns, group_of, scale, zero, 
     for r in numba.prange(rows):
         for k in range(width):
             column = columns[k]
-            s = scale[r, group_of[column]]
-            z = zero[r, group_of[column]]
+            s = scale[row_of[r], group_of[column]]
+            z = zero[row_of[r], group_of[column]]
             code = min(max(np.rint(target[r, k] / s) + z, qmin), qmax)
             codes[r, column] = np.int8(code)
             e = error[r, k] - s * (code - z)

@@ -35,10 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compresslab.contract import Paper, Solution
+from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics import kernels
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, QuantWeight, fit_minmax, fit_range, quantize
+from compresslab.numerics.grid import Grid, QuantWeight, fit_along, fit_minmax, fit_range, quantize
 from compresslab.numerics.linalg import feedback_factor
 
 BLOCK = 64
@@ -86,23 +86,25 @@ class GPTQ:
     def activation_grid(self) -> Grid | None:
         return None
 
-    def solve(self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype) -> Solution:
+    def solve(
+        self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
+    ) -> Solution:
         grid = self.grid()
         if gram is None or gram.tokens == 0:
-            scale, zero_point = fit_minmax(weight, grid, scale_dtype)
+            scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
             return Solution(weight=quantize(weight, scale, zero_point, grid), note="no data: rounded to nearest")
-        scale, zero_point = self._ranges(weight, gram, grid, scale_dtype)
-        order, feedback, damp_frac = gram.cached(("gptq", self.damp_frac, self.activation_order), lambda: self._factor(gram))
+        if not self.range_search:
+            scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
+        elif groups_along == "in":
+            scale, zero_point = fit_search(weight, gram.diagonal, grid, scale_dtype)
+        else:  # all weights of such a group meet the same input channel: none matters more than another
+            scale, zero_point = fit_along(fit_search, weight, groups_along, torch.ones(len(weight)), grid, scale_dtype)
+        order, feedback, damp_frac = gram.cached(
+            ("gptq", self.damp_frac, self.activation_order), lambda: self._factor(gram)
+        )
         codes = round_with_feedback(weight, scale, zero_point, grid, order, feedback)
         solved = QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
         return Solution(weight=solved, note=_remarks(gram, self.damp_frac, damp_frac))
-
-    def _ranges(
-        self, weight: Tensor, gram: Gram, grid: Grid, scale_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        if not self.range_search:
-            return fit_minmax(weight, grid, scale_dtype)
-        return fit_search(weight, gram.diagonal, grid, scale_dtype)
 
     def _factor(self, gram: Gram) -> tuple[Tensor, Tensor, float]:
         if self.activation_order:
@@ -136,6 +138,7 @@ def round_with_feedback(
     """Codes int8 [out, in] of W under the recurrence above; `feedback` [in, in] has its columns in `order`."""
     out_features, in_features = weight.shape
     order, feedback = order.cpu(), feedback.cpu()
+    row_of = torch.arange(out_features) // (out_features // scale.shape[0])
     group_of = torch.arange(in_features) // (in_features // scale.shape[1])
     scales = scale.float().cpu().numpy()
     zeros = np.zeros_like(scales) if zero_point is None else zero_point.float().cpu().numpy()
@@ -145,8 +148,8 @@ def round_with_feedback(
         block = slice(start, min(start + BLOCK, in_features))
         target = torch.addmm(error[:, block], error[:, :start], feedback[:start, block])
         kernels.round_block_with_feedback(
-            target.numpy(), feedback[block, block].contiguous().numpy(), order[block].numpy(), group_of.numpy(),
-            scales, zeros, grid.qmin, grid.qmax, codes.numpy(), error[:, block].numpy(),
+            target.numpy(), feedback[block, block].contiguous().numpy(), order[block].numpy(),
+            row_of.numpy(), group_of.numpy(), scales, zeros, grid.qmin, grid.qmax, codes.numpy(), error[:, block].numpy(),
         )  # fmt: skip
     return codes.to(weight.device)
 

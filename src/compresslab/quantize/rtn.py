@@ -23,9 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compresslab.contract import Paper, Solution
+from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, fit_minmax, quantize
+from compresslab.numerics.grid import Grid, fit_along, fit_minmax, quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,9 @@ class RTN:
             return None
         return Grid(bits=self.activation_bits, symmetric=True, granularity="token")
 
-    def solve(self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype) -> Solution:
+    def solve(
+        self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
+    ) -> Solution:
         grid = self.grid()
-        scale, zero_point = fit_minmax(weight, grid, scale_dtype)
+        scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
         return Solution(weight=quantize(weight, scale, zero_point, grid))

@@ -1,0 +1,243 @@
+"""Tiny models, tokenizers and texts, made on the spot: random weights, real architectures, no network."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+
+from compresslab import layerwise, models
+from compresslab.contract import Solver
+from compresslab.deploy.compressed_tensors import Layout
+from compresslab.measure import fresh
+from compresslab.quantize.gptq import GPTQ
+from compresslab.recipe import Recipe, parse
+
+VOCABULARY = 200
+HIDDEN = 32
+LONGEST = 64  # max_position_embeddings
+SPECIAL = ("[PAD]", "[UNK]", "[EOS]")
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def words() -> list[str]:
+    """Made-up words, the same ones every time."""
+    rng = random.Random(1)
+    found: dict[str, None] = {}
+    while len(found) < VOCABULARY - len(SPECIAL):
+        found["".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))] = None
+    return list(found)
+
+
+def write_text(path: Path, count: int = 6000, seed: int = 0) -> Path:
+    """A text file of `count` words in lines of ten, so that every split has its share."""
+    rng = random.Random(seed)
+    known = words()
+    chosen = [known[min(int(rng.expovariate(1 / 40)), len(known) - 1)] for _ in range(count)]
+    lines = [" ".join(chosen[i : i + 10]) for i in range(0, count, 10)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer of exactly these words, as AutoTokenizer opens it."""
+    table = {word: i for i, word in enumerate((*SPECIAL, *words()))}
+    made = Tokenizer(tokenizer_models.WordLevel(table, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=LONGEST
+    ).save_pretrained(folder)
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LONGEST,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_ENCODER: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def _llama(**more: Any) -> nn.Module:
+    settings = {**_DECODER, "tie_word_embeddings": False, **more}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+
+
+def _mistral(**more: Any) -> nn.Module:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**{**_DECODER, "sliding_window": None, **more}))
+
+
+def _qwen2(**more: Any) -> nn.Module:
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**_DECODER, **more}))
+
+
+def _gpt2(**more: Any) -> nn.Module:
+    settings = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": LONGEST}
+    ends = {"bos_token_id": None, "eos_token_id": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**settings, **ends, **more}))
+
+
+def _bert(**more: Any) -> nn.Module:
+    settings = {**_ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": LONGEST, **more}
+    return transformers.BertModel(transformers.BertConfig(**settings))
+
+
+def _vit(**more: Any) -> nn.Module:
+    settings = {**_ENCODER, "image_size": 8, "patch_size": 4, "num_channels": 3, "num_labels": 5, **more}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**settings))
+
+
+_MAKERS: dict[str, Callable[..., nn.Module]] = {
+    "llama": _llama,
+    "llama-tied": lambda **more: _llama(tie_word_embeddings=True, **more),
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "gpt2": _gpt2,
+    "bert": _bert,
+    "vit": _vit,
+}
+ARCHITECTURES = tuple(_MAKERS)
+
+
+def make(kind: str, *, seed: int = 0, **more: Any) -> Any:
+    """A tiny random model, float32, in eval mode. Weights are larger than usual, so that every layer has a say."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _MAKERS[kind](initializer_range=0.2, **more)
+    return model.eval()
+
+
+def save(kind: str, folder: Path, *, seed: int = 0, **more: Any) -> Path:
+    """A tiny model's folder, with a tokenizer unless it is a vision model."""
+    make(kind, seed=seed, **more).save_pretrained(folder)
+    if kind != "vit":
+        save_tokenizer(folder)
+    return folder
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Rewrite a model's weights after `change` has worked on the dict of them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    """Set fields of config.json; the value ... removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | fields
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}), encoding="utf-8")
+
+
+def token_batches(samples: int, length: int = 16, *, size: int | None = None, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Random token ids in batches of `size` (all in one if None); the same ids whatever the size."""
+    ids = torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": part} for part in ids.split(size or samples)]
+
+
+# --- recipes and runs ----------------------------------------------------------------------------------------------
+
+
+def recipe(method: str = "gptq", *, samples: int = 8, length: int = 16, ignore: Sequence[str] = ("@outside-blocks",),
+           **settings: Any) -> Recipe:  # fmt: skip
+    """A small recipe: 4 bits in groups of 16."""
+    step = {"method": method, "bits": 4, "group_size": 16, "symmetric": False, **settings}
+    raw = {"name": "tiny", "version": 1, "steps": [step], "ignore": list(ignore),
+           "calibration": {"samples": samples, "sequence_length": length}}  # fmt: skip
+    return parse(raw, "tiny")
+
+
+@dataclass
+class MemorySink:
+    """A layerwise.Sink that keeps everything."""
+
+    solved: dict[str, layerwise.Solved] = field(default_factory=dict)
+    floats: dict[str, Tensor] = field(default_factory=dict)
+    units: list[str] = field(default_factory=list)
+
+    def is_done(self, unit: str) -> bool:
+        return unit in self.units
+
+    def write(
+        self, unit: layerwise.Unit, solved: dict[str, layerwise.Solved], floats: dict[str, Tensor],
+        state: layerwise.BlockState | None,
+    ) -> None:  # fmt: skip
+        self.units.append(unit.name)
+        self.solved |= solved
+        self.floats |= floats
+
+    def last_state(self, units: Sequence[str]) -> layerwise.BlockState:
+        raise AssertionError("nothing is ever finished beforehand here")
+
+    def codes(self) -> dict[str, Tensor]:
+        return {name: found.weight.codes for name, found in self.solved.items()}
+
+
+def solve(
+    model: Path | nn.Module, batches: list[dict[str, Tensor]] | None, *, solver: Solver | None = None,
+    ignore: Sequence[str] = ("@outside-blocks",), **more: Any,
+) -> MemorySink:  # fmt: skip
+    """Run the driver in float32 and hand back what it wrote."""
+    source = models.find(model)
+    chosen = solver or GPTQ(group_size=16)
+    sink = MemorySink()
+    job = layerwise.Job(
+        source=source, plan=layerwise.make_plan(source, ignore), method="gptq", solver=chosen, batches=batches,
+        sink=sink, encode=Layout(chosen).encode, compute_dtype=torch.float32, gram_precision="float32",
+    )  # fmt: skip
+    layerwise.run(replace(job, **more))
+    return sink
+
+
+def agreement(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Share of equal codes over all layers, which must be the same ones in both."""
+    assert a.keys() == b.keys()
+    return sum(int((a[k] == b[k]).sum()) for k in a) / sum(v.numel() for v in a.values())
+
+
+def fake_measure(job: fresh.Job) -> fresh.Result:
+    """What a fresh process would say of a sound artifact, without starting one."""
+    return fresh.Result(measurements=(), weights_compared=len(job.weights_sha256), weights_differing=())
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """The `compresslab` command in this process: exit code, standard output, standard error."""
+    from compresslab import cli
+
+    monkeypatch.setattr(sys, "argv", ["compresslab", *map(str, arguments)])
+    capsys.readouterr()
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    said = capsys.readouterr()
+    return code, said.out, said.err
