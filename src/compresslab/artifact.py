@@ -283,7 +283,7 @@ def _merge(files: Sequence[Path], folder: Path) -> None:
     if total <= SINGLE_FILE_BYTES:
         join_safetensors(files, folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, path in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         os.link(path, folder / name)

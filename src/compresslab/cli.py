@@ -124,9 +124,13 @@ def _bars(silent: bool) -> Iterator[Any]:
         TextColumn("{task.description:<8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), console=error_console, transient=not error_console.is_terminal,
     )  # fmt: skip
+
+    def start(name: str, steps: int) -> None:
+        bars.add_task(name, total=steps)
+
     with bars:
         yield Progress(
-            stage=lambda name, steps: bars.add_task(name, total=steps),
+            stage=start,
             step=lambda what: bars.advance(bars.task_ids[-1]),
         )
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.grid import Grid, QuantWeight
 
-
 Along = Literal["in", "out"]
 
 

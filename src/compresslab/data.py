@@ -259,7 +259,7 @@ def word_pairs(name: str) -> list[WordPair]:
 
 def documents_with_similarity(name: str = "lee") -> RatedDocuments:
     """The documents of ``lee`` with the human similarity of each pair. Errors as for :func:`word_pairs`."""
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
     _lookup(name, "documents")
     folder = zoo.fetch_wheel(zoo.GENSIM_WHEEL) / DATA_FOLDER
@@ -272,7 +272,7 @@ def documents_with_similarity(name: str = "lee") -> RatedDocuments:
 def digits() -> LabelledImages:
     """The handwritten digits that ship with scikit-learn. Raises CompressLabError when it is not installed."""
     try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise CompressLabError("the digits need scikit-learn: pip install 'compresslab[zoo]'") from error
     found = load_digits()
@@ -335,7 +335,7 @@ def _wiki() -> Path:
     if _wiki_whole(target):
         return target
     try:
-        import mwparserfromhell  # noqa: PLC0415
+        import mwparserfromhell
     except ImportError as error:
         raise CompressLabError("wiki needs mwparserfromhell: pip install 'compresslab[zoo]'") from error
     dump = next((zoo.fetch_wheel(zoo.GENSIM_WHEEL) / DATA_FOLDER).glob("enwiki-*.bz2"))
@@ -392,7 +392,7 @@ def _split_articles(articles: dict[str, str]) -> dict[str, list[str]]:
 
 def _plain_text(markup: str) -> str:
     """The running text of an article: no templates, tables, references, files, categories, comments or appendices."""
-    import mwparserfromhell  # noqa: PLC0415
+    import mwparserfromhell
 
     parts: list[str] = []
     dropped = 0  # the level of the dropped section that we are in; 0: none
@@ -608,8 +608,8 @@ def _labels(cells: list[str]) -> Labels:
 def _parquet(path: Path) -> tuple[list[str], Labels | None]:
     """Documents and labels of a parquet file; only these two columns are read."""
     try:
-        import pyarrow as pa  # noqa: PLC0415
-        import pyarrow.parquet as pq  # noqa: PLC0415
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     except ImportError as error:
         raise CompressLabError(f"reading {path} needs pyarrow: pip install 'compresslab[data]'") from error
     try:
@@ -675,7 +675,7 @@ def _hub(source: str, split: str) -> _Found:
     if split == "all":
         raise CompressLabError(f"the hub data set {source} has no split 'all': name one of {', '.join(SPLIT_NAMES)}")
     try:
-        import datasets  # noqa: PLC0415
+        import datasets
     except ImportError as error:
         raise CompressLabError(
             f"{source} is no local file, and for the hub the datasets library is missing: pip install "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 from pathlib import Path
@@ -62,13 +63,14 @@ def bench(
     for name, found in zip((model, against), loaded, strict=True):
         if not models.is_language_model(found):
             raise CompressLabError(f"'{name}' is no causal language model: there is nothing to decode")
-    vocabulary = min(int(found.config.vocab_size) for found in loaded)
+    vocabulary = min(models.vocabulary_size(found) for found in loaded)
     ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     times: dict[str, tuple[list[float], list[float]]] = {"prefill_ms": ([], []), "decode_ms_per_token": ([], [])}
     for round_ in range(rounds + 1):
         for side, found in enumerate(loaded):
             with torch.inference_mode():
-                (prefill,) = speed.time_ms(lambda m=found: m(ids, use_cache=False, logits_to_keep=1), 1, warm_up=0)
+                call = functools.partial(found, ids, use_cache=False, logits_to_keep=1)
+                (prefill,) = speed.time_ms(call, 1, warm_up=0)
             decoder = speed.Decoder(found, ids[:, :32])
             step = statistics.median(speed.time_ms(decoder.step, tokens, warm_up=2))
             if round_:  # the first round warms up

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from compresslab.contract import Along, Batches, LayerRecord, Solution, Solver
 from compresslab.errors import CompressLabError
-from compresslab.models import CALIBRATION_ATTENTION, Source, blocks, is_transposed, linear_layers
+from compresslab.models import CALIBRATION_ATTENTION, Source, blocks, is_transposed, linear_layers, tie_weights
 from compresslab.numerics.gram import Gram, Precision
 from compresslab.numerics.grid import QuantWeight
 from compresslab.numerics.linalg import quadratic_error
@@ -175,7 +175,7 @@ class Job:
     batches: Batches | None
     sink: Sink
     encode: Encode
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     compute_dtype: torch.dtype = torch.float32
     gram_precision: Precision = "float32"
     on_layer: Callable[[LayerRecord], None] = lambda record: None
@@ -276,7 +276,7 @@ def sqnr_db(weight: Tensor, solution: Solution, gram: Gram | None) -> float:
         signal, noise = weight.square().sum(dtype=torch.float64), difference.square().sum(dtype=torch.float64)
     else:
         # The signal needs no more than bfloat16 (0.01 dB); the noise is a small difference and does.
-        low = gram.cached("bfloat16", lambda: gram.matrix.bfloat16())
+        low = gram.cached("bfloat16", gram.matrix.bfloat16)
         signal = quadratic_error(weight.bfloat16(), low)
         noise = quadratic_error(difference, gram.matrix)
     if float(noise) <= 0:
@@ -409,7 +409,7 @@ class Forward:
     def _replay(self, block: nn.Module, done: list[str]) -> None:
         """Have a block that an earlier run finished hand out what the last such block returned then."""
         state = self.job.sink.last_state(done)
-        block.forward = lambda *args, **kwargs: state.outputs[self._current().index]  # type: ignore[method-assign]
+        block.forward = lambda *args, **kwargs: state.outputs[self._current().index]
 
     def _current(self) -> Walk:
         return self._walk_of[getcurrent()]
@@ -448,7 +448,7 @@ class Forward:
             if name.removesuffix(".weight") not in self.solved:
                 _place(self.model, name, read_finite(self.job.source, name).to(self.job.device), self.job.compute_dtype)
         if unit == "":
-            self.model.tie_weights()
+            tie_weights(self.model)
 
     def _solve(self, layer: str, gram: Gram | None) -> None:
         _, module = self.layers[layer]
@@ -463,7 +463,7 @@ class Forward:
         for layer in unit.layers:
             if layer not in self.solved:
                 self._solve(layer, None)
-        solved = {layer: self.solved[layer] for layer in unit.layers}
+        solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
         self.solved.update(dict.fromkeys(unit.layers))
         self.job.sink.write(unit, solved, _float_tensors(self.job, unit), state)
         self.finished.add(unit.name)

@@ -89,8 +89,9 @@ class FolderWeights:
 
     def rename(self, old: str, new: str) -> None:
         """Call a tensor by the name that the architecture has for it."""
-        for table in (self._file_of, self._stored_name, self._shape):
-            table[new] = table.pop(old)  # type: ignore[attr-defined]
+        self._file_of[new] = self._file_of.pop(old)
+        self._stored_name[new] = self._stored_name.pop(old)
+        self._shape[new] = self._shape.pop(old)
 
     @cached_property
     def sha256(self) -> str:
@@ -171,7 +172,8 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that weights are stored in: scales and untouched tensors keep it."""
-        return self.config.dtype or torch.float32
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     def skeleton(self, attention: str | None = None) -> nn.Module:
         """The architecture with parameters on the meta device, real buffers, in eval mode."""
@@ -216,14 +218,19 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
         known = ", ".join(sorted(zoo.MODELS))
         raise CompressLabError(f"no model '{name}': not a folder, not a hub id (owner/name), not in the zoo ({known})")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted)), "see the hub's model card"
     except RepositoryNotFoundError:
         raise CompressLabError(f"the hub has no model '{name}' (or it is private: set HF_TOKEN)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CompressLabError(
             f"cannot fetch '{name}' from the hub ({reason}): check the network, name a local folder, "
@@ -239,7 +246,9 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
         raise CompressLabError(f"{folder} has no config.json: is it a model folder?") from None
     except ValueError as error:
         raise CompressLabError(f"{path} is not valid JSON ({error})") from None
-    if "quantization_config" in raw:
+    if not isinstance(raw, dict):
+        raise CompressLabError(f"{path} holds no mapping: is it a transformers config?")
+    if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise CompressLabError(f"'{name}' is quantised already ({method}): name the model in floating point")
     architecture = (raw.get("architectures") or [None])[0]
@@ -252,7 +261,7 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
 
 
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
-    cls = getattr(transformers, config.architectures[0])
+    cls = getattr(transformers, (config.architectures or [""])[0])
     config = copy.deepcopy(config)
     config.use_cache = False  # a skeleton only ever reads whole windows: keys and values kept would be a leak
     if attention is not None and cls._supports_sdpa:
@@ -365,6 +374,13 @@ def is_language_model(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForCausalLM") or type(model).__name__.endswith("LMHeadModel")
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens a language model knows."""
+    config = model.config
+    assert isinstance(config, transformers.PretrainedConfig)
+    return int(config.vocab_size)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies its input by a weight matrix: nn.Linear, or transformers' transposed Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
@@ -373,6 +389,19 @@ def is_linear(module: nn.Module) -> bool:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is kept as [in, out] (GPT-2's Conv1D)."""
     return isinstance(module, Conv1D)
+
+
+def tie_weights(model: nn.Module) -> None:
+    """Have tied parameters share their tensor again after it was put in place."""
+    assert isinstance(model, transformers.PreTrainedModel)
+    model.tie_weights()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as it is kept: [out, in], or [in, out] if `is_transposed`."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ import torch
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
 from compresslab.layerwise import Plan, best_compute_dtype
-from compresslab.models import Source, is_transposed
+from compresslab.models import Source, is_transposed, weight_of
 from compresslab.numerics.gram import Gram, best_precision
 
 # Python, torch, transformers and numba loaded, with nothing done yet; measured.
@@ -52,7 +52,7 @@ def estimate(
     shapes = {}
     for name in plan.layers:
         module = skeleton.get_submodule(name)
-        rows, columns = tuple(module.weight.shape)
+        rows, columns = weight_of(module).shape
         shapes[name] = (columns, rows) if is_transposed(module) else (rows, columns)
     all_bytes = sum(_numel(source, name) * element for unit in plan.units for name in unit.tensors)
     layer_bytes = sum(rows * columns * element for rows, columns in shapes.values())

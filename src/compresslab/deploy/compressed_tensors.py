@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
+from compresslab.models import weight_of
 from compresslab.numerics.grid import Grid, QuantWeight
 from compresslab.numerics.packing import pack_int32
 
@@ -40,7 +41,7 @@ class Layout:
 
     def check_module(self, name: str, module: nn.Module) -> None:
         """CompressLabError if the format cannot hold this layer."""
-        rows, columns = module.weight.shape
+        rows, columns = weight_of(module).shape
         if self.activations is not None and not isinstance(module, nn.Linear):
             raise CompressLabError(
                 f"layer {name} is a {type(module).__name__}, and transformers rounds the activations of torch.nn.Linear only: "

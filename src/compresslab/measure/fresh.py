@@ -72,7 +72,7 @@ def measure(job: Job) -> Result:
 
 def _run(job: Job) -> Result:
     from compresslab import models
-    from compresslab.measure import quality, speed
+    from compresslab.measure import speed
     from compresslab.measure.environment import device_label, peak_memory_bytes
 
     torch.set_num_threads(job.threads)
@@ -122,8 +122,9 @@ def _quality(job: Job, model: torch.nn.Module, windows: Tensor) -> list[Measurem
 
 def _hash(model: torch.nn.Module, layer: str) -> str:
     from compresslab.artifact import weight_sha256
+    from compresslab.models import weight_of
 
-    return weight_sha256(model.get_submodule(layer).weight)
+    return weight_sha256(weight_of(model.get_submodule(layer)))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 2, condit
     losses = []
     with torch.inference_mode():
         for batch in windows.split(batch_size):
-            batch = batch.to(device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            for row, tokens in zip(logits, batch, strict=True):
+            logits = model(input_ids=batch.to(device), use_cache=False).logits
+            for row, tokens in zip(logits, batch.to(device), strict=True):
                 losses.append(nn.functional.cross_entropy(row[:-1].float(), tokens[1:]).double().cpu())
     loss = torch.stack(losses)
     value = math.exp(min(float(loss.mean()), 700.0))

@@ -1,0 +1,43 @@
+# Everything a fresh machine needs: Python 3.11 or newer, and this file. Each target sets itself up.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO ?= demo/smollm2-135m-w4a16-gptq
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help:
+	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
+	@echo "make test    all tests (under 10 minutes on two cores)"
+	@echo "make check   lint, types, formatting"
+	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
+
+# torch goes first and alone, pinned, so that pip takes the plain CPU build; bring your own with VENV=... if you have a GPU.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('CompressLab needs Python 3.11 or newer: set PYTHON=...' if sys.version_info < (3, 11) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/compresslab compress smollm2-135m --recipe w4a16-gptq --data wiki --out $(DEMO) --force
+	@echo; echo "The same artifact, opened again by plain transformers in a new process:"
+	$(BIN)/compresslab evaluate $(DEMO) --data wiki
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layering.py
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf $(VENV) .peers demo
