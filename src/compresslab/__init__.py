@@ -1,1 +1,40 @@
-"""CompressLab makes neural networks smaller and faster, and proves what it cost."""
+"""CompressLab makes neural networks smaller and faster, and proves what it cost.
+
+    >>> import compresslab
+    >>> artifact, report = compresslab.compress("smollm2-135m", out="small")   # doctest: +SKIP
+    >>> model = artifact.load()                                                # doctest: +SKIP
+
+The names below are the public ones; each is imported when it is first used, so that `import compresslab` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "compress": "compresslab.pipeline",
+    "plan_only": "compresslab.pipeline",
+    "Progress": "compresslab.pipeline",
+    "evaluate": "compresslab.evaluation",
+    "bench": "compresslab.evaluation",
+    "Artifact": "compresslab.artifact",
+    "Recipe": "compresslab.recipe",
+    "Report": "compresslab.report.schema",
+    "read_report": "compresslab.report.schema",
+    "Measurement": "compresslab.report.schema",
+    "METHODS": "compresslab.methods",
+    "CompressLabError": "compresslab.errors",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'compresslab' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -55,6 +55,12 @@ class Artifact:
         """The model, opened by plain transformers from this folder."""
         return models.load(self.folder, dtype=dtype)
 
+    def load_packed(self) -> nn.Module:
+        """The model in bfloat16 on torch's packed CPU kernels, where this machine has fast ones for its grid."""
+        from compresslab.deploy import torch_packed
+
+        return torch_packed.load(self.folder)[0]
+
     def tokenizer(self) -> Any:
         return models.load_tokenizer(self.folder, str(self.folder))
 
@@ -114,8 +120,10 @@ class Writer:
             raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._lock.release()
+        if kind is not None and not self._progress["units"]:
+            shutil.rmtree(self.partial, ignore_errors=True)  # nothing in it to go on from
 
     def _read_progress(self) -> None:
         path = self.partial / "progress.json"
@@ -164,7 +172,8 @@ class Writer:
             entry["state"] = self._save_state(unit.name, state)
         self._progress["units"][unit.name] = entry
         atomic_write(self.partial / "progress.json", json.dumps(self._progress).encode())
-        self._drop_older_states(unit.name)
+        if state is not None:
+            self._drop_older_states(unit.name)
 
     def _save_state(self, unit: str, state: BlockState) -> dict[str, Any]:
         """A block returns a tensor, or a tuple of tensors and Nones; the same for every batch."""
@@ -187,7 +196,7 @@ class Writer:
 
     def last_state(self, units: Sequence[str]) -> BlockState:
         """The stored outputs of the last of these units, in the order they were finished."""
-        last = [name for name in self._progress["units"] if name in units][-1]
+        last = [name for name, entry in self._progress["units"].items() if name in units and "state" in entry][-1]
         spec = self._progress["units"][last]["state"]
         with safe_open(self.partial / spec["file"], framework="pt") as handle:
             keys = set(handle.keys())

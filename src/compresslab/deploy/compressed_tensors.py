@@ -9,7 +9,9 @@ Source: the compressed-tensors library (its compressors are the oracle in tests/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,9 @@ from torch import Tensor, nn
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
-from compresslab.models import weight_of
+from compresslab.models import FolderWeights, weight_of
 from compresslab.numerics.grid import Grid, QuantWeight
-from compresslab.numerics.packing import pack_int32
+from compresslab.numerics.packing import pack_int32, unpack_int32
 
 
 class Layout:
@@ -88,6 +90,35 @@ class Layout:
         # transformers opens these by de-quantising each weight as it reads it: its other way, packed modules filled from
         # the file, expects zero points unpacked and fails on asymmetric grids (seen with compressed-tensors 0.20).
         return config if self.activations is not None else config | {"dequantize": True}
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
+    """The canonical form of every compressed layer of an artifact, one at a time, as it lies on disk.
+
+    Raises:
+        CompressLabError: if the folder is not a compressed-tensors artifact, or is damaged.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    if config.get("quant_method") != "compressed-tensors":
+        raise CompressLabError(f"{folder} holds no compressed-tensors weights")
+    args = next(iter(config["config_groups"].values()))["weights"]
+    grid = Grid(
+        bits=args["num_bits"], symmetric=args["symmetric"], granularity=args["strategy"], group_size=args["group_size"]
+    )
+    weights = FolderWeights(folder)
+    for name in weights.names():
+        layer, _, suffix = name.rpartition(".")
+        if suffix != "weight_scale":
+            continue
+        scale, zero_point = weights.get(name), None
+        if f"{layer}.weight" in weights.names():
+            codes = weights.get(f"{layer}.weight")
+        else:
+            rows, columns = weights.get(f"{layer}.weight_shape").tolist()
+            codes = unpack_int32(weights.get(f"{layer}.weight_packed"), grid.bits, columns)
+            if not grid.symmetric:
+                zero_point = unpack_int32(weights.get(f"{layer}.weight_zero_point"), grid.bits, rows, dim=0)
+        yield layer, QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
 
 
 def _args(grid: Grid) -> dict[str, Any]:

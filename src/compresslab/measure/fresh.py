@@ -24,6 +24,9 @@ from torch import Tensor
 from compresslab.errors import CompressLabError
 from compresslab.report.schema import Frozen, Measurement
 
+# What a speed is called that plain transformers reached, where packed kernels reach another.
+PLAIN = {"prefill_ms": "prefill_transformers_ms", "decode_tokens_per_s": "decode_transformers_tokens_per_s"}
+
 
 class Job(Frozen):
     """What to measure.
@@ -34,6 +37,7 @@ class Job(Frozen):
         reference: file for the hidden states of the uncompressed encoder; written if absent, compared with if there.
         weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
         source: where the windows come from, in words.
+        packed: whether the folder is an artifact whose layers may also run on torch's packed kernels.
     """
 
     folder: Path
@@ -44,6 +48,7 @@ class Job(Frozen):
     device: str = "cpu"
     threads: int = 1
     speed: bool = True
+    packed: bool = False
 
 
 class Result(Frozen):
@@ -94,6 +99,8 @@ def _run(job: Job) -> Result:
         Measurement(name="peak_memory_bytes", value=peak, unit="bytes", n=1, device=where,
                     conditions=f"resident memory of a fresh process that {opened}, ran a prompt of 128 tokens and decoded")
     )  # fmt: skip
+    if windows is not None and job.packed and models.is_language_model(model):
+        found = _on_packed_kernels(job, model, windows, found)
     del model
     gc.collect()
     model = models.load(job.folder, dtype=torch.float32).to(job.device)
@@ -103,6 +110,20 @@ def _run(job: Job) -> Result:
     return Result(
         measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
     )
+
+
+def _on_packed_kernels(
+    job: Job, model: torch.nn.Module, windows: Tensor, found: list[Measurement]
+) -> list[Measurement]:
+    """Speed on torch's packed kernels, where there are any, beside what plain transformers reached."""
+    from compresslab.deploy import torch_packed
+    from compresslab.measure import speed
+
+    if model.dtype != torch.bfloat16 or not torch_packed.pack_(model, job.folder):
+        return found
+    plain = [m.model_copy(update={"name": PLAIN[m.name]}) if m.name in PLAIN else m for m in found]
+    said = "Artifact.load_packed, packed weights on torch's kernels"
+    return speed.language_model_speed(model, windows[:1, :128], conditions=said) + plain
 
 
 def _quality(job: Job, model: torch.nn.Module, windows: Tensor) -> list[Measurement]:

@@ -34,6 +34,9 @@ _LABELS = {
     "prefill_ms": "prefill",
     "decode_ms_per_token": "decode, per token",
     "load_ms": "load",
+    "prefill_transformers_ms": "prefill, plain transformers",
+    "decode_transformers_tokens_per_s": "decode, plain transformers",
+    "forward_ms": "forward",
     "peak_memory_bytes": "peak memory",
 }
 # unit -> (word when it went well, word when not, whether more is better)
