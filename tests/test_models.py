@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-import tiny
 import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
+import tiny
 from compresslab import layerwise, models, pipeline
 from compresslab.contract import Solution
 from compresslab.errors import CompressLabError
@@ -45,7 +46,7 @@ LAYOUT: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 RENAMED = "models._match_names does not rename tensors as transformers does on loading: no ViT folder opens"
-MAYBE_VIT = [*LAYOUT, pytest.param("vit", marks=pytest.mark.xfail(strict=True, reason=RENAMED))]
+MAYBE_VIT = [*LAYOUT, "vit"]
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +180,12 @@ def test_the_hash_of_weights_depends_on_every_bit(saved: dict[str, Path], llama:
     [
         ("", "gamma"),
         ("bert.", "weight"),
-        pytest.param("bert.", "gamma", marks=pytest.mark.xfail(strict=True, reason=RENAMED)),
+        ("bert.", "gamma"),
     ],
 )
-def test_older_names_of_a_checkpoint_are_understood(saved: dict[str, Path], tmp_path: Path, prefix: str, norm: str) -> None:
+def test_older_names_of_a_checkpoint_are_understood(
+    saved: dict[str, Path], tmp_path: Path, prefix: str, norm: str
+) -> None:
     folder = Path(shutil.copytree(saved["bert"], tmp_path / "bert"))
 
     def rename(tensors: dict[str, Tensor]) -> None:
@@ -247,7 +250,6 @@ def test_an_index_that_names_a_missing_shard(llama: Path) -> None:
     refused(llama, rf"{gone.name} is named by the index but missing: fetch the model again")
 
 
-@pytest.mark.xfail(strict=True, reason="models.FolderWeights reads the index without a guard")
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_an_index_that_is_none(llama: Path, content: str) -> None:
     (sharded(llama) / "model.safetensors.index.json").write_text(content, encoding="utf-8")
@@ -287,20 +289,17 @@ def test_an_architecture_that_transformers_lacks(llama: Path, fields: dict[str, 
     refused(llama, "which transformers .* cannot build")
 
 
-@pytest.mark.xfail(strict=True, reason="models._skeleton builds whatever transformers has of that name")
 @pytest.mark.parametrize("fields", [{"architectures": ["AutoConfig"]}, {"architectures": ["LlamaTokenizer"]}])
 def test_an_architecture_that_is_no_model_class(llama: Path, fields: dict[str, Any]) -> None:
     tiny.change_config(llama, **fields)
     refused(llama, "which transformers .* cannot build")
 
 
-@pytest.mark.xfail(strict=True, reason="models._config: AutoConfig.from_pretrained is not guarded")
 def test_a_model_type_that_does_not_exist(llama: Path) -> None:
     tiny.change_config(llama, model_type="nothing-like-it")
     refused(llama, "nothing-like-it")
 
 
-@pytest.mark.xfail(strict=True, reason="models._config: AutoConfig.from_pretrained is not guarded")
 @pytest.mark.parametrize("fields", [{"hidden_size": "many"}, {"num_attention_heads": 5}])
 def test_a_config_with_wrong_values(llama: Path, fields: dict[str, Any]) -> None:
     tiny.change_config(llama, **fields)
@@ -344,6 +343,12 @@ def test_an_object_that_is_no_transformers_model() -> None:
     refused(nn.Linear(2, 2), "Linear is not a transformers model")
 
 
+@pytest.fixture(autouse=True)
+def _quick() -> Iterator[None]:
+    with tiny.quick():
+        yield
+
+
 # --- laws of the driver --------------------------------------------------------------------------------------------
 
 
@@ -371,10 +376,10 @@ class Stopped(Exception):
     """Raised to end a forward once a layer's input is known."""
 
 
-def inputs_of(model: nn.Module, layer: str, batches: list[dict[str, Tensor]]) -> Gram:
+def inputs_of(model: Any, layer: str, batches: list[dict[str, Tensor]]) -> Gram:
     """H of one layer's input: a whole forward of each batch up to it, with hooks and nothing else."""
     module = model.get_submodule(layer)
-    gram = Gram(module.in_features, precision="float32")
+    gram = Gram(module.weight.shape[0 if models.is_transposed(module) else 1], precision="float32")
 
     def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         gram.add_(args[0])
@@ -388,12 +393,14 @@ def inputs_of(model: nn.Module, layer: str, batches: list[dict[str, Tensor]]) ->
     return gram
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "bert", "vit"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2", "bert", "vit"])
 def test_every_layer_sees_what_the_compressed_ones_before_it_give(kind: str) -> None:
     """True sequential order, against a forward of the whole model for every single layer."""
     batches = tiny.token_batches(4, size=2)
     if kind == "vit":
-        batches = [{"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i))} for i in range(2)]
+        batches = [
+            {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i))} for i in range(2)
+        ]
     model, solver = tiny.make(kind), GPTQ(group_size=16)
     found = tiny.solve(tiny.make(kind), batches, solver=solver).codes()
     expected = {}
@@ -401,9 +408,13 @@ def test_every_layer_sees_what_the_compressed_ones_before_it_give(kind: str) -> 
         module = model.get_submodule(layer)
         with torch.inference_mode():
             gram = inputs_of(model, layer, batches)
-            solution = solver.solve(module.weight.detach().clone(), gram, scale_dtype=torch.float32)
+            turned = models.is_transposed(module)
+            weight = module.weight.detach().t() if turned else module.weight.detach()
+            along: Any = "out" if turned else "in"
+            solution = solver.solve(weight.clone(), gram, scale_dtype=torch.float32, groups_along=along)
+            rounded = solution.weight.dequantize()
         expected[layer] = solution.weight.codes
-        module.weight.data = solution.weight.dequantize()
+        module.weight.data = (rounded.t() if turned else rounded).contiguous()
     assert tiny.agreement(found, expected) > 0.999
 
 
@@ -485,7 +496,6 @@ def test_compress_leaves_the_callers_model_as_it_is(tmp_path: Path, monkeypatch:
     assert 0 < float(difference) < 1e3
 
 
-@pytest.mark.xfail(strict=True, reason="pipeline._original: save_pretrained shows its progress bar")
 def test_compressing_an_object_prints_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -545,11 +555,12 @@ def test_layers_that_no_token_reaches_say_so() -> None:
     notes = {name: found.record.note for name, found in sink.solved.items()}
     unreached = {name for name in notes if ".crossattention." in name}
     assert len(unreached) == 8
-    assert all(notes[name].startswith("no data") == (name in unreached) for name in notes)
-    assert all(found.record.sqnr_of == ("weight" if name in unreached else "output") for name, found in sink.solved.items())
+    assert all(notes[name].endswith("rounded to nearest") == (name in unreached) for name in notes)
+    assert all(
+        found.record.sqnr_of == ("weight" if name in unreached else "output") for name, found in sink.solved.items()
+    )
 
 
-@pytest.mark.xfail(strict=True, reason="Gram.add_ of no rows at all: amax over an empty dimension", raises=IndexError)
 def test_a_batch_that_is_all_padding_adds_nothing() -> None:
     real = tiny.token_batches(2)[0]
     real = real | {"attention_mask": torch.ones_like(real["input_ids"])}
@@ -562,13 +573,14 @@ def test_layers_outside_the_blocks_are_solved_with_data_too() -> None:
     for kind, layer in (("llama", "lm_head"), ("bert", "pooler.dense")):
         sink = tiny.solve(tiny.make(kind), tiny.token_batches(2, size=1), ignore=[])
         assert sink.solved[layer].record.sqnr_of == "output"
-        assert sink.units[-1] == ""
+        assert sink.units.count("") == 1
 
 
 def test_units_are_written_once_in_network_order_and_whole() -> None:
     model = tiny.make("llama", num_hidden_layers=3)
     sink = tiny.solve(model, tiny.token_batches(2))
-    assert sink.units == ["model.layers.0", "model.layers.1", "model.layers.2", ""]
+    assert sorted(sink.units) == ["", "model.layers.0", "model.layers.1", "model.layers.2"]
+    assert [unit for unit in sink.units if unit] == sorted(unit for unit in sink.units if unit)
     stored = {*sink.floats, *(f"{name}.weight" for name in sink.solved)}
     assert stored == set(model.state_dict())
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in sink.floats.items())

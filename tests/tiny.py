@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 import torch
 import transformers
@@ -19,7 +21,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 
-from compresslab import layerwise, models
+from compresslab import layerwise, models, preflight
 from compresslab.contract import Solver
 from compresslab.deploy.compressed_tensors import Layout
 from compresslab.measure import fresh
@@ -143,7 +145,7 @@ def save(kind: str, folder: Path, *, seed: int = 0, **more: Any) -> Path:
     return folder
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Rewrite a model's weights after `change` has worked on the dict of them."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -228,7 +230,22 @@ def fake_measure(job: fresh.Job) -> fresh.Result:
     return fresh.Result(measurements=(), weights_compared=len(job.weights_sha256), weights_differing=())
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+@contextmanager
+def quick() -> Iterator[None]:
+    """One thread and no measured rates: for networks this small, waking a second thread takes longer than the work."""
+    threads, kernels = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "rates", lambda device: (1e11, 1e11, 1e11))
+        yield
+    torch.set_num_threads(threads)
+    numba.set_num_threads(kernels)
+
+
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
     """The `compresslab` command in this process: exit code, standard output, standard error."""
     from compresslab import cli
 

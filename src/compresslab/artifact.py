@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import torch
@@ -43,6 +44,8 @@ from compresslab.report.schema import Report, read_report
 # One weight file up to this size, the finished units as shards of a larger model.
 SINGLE_FILE_BYTES = 4_000_000_000
 MANIFEST = "compresslab.json"
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,21 @@ class Artifact:
                 raise CompressLabError(f"{path} is not what was written (sha256 differs): fetch the artifact again")
 
 
+def _names_the_disk(method: Callable[..., Result]) -> Callable[..., Result]:
+    """A method whose OSErrors (a full disk, mostly) are told as one line; what is finished stays, to go on from."""
+
+    @functools.wraps(method)
+    def wrapped(self: Writer, *args: Any, **kwargs: Any) -> Result:
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            raise CompressLabError(
+                f"cannot write to {self.partial} ({error.strerror}): mend that and run the same command again"
+            ) from error
+
+    return wrapped
+
+
 class Writer:
     """The sink of a layer-wise run: units in, artifact out. Use as a context manager; it holds the lock.
 
@@ -94,7 +112,7 @@ class Writer:
     """
 
     def __init__(self, out: Path, key: dict[str, Any], *, force: bool = False) -> None:
-        self.out = out
+        self.out = out = out.resolve()
         self.partial = out.parent / f"{out.name}.partial"
         self.key = json.loads(json.dumps(key))
         self.force = force
@@ -154,6 +172,7 @@ class Writer:
     def is_done(self, unit: str) -> bool:
         return unit in self._progress["units"]
 
+    @_names_the_disk
     def write(self, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor], state: BlockState | None) -> None:
         tensors = dict(floats)
         for layer, found in solved.items():
@@ -219,12 +238,17 @@ class Writer:
 
     # -- the finished folder -----------------------------------------------------------------------------------------
 
+    @_names_the_disk
     def assemble(self, source: Source, quantization_config: dict[str, Any]) -> Path:
         """Put the finished units, the config and the tokenizer together in the artifact/ folder; return it."""
         folder = self.partial / "artifact"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        files = [self.partial / entry["file"] for entry in self._progress["units"].values()]
+        files = []
+        for entry in self._progress["units"].values():
+            files.append(self.partial / entry["file"])
+            if not files[-1].exists() or file_sha256(files[-1]) != entry["sha256"]:
+                raise CompressLabError(f"{files[-1]} was damaged since it was written: start over with --force")
         _merge(files, folder)
         config = source.config.to_dict() | {"quantization_config": quantization_config}
         config = {k: v for k, v in config.items() if k not in ("_name_or_path", "_attn_implementation")}
@@ -239,6 +263,7 @@ class Writer:
         units = self._progress["units"].values()
         return {layer: record["weight_sha256"] for entry in units for layer, record in entry["layers"].items()}
 
+    @_names_the_disk
     def publish(self, folder: Path) -> Artifact:
         """Write the manifest and move the finished folder to its place in one rename."""
         files = {
@@ -256,8 +281,12 @@ class Writer:
         return Artifact(self.out)
 
 
-def check_output(out: Path, force: bool) -> None:
-    """CompressLabError if the output folder holds something that must not be lost."""
+def check_output(out: Path, force: bool, model: Path | None = None) -> None:
+    """CompressLabError if the output folder holds something that must not be lost, the model itself above all."""
+    out = out.resolve()
+    for inside in (Path.cwd(), *([model.resolve()] if model else [])):
+        if inside.is_relative_to(out):
+            raise CompressLabError(f"{out} holds {inside}: choose another --out")
     if out.exists() and not out.is_dir():
         raise CompressLabError(f"{out} is a file: choose another --out")
     if out.is_dir() and any(out.iterdir()) and not force:

@@ -34,7 +34,9 @@ def main() -> None:
     except CompressLabError as error:
         error_console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # what the library makes of Ctrl-C
+            raise
         error_console.print("stopped. Run the same command again to go on where it stopped.", highlight=False)
         sys.exit(130)
 

@@ -26,17 +26,18 @@ def build(name: str, settings: dict[str, Any]) -> Method:
     Raises:
         CompressLabError: unknown method or setting (naming the nearest), or a value of the wrong type or range.
     """
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
+    if not isinstance(name, str) or name not in METHODS:
+        raise unknown("method", str(name), METHODS)
     cls = METHODS[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in settings.items():
         if key not in fields:
-            raise unknown(f"setting of {name}", key, fields)
+            raise unknown(f"setting of {name}", str(key), fields)
         _check_type(name, key, value, str(fields[key].type))
-    method = cls(**settings)
     try:
+        method = cls(**settings)
         method.grid()
+        method.activation_grid()
     except ValueError as error:
         raise CompressLabError(f"method {name}: {error}") from None
     return method

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -50,8 +51,10 @@ class FolderWeights:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(named.values()))
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise CompressLabError(f"{index} is not an index of weight files: fetch the model again") from None
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
@@ -201,8 +204,7 @@ def find(model: str | Path | nn.Module, *, revision: str | None = None) -> Sourc
     name = str(model)
     folder, licence = _folder(name, revision)
     config = _config(folder, name)
-    weights = FolderWeights(folder)
-    tied = _match_names(_skeleton(config), weights, name)
+    weights, tied = _matched(config, folder, name)
     return Source(
         name=name, folder=folder, config=config, weights=weights, tied=tied, licence=licence, revision=revision
     )
@@ -252,12 +254,20 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise CompressLabError(f"'{name}' is quantised already ({method}): name the model in floating point")
     architecture = (raw.get("architectures") or [None])[0]
-    if architecture is None or not hasattr(transformers, architecture):
+    cls = getattr(transformers, str(architecture), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CompressLabError(
             f"'{name}' has the architecture {architecture or raw.get('model_type')!r}, which transformers "
             f"{transformers.__version__} cannot build without running the model's own code"
         )
-    return transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        _skeleton(config)
+    except (ValueError, KeyError, TypeError, OSError, AssertionError, StrictDataclassError) as error:
+        raise CompressLabError(
+            f"no model can be built from the config {path}: {' '.join(str(error).split())}"
+        ) from None
+    return config
 
 
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
@@ -270,40 +280,52 @@ def _skeleton(config: transformers.PretrainedConfig, attention: str | None = Non
         return cls(config).eval().requires_grad_(False)
 
 
-def _match_names(skeleton: nn.Module, weights: FolderWeights, name: str) -> dict[str, str]:
-    """Rename the checkpoint's tensors to the skeleton's parameters where a prefix differs; return the tied ones.
+def _matched(config: transformers.PretrainedConfig, folder: Path, name: str) -> tuple[Weights, dict[str, str]]:
+    """A folder's tensors under the names of the architecture's parameters, and which parameters share another's tensor.
 
-    A head that the checkpoint does not have (an encoder saved without its pooler, say) is left out of the artifact too.
+    Most checkpoints carry those names, but for the prefix of the model inside a model. One that does not (older names,
+    fused experts) is opened whole by transformers, which knows how to rename it, and read from memory.
     """
-    prefix = getattr(skeleton, "base_model_prefix", "") + "."
-    wanted = skeleton.state_dict().keys()
+    skeleton = _skeleton(config)
+    weights = FolderWeights(folder)
+    wanted = {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
     tied = {k: v for k, v in getattr(skeleton, "all_tied_weights_keys", {}).items() if k in wanted}
-    for checkpoint_name in weights.names():
-        if checkpoint_name in wanted:
-            continue
-        for candidate in (prefix + checkpoint_name, checkpoint_name.removeprefix(prefix), _modern(checkpoint_name)):
-            if candidate in wanted and candidate not in weights.names():
-                weights.rename(checkpoint_name, candidate)
+    prefix = getattr(skeleton, "base_model_prefix", "") + "."
+    for stored in weights.names():
+        for candidate in (prefix + stored, stored.removeprefix(prefix)):
+            if stored not in wanted and candidate in wanted and candidate not in weights.names():
+                weights.rename(stored, candidate)
                 break
-    missing = sorted(set(wanted) - set(weights.names()) - set(tied))
-    missing = [key for key in missing if not _is_optional(skeleton, key)]
+    found: Weights = weights
+    if _missing(skeleton, wanted, found, tied):
+        found = _opened_whole(config, folder, name, tied)
+    for key, shape in wanted.items():
+        if key in found.names() and found.shape(key) != shape:
+            raise CompressLabError(
+                f"tensor {key} of '{name}' has shape {list(found.shape(key))}, but its config asks for {list(shape)}"
+            )
+    return found, {k: v for k, v in tied.items() if k not in found.names()}
+
+
+def _missing(skeleton: nn.Module, wanted: Iterable[str], weights: Weights, tied: dict[str, str]) -> list[str]:
+    """Parameters that neither the checkpoint nor a tie provides. An encoder without its pooler is still whole."""
+    return sorted(k for k in set(wanted) - set(weights.names()) - set(tied) if not _is_optional(skeleton, k))
+
+
+def _opened_whole(
+    config: transformers.PretrainedConfig, folder: Path, name: str, tied: dict[str, str]
+) -> MemoryWeights:
+    cls = getattr(transformers, (config.architectures or [""])[0])
+    with quiet_transformers():
+        model, told = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    missing = sorted(key for key in told["missing_keys"] if not _is_optional(model, key))
     if missing:
         raise CompressLabError(
-            f"the checkpoint of '{name}' lacks {len(missing)} of the tensors of {type(skeleton).__name__}, "
+            f"the checkpoint of '{name}' lacks {len(missing)} of the tensors of {cls.__name__}, "
             f"first {missing[0]}: it may need a newer transformers, or be damaged"
         )
-    for key in wanted:
-        if key in weights.names() and tuple(skeleton.state_dict()[key].shape) != weights.shape(key):
-            raise CompressLabError(
-                f"tensor {key} of '{name}' has shape {list(weights.shape(key))}, but its config asks for "
-                f"{list(skeleton.state_dict()[key].shape)}"
-            )
-    return {k: v for k, v in tied.items() if k not in weights.names()}
-
-
-def _modern(name: str) -> str:
-    """Names from the time before LayerNorm's parameters were called weight and bias."""
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    absent = set(told["missing_keys"])
+    return MemoryWeights({k: v for k, v in model.state_dict().items() if k not in tied and k not in absent})
 
 
 def _is_optional(skeleton: nn.Module, key: str) -> bool:
@@ -348,8 +370,9 @@ def load_tokenizer(folder: Path | str | None, name: str) -> Any:
         raise CompressLabError(f"{name} came without a tokenizer: pass calibration batches made with yours")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CompressLabError(f"'{name}' has no tokenizer that opens ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CompressLabError(f"'{name}' has no tokenizer that opens ({reason})") from None
 
 
 @contextmanager

@@ -86,8 +86,10 @@ def compress(
         chosen = chosen.override(settings) if settings else chosen
         solver, layout = _solver(chosen)
         source = models.find(model)
+        check_output(out, force, source.folder)
         plan = layerwise.make_plan(source, chosen.ignore)
         _check_layers(source, plan, layout)
+        windows = _windows(source, data, evaluation_windows) if measure else None
         calibration = _calibration(source, solver, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
         preflight.check(preflight.estimate(source, plan, solver, *tokens, where), out)
@@ -102,9 +104,7 @@ def compress(
             folder = writer.assemble(source, layout.config(list(plan.skipped)))
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(
-                source, original, folder, writer, data, measure, evaluation_windows, where, progress
-            )
+            before, after = _measure(original, folder, writer, windows, data, measure, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -165,6 +165,8 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda can")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise CompressLabError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]})") from None
@@ -199,10 +201,13 @@ def _calibration(
     if isinstance(data, datasets.Calibration):
         return data
     length = recipe.calibration.sequence_length
-    return datasets.calibration(
+    found = datasets.calibration(
         data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
         batch_size=max(1, BATCH_TOKENS // length),
     )  # fmt: skip
+    for batch in found.batches:
+        _check_tokens(source, batch["input_ids"])
+    return found
 
 
 def _key(
@@ -212,6 +217,7 @@ def _key(
     return {
         "recipe": recipe.model_dump(mode="json"),
         "model": source.weights.sha256,
+        "config": source.config.to_json_string(use_diff=True),
         "data": None if calibration is None else calibration.sha256,
         "seed": seed,
         "version": environment.version(),
@@ -250,12 +256,37 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield source.folder
         return
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        with models.quiet_transformers():
+            model.save_pretrained(folder)
         yield Path(folder)
 
 
+def _windows(source: models.Source, data: Any, count: int) -> torch.Tensor | None:
+    """Token windows [n, length] of the text's test split, or None without a text or a tokenizer to measure with."""
+    if not isinstance(data, str) or not source.has_tokenizer():
+        return None
+    windows = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
+    _check_tokens(source, windows)
+    return windows
+
+
+def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
+    """CompressLabError if the model cannot read these windows [n, length]."""
+    vocabulary = getattr(source.config, "vocab_size", None)
+    if vocabulary is not None and int(ids.max()) >= vocabulary:
+        raise CompressLabError(
+            f"the tokenizer of '{source.name}' makes token {int(ids.max())}, but the model's vocabulary has {vocabulary} "
+            "tokens: the folder holds the tokenizer of another model"
+        )
+    longest = getattr(source.config, "max_position_embeddings", None)
+    if longest and ids.shape[1] > longest:
+        raise CompressLabError(
+            f"windows of {ids.shape[1]} tokens, but '{source.name}' reads {longest} at most: take --sequence-length {longest}"
+        )
+
+
 def _measure(
-    source: models.Source, original: Path, folder: Path, writer: Writer, data: Any, everything: bool, count: int,
+    original: Path, folder: Path, writer: Writer, tokens: torch.Tensor | None, data: Any, everything: bool,
     device: torch.device, progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
@@ -265,8 +296,7 @@ def _measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         windows, said = None, ""
-        if everything and isinstance(data, str) and source.has_tokenizer():
-            tokens = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
+        if tokens is not None:
             windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
             save_file({"input_ids": tokens}, windows)
         job = fresh.Job(

@@ -98,7 +98,7 @@ class Recipe(Strict):
                     raise unknown("recipe setting", key, _settings_of(raw))
                 where[leaf] = value
             else:
-                takers = [step for step in raw["steps"] if leaf in step]
+                takers = [step for step in raw["steps"] if leaf in step and leaf != "method"]
                 if not takers:
                     raise unknown("recipe setting", key, _settings_of(raw))
                 for step in takers:
@@ -129,6 +129,8 @@ def read(name_or_file: str | Path) -> Recipe:
         raise unknown("recipe", name, shipped())
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        raise CompressLabError(f"{path} is a folder: name a YAML file or a shipped recipe") from None
     except FileNotFoundError:
         raise CompressLabError(f"no recipe file {path}; shipped recipes: {', '.join(shipped())}") from None
     except yaml.constructor.ConstructorError as error:

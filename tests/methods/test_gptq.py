@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compresslab.contract import Along
 from compresslab.numerics import kernels
 from compresslab.numerics.gram import Gram, Precision
 from compresslab.numerics.grid import Grid, fit_minmax, quantize
@@ -18,7 +19,7 @@ from compresslab.quantize.rtn import RTN
 from oracles import gptq as oracle
 from oracles import rounding
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices: threads that wait for each other would cost more than they give
 LAWS = settings(deadline=None, max_examples=12, derandomize=True, database=None)
 TIE = 1e-4  # in units of the scale
 
@@ -51,8 +52,10 @@ def order_of(gram: Gram, activation_order: bool) -> list[int]:
     return sorted(columns, key=lambda k: -norms[k]) if activation_order else list(columns)
 
 
-def assert_solves(method: GPTQ, weight: Tensor, gram: Gram, scale_dtype: torch.dtype = torch.float32) -> None:
-    solved = method.solve(weight, gram, scale_dtype=scale_dtype).weight
+def assert_solves(
+    method: GPTQ, weight: Tensor, gram: Gram, scale_dtype: torch.dtype = torch.float32, groups_along: Along = "in"
+) -> None:
+    solved = method.solve(weight, gram, scale_dtype=scale_dtype, groups_along=groups_along).weight
     order = order_of(gram, method.activation_order)
     case = (weight, gram.matrix, solved.scale, solved.zero_point, method.bits)
     # Code by code: each is the nearest to where the refit puts its column, given the codes fixed before it.
@@ -101,6 +104,23 @@ def test_with_the_defaults_on_the_8_bit_gram_matrix(damp_frac: float) -> None:
 def test_several_blocks() -> None:
     features = 3 * BLOCK + 8
     assert_solves(GPTQ(group_size=50), weights(7, 4, features), gram_of(inputs(7, 500, features)))
+
+
+@pytest.mark.parametrize("range_search", [True, False], ids=["search", "extremes"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group_size", [None, 1, 4])
+def test_groups_along_the_output(group_size: int | None, symmetric: bool, range_search: bool) -> None:
+    """Layers that keep their weight as [in, out]: neighbouring rows of W share a scale."""
+    method = GPTQ(bits=3, group_size=group_size, symmetric=symmetric, range_search=range_search)
+    weight, gram = weights(15, 12, 70), gram_of(inputs(15, 250, 70))
+    solved = method.solve(weight, gram, scale_dtype=torch.float32, groups_along="out").weight
+    assert solved.scale.shape == (12 // (group_size or 12), 70)
+    if not range_search:
+        plain = RTN(bits=3, group_size=group_size, symmetric=symmetric)
+        stored = plain.solve(weight.t().contiguous(), None, scale_dtype=torch.float32).weight
+        assert torch.equal(solved.scale, stored.scale.t())
+    if group_size != 1:  # a weight alone in its group is a point of its grid: nothing to feed back
+        assert_solves(method, weight, gram, groups_along="out")
 
 
 def test_fewer_tokens_than_channels() -> None:
@@ -230,12 +250,17 @@ def test_without_data_it_is_plain_rounding_and_told(gram: Gram | None) -> None:
     solution = GPTQ(group_size=8).solve(weight, gram, scale_dtype=torch.bfloat16)
     plain = RTN(bits=4, group_size=8, symmetric=False).solve(weight, None, scale_dtype=torch.bfloat16)
     assert torch.equal(solution.weight.codes, plain.weight.codes)
-    assert "no data" in solution.note
+    assert "no calibration token" in solution.note
 
 
-def test_silent_inputs_are_refused() -> None:
+def test_silent_inputs_are_rounded_to_nearest_and_told() -> None:
+    weight = weights(12, 4, 16)
+    solution = GPTQ(group_size=8).solve(weight, gram_of(torch.zeros(5, 16)), scale_dtype=torch.float32)
+    plain = RTN(bits=4, group_size=8, symmetric=False).solve(weight, None, scale_dtype=torch.float32)
+    assert torch.equal(solution.weight.codes, plain.weight.codes)
+    assert "no calibration token" in solution.note
     with pytest.raises(ValueError, match="Gram matrix is zero"):
-        GPTQ(group_size=8).solve(weights(12, 4, 16), gram_of(torch.zeros(5, 16)), scale_dtype=torch.float32)
+        feedback_factor(torch.zeros(4, 4), torch.arange(4), 0.01)
 
 
 def test_a_matrix_that_is_no_gram_matrix_is_refused() -> None:

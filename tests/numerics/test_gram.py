@@ -11,7 +11,7 @@ from compresslab.numerics import gram as module
 from compresslab.numerics import kernels
 from compresslab.numerics.gram import TOP, Gram, Precision
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices: threads that wait for each other would cost more than they give
 PRECISIONS: list[Precision] = ["float32", "int8"]
 WIDTHS = [1, 63, 512, 513, 1100]
 
@@ -52,7 +52,10 @@ def test_float32_is_the_sum_over_tokens(width: int) -> None:
     assert torch.equal(found, found.t())
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+ONE_CHANNEL = 1
+
+
+@pytest.mark.parametrize("width", [ONE_CHANNEL, *WIDTHS[1:]])
 def test_int8_is_exact_where_rounding_changes_nothing(width: int) -> None:
     """Tokens that are whole numbers, at most 126 and once 126 in every column, times a power of two per column."""
     generator = torch.Generator().manual_seed(width)
@@ -173,12 +176,12 @@ def test_a_strided_view(precision: Precision) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_number_of_threads_changes_little_or_nothing(precision: Precision) -> None:
     x = tokens(8, 50, 33)
-    many = made(x, precision).matrix.clone()
-    torch.set_num_threads(1)
+    one = made(x, precision).matrix.clone()
+    torch.set_num_threads(2)
     try:
-        one = made(x, precision).matrix
+        many = made(x, precision).matrix
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
     if precision == "int8":
         assert torch.equal(one, many)
     else:
@@ -188,12 +191,7 @@ def test_the_number_of_threads_changes_little_or_nothing(precision: Precision) -
 @pytest.mark.parametrize(
     "precision",
     [
-        pytest.param(
-            "float32",
-            marks=pytest.mark.xfail(
-                strict=True, raises=IndexError, reason="numerics/gram.py _add_float_: amax over no tokens at all"
-            ),
-        ),
+        "float32",
         "int8",
     ],
 )

@@ -11,7 +11,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 
 from compresslab.numerics.grid import Grid, fit_range
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices: threads that wait for each other would cost more than they give
 
 
 @pytest.mark.parametrize(

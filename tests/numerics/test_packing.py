@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compresslab.numerics.packing import pack_int32, unpack_int32
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices: threads that wait for each other would cost more than they give
 LAWS = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 
 

@@ -56,7 +56,7 @@ def solve(
 
     Args:
         matrix: H, without damping.
-        scale, zero_point: [out, G]; group g holds the columns g * in / G to (g + 1) * in / G - 1.
+        scale, zero_point: [R, G]; each entry serves a block of out / R by in / G weights.
         damp_frac: added to the diagonal of H, as a fraction of its mean.
         follow: codes to fix instead of the nearest ones. Then `refitted` tells at what value each of *those* codes
             should have been rounded, given the ones fixed before it, and one flipped tie does not spoil the rest.
@@ -76,9 +76,10 @@ def solve(
             error = w[:, fixed] - quantized[:, fixed]
             pull = torch.linalg.solve(h[free][:, free], h[free][:, fixed] @ error.t())
             target = target + pull[0]
-        group = column * scale.shape[1] // features
-        zero = 0 if zero_point is None else zero_point[:, group].double()[:, None]
-        points = scale[:, group].double()[:, None] * (values - zero)
+        group = column // (features // scale.shape[1])
+        rows = [row // (len(w) // len(scale)) for row in range(len(w))]
+        zero = 0 if zero_point is None else zero_point[rows, group].double()[:, None]
+        points = scale[rows, group].double()[:, None] * (values - zero)
         index = (target[:, None] - points).abs().argmin(dim=1)
         if follow is not None:
             index = follow[:, column].long() - int(values[0])

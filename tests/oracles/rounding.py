@@ -1,6 +1,7 @@
 """Slow twins of the integer grids: every code of every weight is tried, in float64.
 
 Nothing is taken from compresslab: a grid is listed point by point, and a weight goes to whichever point is nearest.
+Scales are [R, G]: each entry serves a block of out / R by in / G weights.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ def grid_points(scale: float, zero_point: float, bits: int) -> np.ndarray:
 def distances(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> np.ndarray:
     """|w - point| / scale for every weight and every code, float64 [out, in, 2^bits]."""
     out_features, in_features = weight.shape
-    group_size = in_features // scale.shape[1]
+    block_rows, block_columns = out_features // scale.shape[0], in_features // scale.shape[1]
     table = np.empty((out_features, in_features, 2**bits))
     for row in range(out_features):
         for column in range(in_features):
-            group = column // group_size
-            step = float(scale[row, group])
-            zero = 0.0 if zero_point is None else float(zero_point[row, group])
+            block = row // block_rows, column // block_columns
+            step = float(scale[block])
+            zero = 0.0 if zero_point is None else float(zero_point[block])
             table[row, column] = np.abs(float(weight[row, column]) - grid_points(step, zero, bits)) / step
     return table
 

@@ -34,10 +34,12 @@ class Layout:
     def __init__(self, solver: Solver) -> None:
         self.weights = solver.grid()
         self.activations = solver.activation_grid()
-        if self.activations is not None and (self.weights.bits != 8 or not self.weights.symmetric):
+        wanted = (8, True)
+        found = self.activations and {(grid.bits, grid.symmetric) for grid in (self.weights, self.activations)}
+        if found and found != {wanted}:
             raise CompressLabError(
                 "compressed-tensors holds 8-bit activations with symmetric 8-bit weights only: "
-                f"set bits=8 and symmetric=true (asked for {self.weights.bits} bits)"
+                f"set bits=8, symmetric=true and activation_bits=8 (asked for weights of {self.weights.bits} bits)"
             )
         self.format = "pack-quantized" if self.activations is None else "int-quantized"
 

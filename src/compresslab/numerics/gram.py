@@ -27,6 +27,9 @@ from compresslab.numerics import kernels
 
 Precision = Literal["int8", "float32"]
 
+NARROWEST_INT8 = (
+    16  # torch's int8 product misreads matrices of a single column; below this width it gains nothing anyway
+)
 TOP = 126  # the code of a column's largest value; one below what int8 holds, so that rounding up is safe
 # 127^2 * tokens must stay below 2^31, or the int32 accumulator of one product could overflow.
 MAX_TOKENS_PER_PRODUCT = 2**31 // 127**2 - 1
@@ -57,7 +60,9 @@ class Gram:
         """
         x = x.reshape(-1, self.features)
         for part in x.split(MAX_TOKENS_PER_PRODUCT):
-            if self.precision == "int8":
+            if part.shape[0] == 0:  # a batch that is all padding, an expert that got no token
+                continue
+            if self.precision == "int8" and self.features >= NARROWEST_INT8:
                 self._add_int8_(part)
             else:
                 self._add_float_(part)
@@ -90,7 +95,7 @@ class Gram:
 
     def _mirror(self) -> Tensor:
         """Fill the upper triangle, which the int8 product leaves out, from the lower one, in place."""
-        if self.precision == "int8":
+        if self.precision == "int8" and self.features >= NARROWEST_INT8:
             self._sum.tril_()
             self._sum += self._sum.tril(-1).t()
         return self._sum

@@ -35,9 +35,9 @@ def feedback_factor(matrix: Tensor, order: Tensor, damp_frac: float) -> tuple[Te
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
             break
-        damp_frac = max(damp_frac * 10, 1e-4)
-        if damp_frac > 1:
+        if damp_frac >= 1:
             raise ValueError("the Gram matrix cannot be factorised, even with its own mean added to the diagonal")
+        damp_frac = min(max(damp_frac * 10, 1e-4), 1.0)
     upper = lower.flip(0, 1)
     diagonal = upper.diagonal().clone()
     return upper.div_(diagonal), diagonal, damp_frac

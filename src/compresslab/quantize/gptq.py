@@ -75,6 +75,10 @@ class GPTQ:
     activation_order: bool = True
     range_search: bool = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp_frac <= 1:
+            raise ValueError(f"damp_frac is a fraction from 0 to 1, not {self.damp_frac}")
+
     def grid(self) -> Grid:
         return Grid(
             bits=self.bits,
@@ -90,9 +94,10 @@ class GPTQ:
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
     ) -> Solution:
         grid = self.grid()
-        if gram is None or gram.tokens == 0:
+        if gram is None or not gram.diagonal.any():
             scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
-            return Solution(weight=quantize(weight, scale, zero_point, grid), note="no data: rounded to nearest")
+            note = "no calibration token reached this layer: rounded to nearest"
+            return Solution(weight=quantize(weight, scale, zero_point, grid), note=note)
         if not self.range_search:
             scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
         elif groups_along == "in":

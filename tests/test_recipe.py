@@ -1,0 +1,120 @@
+"""Recipes: those that are shipped, how they are written down, and how settings are overridden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+import tiny
+from compresslab import methods, recipe, zoo
+from compresslab.contract import Solver
+from compresslab.deploy.compressed_tensors import Layout
+from compresslab.errors import CompressLabError
+
+SHIPPED = sorted(recipe.shipped())
+
+
+def test_the_default_is_shipped() -> None:
+    assert recipe.DEFAULT in SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
+    found = recipe.read(name)
+    assert found.name == name
+    assert found.summary.endswith(".")
+    for step in found.steps:
+        solver = step.build()
+        assert isinstance(solver, Solver)
+        Layout(solver)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_say_what_to_expect(name: str) -> None:
+    expect = recipe.read(name).expect
+    assert expect
+    for model, ranges in expect.items():
+        assert model in zoo.MODELS
+        assert ranges
+        for low, high in ranges.values():
+            assert 0 < low < high
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    found = recipe.read(name)
+    path = tmp_path / "copy.yaml"
+    path.write_text(found.to_yaml(), encoding="utf-8")
+    assert recipe.read(path) == found
+    assert recipe.parse(found.model_dump(mode="json"), "copy") == found
+    assert recipe.Recipe.model_validate_json(found.model_dump_json()) == found
+
+
+def test_every_setting_is_filled_in() -> None:
+    """What is written down does not change when a default does."""
+    step = recipe.read("w4a16-gptq").steps[0]
+    assert set(step.settings) == set(methods.defaults("gptq"))
+    assert step.settings["damp_frac"] == methods.defaults("gptq")["damp_frac"]
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    found = recipe.read(recipe.DEFAULT)
+    with pytest.raises(ValidationError, match="frozen"):
+        found.name = "other"
+
+
+def test_overrides_leave_the_original_alone() -> None:
+    found = tiny.recipe()
+    before = found.model_dump()
+    changed = found.override({"bits": 3, "calibration.samples": 5, "ignore": ["lm_head"], "group_size": None})
+    assert found.model_dump() == before
+    assert changed.steps[0].settings == found.steps[0].settings | {"bits": 3, "group_size": None}
+    assert changed.calibration.samples == 5
+    assert changed.calibration.sequence_length == found.calibration.sequence_length
+    assert changed.ignore == ("lm_head",)
+    assert changed.name == found.name
+
+
+def test_no_override_is_the_same_recipe() -> None:
+    assert tiny.recipe().override({}) == tiny.recipe()
+
+
+def test_an_override_of_a_method_is_not_a_setting() -> None:
+    """Another method has other settings: that is another recipe."""
+    for key in ("steps", "version", "expect"):
+        with pytest.raises(CompressLabError, match=f"unknown recipe setting '{key}'"):
+            tiny.recipe().override({key: 3})
+
+
+def test_an_override_of_the_method_is_refused_as_such() -> None:
+    with pytest.raises(CompressLabError, match="unknown recipe setting 'method'"):
+        tiny.recipe().override({"method": "rtn"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({"bit": 3}, "unknown recipe setting 'bit': did you mean 'bits'"),
+        ({"calibration": 3}, "unknown recipe setting 'calibration'"),
+        ({"calibration.bits": 3}, r"unknown recipe setting 'calibration\.bits'"),
+        ({"steps.bits": 3}, r"unknown recipe setting 'steps\.bits'"),
+        ({"bits": 12}, "recipe 'tiny' with --set: .*bits must be 2 to 8, not 12"),
+        ({"calibration.samples": 2.5}, r"recipe 'tiny' with --set: calibration\.samples: "),
+        ({"": 1}, "unknown recipe setting ''"),
+    ],
+)
+def test_overrides_that_are_wrong(settings: dict[str, object], pattern: str) -> None:
+    with pytest.raises(CompressLabError, match=pattern) as caught:
+        tiny.recipe().override(settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_may_bear_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped one wins over a file without suffix; a file is named with its suffix."""
+    monkeypatch.chdir(tmp_path)
+    Path("w8a16").write_text("nonsense", encoding="utf-8")
+    assert recipe.read("w8a16").steps[0].method == "rtn"
+    Path("w8a16.yaml").write_text(tiny.recipe().to_yaml(), encoding="utf-8")
+    assert recipe.read("w8a16.yaml").name == "tiny"
