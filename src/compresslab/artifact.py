@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,14 +108,18 @@ class Writer:
 
     Args:
         out: the artifact's folder; must be absent or empty unless `force`.
+        as_opened: a solved layer -> the weight that a runtime will find in the finished folder, to be compared with then.
         key: what this run is. A partial folder of a run with another key is refused, naming what changed.
     """
 
-    def __init__(self, out: Path, key: dict[str, Any], *, force: bool = False) -> None:
+    def __init__(
+        self, out: Path, key: dict[str, Any], *, as_opened: Callable[[Solved], Tensor], force: bool = False
+    ) -> None:
         self.out = out = out.resolve()
         self.partial = out.parent / f"{out.name}.partial"
         self.key = json.loads(json.dumps(key))
         self.force = force
+        self.as_opened = as_opened
         self._lock = filelock.FileLock(self.partial / "lock")
         self._progress: dict[str, Any] = {"key": self.key, "units": {}}
 
@@ -144,24 +148,31 @@ class Writer:
             shutil.rmtree(self.partial, ignore_errors=True)  # nothing in it to go on from
 
     def _read_progress(self) -> None:
+        """Go on from what an earlier run of the same command finished; start over where `force` says so."""
         path = self.partial / "progress.json"
         if not path.exists():
             return
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["key"] == self.key:
+        changed = sorted(k for k in {*found["key"], *self.key} if found["key"].get(k) != self.key.get(k))
+        damaged = [] if changed else self._damaged(found["units"].values())
+        if not changed and not damaged:
             self._progress = found
-            return
-        if self.force:
+        elif self.force:
             for folder in ("units", "states"):
                 shutil.rmtree(self.partial / folder)
                 (self.partial / folder).mkdir()
             path.unlink()
-            return
-        changed = sorted(k for k in {*found["key"], *self.key} if found["key"].get(k) != self.key.get(k))
-        raise CompressLabError(
-            f"{self.partial} holds an unfinished run with another {', '.join(changed)}: give the same command to go on "
-            "with it, --force to start over, or choose another --out"
-        )
+        elif damaged:
+            raise CompressLabError(f"{damaged[0]} was damaged since it was written: start over with --force")
+        else:
+            raise CompressLabError(
+                f"{self.partial} holds an unfinished run with another {', '.join(changed)}: give the same command to go on "
+                "with it, --force to start over, or choose another --out"
+            )
+
+    def _damaged(self, entries: Iterable[dict[str, Any]]) -> list[Path]:
+        files = [(self.partial / entry["file"], entry["sha256"]) for entry in entries]
+        return [path for path, sha256 in files if not path.exists() or file_sha256(path) != sha256]
 
     # -- layerwise.Sink ----------------------------------------------------------------------------------------------
 
@@ -183,7 +194,7 @@ class Writer:
             "file": file,
             "sha256": file_sha256(self.partial / file),
             "layers": {
-                layer: dataclasses.asdict(found.record) | {"weight_sha256": weight_sha256(stored_weight(found))}
+                layer: dataclasses.asdict(found.record) | {"weight_sha256": weight_sha256(self.as_opened(found))}
                 for layer, found in solved.items()
             },
         }
@@ -244,11 +255,7 @@ class Writer:
         folder = self.partial / "artifact"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        files = []
-        for entry in self._progress["units"].values():
-            files.append(self.partial / entry["file"])
-            if not files[-1].exists() or file_sha256(files[-1]) != entry["sha256"]:
-                raise CompressLabError(f"{files[-1]} was damaged since it was written: start over with --force")
+        files = [self.partial / entry["file"] for entry in self._progress["units"].values()]
         _merge(files, folder)
         config = source.config.to_dict() | {"quantization_config": quantization_config}
         config = {k: v for k, v in config.items() if k not in ("_name_or_path", "_attn_implementation")}
@@ -379,12 +386,6 @@ def atomic_write(path: Path, content: bytes) -> None:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def stored_weight(found: Solved) -> Tensor:
-    """The weight as a runtime sees it that multiplies codes by scales in the dtype of the scales, as transformers does."""
-    weight = found.weight.dequantize().to(found.weight.scale.dtype)
-    return weight.t() if found.transposed else weight
 
 
 def weight_sha256(weight: Tensor) -> str:

@@ -82,7 +82,9 @@ def compress(
 
         settings["ignore"] = [*recipes.read(recipe).ignore, *ignore]
     if dry_run:
-        _show_plan(*pipeline.plan_only(model, recipe, settings=settings, device=device), as_json)
+        plan, estimate, chosen = pipeline.plan_only(model, recipe, settings=settings, device=device)
+        _show_plan(plan, estimate, chosen, as_json)
+        pipeline.preflight.check(estimate, out)
         return
     if not (quiet or as_json):
         _announce_fetch(model)

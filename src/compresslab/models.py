@@ -365,6 +365,12 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
         return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 
+def decompress_(model: nn.Module) -> None:
+    """Have transformers multiply out compressed weights now that it would on the first forward."""
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)  # type: ignore[union-attr, operator]
+
+
 def load_tokenizer(folder: Path | str | None, name: str) -> Any:
     if folder is None:
         raise CompressLabError(f"{name} came without a tokenizer: pass calibration batches made with yours")

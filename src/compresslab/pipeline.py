@@ -94,7 +94,8 @@ def compress(
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
         preflight.check(preflight.estimate(source, plan, solver, *tokens, where), out)
 
-    with Writer(out, _key(source, chosen, calibration, seed, where), force=force) as writer:
+    key = _key(source, chosen, calibration, seed, where)
+    with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
             for record in writer.records():

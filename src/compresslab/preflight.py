@@ -17,7 +17,7 @@ import torch
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
 from compresslab.layerwise import Plan, best_compute_dtype
-from compresslab.models import Source, is_transposed, weight_of
+from compresslab.models import MemoryWeights, Source, is_transposed, weight_of
 from compresslab.numerics.gram import Gram, best_precision
 
 # Python, torch, transformers and numba loaded, with nothing done yet; measured.
@@ -61,6 +61,8 @@ def estimate(
         element + 4
     )
     outside_bytes = sum(_numel(source, n) for u in plan.units if not u.name for n in u.tensors) * 2 * element
+    if isinstance(source.weights, MemoryWeights):  # given as an object, or a checkpoint that had to be opened whole
+        outside_bytes += all_bytes
     memory, parts = (
         PROGRAM_BYTES + block_bytes + outside_bytes,
         {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND},

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
+from compresslab.layerwise import Solved
 from compresslab.models import FolderWeights, weight_of
 from compresslab.numerics.grid import Grid, QuantWeight
 from compresslab.numerics.packing import pack_int32, unpack_int32
@@ -75,6 +76,17 @@ class Layout:
         if weight.zero_point is not None:
             tensors["weight_zero_point"] = pack_int32(weight.zero_point, weight.grid.bits, dim=0)
         return tensors
+
+    def as_opened(self, found: Solved) -> Tensor:
+        """The weight that transformers makes of a layer when it opens the folder in float32.
+
+        Where it de-quantises on reading it multiplies in the dtype of the scales; packed modules are filled, scales and
+        all, in the model's dtype and multiplied out in that.
+        """
+        weight = found.weight.dequantize()
+        if self.activations is None:
+            weight = weight.to(found.weight.scale.dtype)
+        return weight.t() if found.transposed else weight
 
     def config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """The quantization_config of config.json."""
