@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import filelock
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ from compresslab.errors import CompressLabError
 from compresslab.layerwise import BlockState, Solved, Unit
 from compresslab.measure.size import read_header
 from compresslab.models import Source
+from compresslab.numerics.grid import QuantWeight
 from compresslab.report.schema import Report, read_report
 
 # One weight file up to this size, the finished units as shards of a larger model.
@@ -108,12 +109,12 @@ class Writer:
 
     Args:
         out: the artifact's folder; must be absent or empty unless `force`.
-        as_opened: a solved layer -> the weight that a runtime will find in the finished folder, to be compared with then.
+        as_opened: a layer's codes, and whether its module keeps [in, out] -> the weight that a runtime will make of them.
         key: what this run is. A partial folder of a run with another key is refused, naming what changed.
     """
 
     def __init__(
-        self, out: Path, key: dict[str, Any], *, as_opened: Callable[[Solved], Tensor], force: bool = False
+        self, out: Path, key: dict[str, Any], *, as_opened: Callable[[QuantWeight, bool], Tensor], force: bool = False
     ) -> None:
         self.out = out = out.resolve()
         self.partial = out.parent / f"{out.name}.partial"
@@ -194,7 +195,8 @@ class Writer:
             "file": file,
             "sha256": file_sha256(self.partial / file),
             "layers": {
-                layer: dataclasses.asdict(found.record) | {"weight_sha256": weight_sha256(self.as_opened(found))}
+                layer: dataclasses.asdict(found.record)
+                | {"weight_sha256": weight_sha256(self.as_opened(found.weight, found.transposed))}
                 for layer, found in solved.items()
             },
         }
@@ -313,10 +315,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, path)
-    except Exception as error:  # safetensors raises its own type for what the system refuses
+    except (OSError, SafetensorError) as error:  # the library has a type of its own for what the system refuses
         temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
         raise CompressLabError(
             f"cannot write {path} ({error}): free some disk and run the same command again"
         ) from error

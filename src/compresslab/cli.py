@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -267,34 +267,33 @@ def report(
 def models(as_json: Json = False) -> None:
     """The offline zoo: models that come through pip, and whether they are cached."""
     from compresslab import zoo
-    from compresslab.report.render import human
 
-    rows = [
-        {"name": m.name, "kind": m.kind, "size_bytes": m.size_bytes, "licence": m.licence, "cached": zoo.is_cached(m.name),
-         "description": m.description}
-        for m in zoo.MODELS.values()
-    ]  # fmt: skip
-    _table(rows, as_json, lambda row: [
-        row["name"], row["kind"], human(row["size_bytes"], "bytes"), row["licence"], "yes" if row["cached"] else "no",
-        row["description"],
-    ], ["name", "kind", "size", "licence", "cached", ""])  # fmt: skip
+    _shelf(zoo.MODELS, zoo.is_cached, as_json)
 
 
 @app.command()
 def datasets(as_json: Json = False) -> None:
     """The offline data sets, and whether they are cached."""
     from compresslab import data
+
+    _shelf(data.DATASETS, data.is_cached, as_json)
+
+
+def _shelf(entries: Mapping[str, Any], is_cached: Callable[[str], bool], as_json: bool) -> None:
+    """What can be had offline: models and data sets say the same things of themselves."""
     from compresslab.report.render import human
 
+    fields = ("kind", "size_bytes", "licence", "description")
     rows = [
-        {"name": name, "kind": d.kind, "size_bytes": d.size_bytes, "licence": d.licence, "cached": data.is_cached(name),
-         "description": d.description}
-        for name, d in data.DATASETS.items()
-    ]  # fmt: skip
-    _table(rows, as_json, lambda row: [
-        row["name"], row["kind"], human(row["size_bytes"], "bytes"), row["licence"], "yes" if row["cached"] else "no",
-        row["description"],
-    ], ["name", "kind", "size", "licence", "cached", ""])  # fmt: skip
+        {"name": name, "cached": is_cached(name)} | {field: getattr(entry, field) for field in fields}
+        for name, entry in entries.items()
+    ]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        size, cached = human(row["size_bytes"], "bytes"), "yes" if row["cached"] else "no"
+        return [row["name"], row["kind"], size, row["licence"], cached, row["description"]]
+
+    _table(rows, as_json, cells, ["name", "kind", "size", "licence", "cached", ""])
 
 
 @app.command()

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
-from compresslab.layerwise import Solved
 from compresslab.models import FolderWeights, weight_of
 from compresslab.numerics.grid import Grid, QuantWeight
 from compresslab.numerics.packing import pack_int32, unpack_int32
@@ -77,16 +76,16 @@ class Layout:
             tensors["weight_zero_point"] = pack_int32(weight.zero_point, weight.grid.bits, dim=0)
         return tensors
 
-    def as_opened(self, found: Solved) -> Tensor:
+    def as_opened(self, weight: QuantWeight, transposed: bool) -> Tensor:
         """The weight that transformers makes of a layer when it opens the folder in float32.
 
         Where it de-quantises on reading it multiplies in the dtype of the scales; packed modules are filled, scales and
         all, in the model's dtype and multiplied out in that.
         """
-        weight = found.weight.dequantize()
+        opened = weight.dequantize()
         if self.activations is None:
-            weight = weight.to(found.weight.scale.dtype)
-        return weight.t() if found.transposed else weight
+            opened = opened.to(weight.scale.dtype)
+        return opened.t() if transposed else opened
 
     def config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """The quantization_config of config.json."""
