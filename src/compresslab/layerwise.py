@@ -220,8 +220,8 @@ def _float_tensors(job: Job, unit: Unit) -> dict[str, Tensor]:
 def read_finite(source: Source, name: str) -> Tensor:
     """A tensor as stored. CompressLabError if it holds a NaN or an infinity."""
     tensor = source.weights.get(name)
-    # A sum is finite only if every term is: one pass and no temporary in the ordinary case.
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+    # A sum is finite only if every term is: one pass and no temporary, but where a half-precision sum overflows.
+    if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         raise CompressLabError(
             f"tensor {name} of {source.name} holds a NaN or an infinity at {where}: nothing to save here"

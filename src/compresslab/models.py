@@ -26,7 +26,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -473,10 +473,7 @@ def _calibration_attention(
     plain = is_causal and attention_mask is None and query.shape[2] == key.shape[2] and query.device.type == "cpu"
     if not plain or set(kwargs) & {"position_bias", "softcap", "s_aux"}:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    repeats = query.shape[1] // key.shape[1]
-    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    out = causal_attention(query, repeat_kv(key, repeats), repeat_kv(value, repeats), scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return causal_attention(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, _calibration_attention)

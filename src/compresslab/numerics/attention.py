@@ -11,22 +11,29 @@ STRIPE = 128
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """softmax(scaling Q K^T + causal mask) V, a stripe of queries at a time against only the keys it may see.
 
-    On a CPU in bfloat16 this takes half the time of torch's fused kernel at 512 tokens: its products run on the matrix
-    units, and nearly half of the scores are never computed.
+    On a CPU in bfloat16 this takes less than half the time of torch's fused kernel at 512 tokens: its products run on the
+    matrix units, nearly half of the scores are never computed, and query heads that share a key are rows of one product.
 
     Args:
-        query, key, value: [batch, heads, tokens, width], one dtype.
+        query: [batch, heads, tokens, width].
+        key, value: [batch, key heads, tokens, width], of the same dtype (the value's width may be another); each key head
+            serves heads / key heads neighbouring queries.
 
     Returns:
-        [batch, heads, tokens, width].
+        [batch, tokens, heads, width of value], contiguous.
     """
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    tokens = query.shape[2]
+    batch, heads, tokens, width = query.shape
+    shared = heads // key.shape[1]
+    out = query.new_empty(batch, tokens, heads, value.shape[-1])
     future = torch.full((STRIPE, STRIPE), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
-    key = key.transpose(-1, -2)
+    key = key.reshape(-1, tokens, width).transpose(1, 2)
+    value = value.reshape(-1, tokens, value.shape[-1])
     for start in range(0, tokens, STRIPE):
         stop = min(start + STRIPE, tokens)
-        scores = (query[:, :, start:stop] * scaling) @ key[..., :stop]
-        scores[..., start:] += future[: stop - start, : stop - start]
-        out[:, :, start:stop] = scores.softmax(dim=-1) @ value[:, :, :stop]
+        rows = stop - start
+        stripe = (query[:, :, start:stop] * scaling).reshape(-1, shared * rows, width)
+        scores = stripe @ key[..., :stop]
+        scores.view(-1, rows, stop)[..., start:] += future[:rows, :rows]
+        mixed = scores.softmax(dim=-1) @ value[:, :stop]
+        out[:, start:stop] = mixed.view(batch, heads, rows, -1).transpose(1, 2)
     return out

@@ -34,7 +34,7 @@ TOP = 126  # the code of a column's largest value; one below what int8 holds, so
 # 127^2 * tokens must stay below 2^31, or the int32 accumulator of one product could overflow.
 MAX_TOKENS_PER_PRODUCT = 2**31 // 127**2 - 1
 # Width of the column stripes of the int8 product; only stripes on and below the diagonal are computed.
-STRIPE = 512
+STRIPE = 256
 
 
 class Gram:
@@ -86,7 +86,9 @@ class Gram:
         for start in range(0, self.features, STRIPE):
             stop = min(start + STRIPE, self.features)
             product = torch._int_mm(codes[:, start:stop].t(), codes[:, :stop])
-            self._sum[start:stop, :stop].addcmul_(product, torch.outer(scale[start:stop], scale[:stop]))
+            kernels.add_scaled(
+                product.numpy(), scale[start:stop].numpy(), scale[:stop].numpy(), self._sum[start:stop, :stop].numpy()
+            )
 
     @property
     def matrix(self) -> Tensor:

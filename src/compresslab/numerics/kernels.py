@@ -1,7 +1,10 @@
 """Compiled inner loops: the few places where torch would hand out thousands of tiny operations.
 
 Every kernel works on rows of a weight independently and in parallel, so its result does not depend on the number of
-threads. Symbols: W [out, in]; a *row* is one output channel.
+threads. Rows also are what the vector units run over: LANES of them stand side by side in a small buffer, and every step
+is one loop over that buffer, with no sum across lanes. (Slices and plain counters, not index arithmetic: numba gives up
+vectorising where it cannot prove an index positive, or a division safe.) Symbols: W [out, in]; a *row* is one output
+channel.
 """
 
 from __future__ import annotations
@@ -9,32 +12,47 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+LANES = 64
 
-@numba.njit(parallel=True, fastmath={"contract", "nsz"}, cache=True)
-def round_block_with_feedback(target, feedback, columns, row_of, group_of, scale, zero, qmin, qmax, codes, error):
-    """Round one block of B columns, each row left to right, feeding every column's error into the later ones.
+
+@numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
+def round_block_with_feedback(target, feedback, columns, group_of, scale, zero, qmin, qmax, codes, error):
+    """Round one block of B columns, in order, feeding every column's error into the later ones. All is transposed.
 
     Args:
-        target: float32 [out, B], W plus what the columns before this block feed into it; changed.
+        target: float32 [B, out], W plus what the columns before this block feed into it.
         feedback: float32 [B, B], row j holds U[j, k] / U[k, k] for k > j.
         columns: int64 [B], where in W the block's columns stand.
-        row_of, group_of: int64 [out] and [in], where in `scale` each row and column of W finds its grid.
-        scale, zero: float32 [R, G], the grids, fixed beforehand.
-        codes: int8 [out, in], written at `columns`.
-        error: float32 [out, B]; on entry W itself, on exit W - Q.
+        group_of: int64 [in], where in `scale` each column of W finds its grid.
+        scale, zero: float32 [G, out], the grids, fixed beforehand.
+        qmin, qmax: float32, the least and the largest code.
+        codes: int8 [in, out], written at `columns`.
+        error: float32 [B, out]; on entry W itself, on exit W - Q.
     """
-    rows, width = target.shape
-    for r in numba.prange(rows):
+    width, rows = target.shape
+    for chunk in numba.prange((rows + LANES - 1) // LANES):
+        first = chunk * LANES
+        n = min(LANES, rows - first)
+        wanted = np.zeros((width, LANES), np.float32)
+        e = np.zeros(LANES, np.float32)
         for k in range(width):
-            column = columns[k]
-            s = scale[row_of[r], group_of[column]]
-            z = zero[row_of[r], group_of[column]]
-            code = min(max(np.rint(target[r, k] / s) + z, qmin), qmax)
-            codes[r, column] = np.int8(code)
-            e = error[r, k] - s * (code - z)
-            error[r, k] = e
+            here, lane = target[k, first : first + n], wanted[k]
+            for r in range(n):
+                lane[r] = here[r]
+        for k in range(width):
+            column, g = columns[k], group_of[columns[k]]
+            s, z, lane = scale[g, first : first + n], zero[g, first : first + n], wanted[k]
+            left, out = error[k, first : first + n], codes[column, first : first + n]
+            for r in range(n):
+                code = min(max(np.rint(lane[r] / s[r]) + z[r], qmin), qmax)
+                out[r] = np.int8(code)
+                e[r] = left[r] - s[r] * (code - z[r])
+            for r in range(n):
+                left[r] = e[r]
             for j in range(k + 1, width):
-                target[r, j] += e * feedback[k, j]
+                factor, later = feedback[k, j], wanted[j]
+                for r in range(LANES):
+                    later[r] += e[r] * factor
 
 
 @numba.njit(parallel=True, cache=True)
@@ -73,7 +91,22 @@ def quantize_columns_bf16(bits, largest, codes, top, parts):
                 codes[t, j] = np.int8(np.rint(values[j] * inverse[j]))
 
 
-@numba.njit(parallel=True, fastmath={"contract", "nsz"}, cache=True)
+@numba.njit(parallel=True, fastmath={"contract"}, cache=True)
+def add_scaled(product, row_scale, column_scale, total):
+    """total += diag(row_scale) product diag(column_scale), in one pass.
+
+    Args:
+        product: int32 [m, n].
+        row_scale, column_scale: float32 [m] and [n].
+        total: float32 [m, n], changed.
+    """
+    for i in numba.prange(product.shape[0]):
+        here, sums, factor = product[i], total[i], row_scale[i]
+        for j in range(here.shape[0]):
+            sums[j] += np.float32(here[j]) * (factor * column_scale[j])
+
+
+@numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
 def shrink_ranges(weight, importance, low, high, shrinks, levels, symmetric, out_low, out_high):
     """For every group, the shrink of its range that rounds it with the least weighted squared error.
 
@@ -88,29 +121,36 @@ def shrink_ranges(weight, importance, low, high, shrinks, levels, symmetric, out
     rows, columns = weight.shape
     groups = low.shape[1]
     size = columns // groups
-    for r in numba.prange(rows):
-        for g in range(groups):
-            best = np.float32(np.inf)
-            out_low[r, g] = low[r, g]
-            out_high[r, g] = high[r, g]
-            for shrink in shrinks:
-                lo = low[r, g] * shrink
-                hi = high[r, g] * shrink
+    top, middle = np.float32(levels - 1), np.float32(levels // 2)
+    for task in numba.prange((rows + LANES - 1) // LANES * groups):
+        first, g = task // groups * LANES, task % groups
+        n = min(LANES, rows - first)
+        w = np.zeros((size, LANES), np.float32)
+        for c in range(size):
+            lane = w[c]
+            for r in range(n):
+                lane[r] = weight[first + r, g * size + c]
+        scale, inverse = np.ones(LANES, np.float32), np.ones(LANES, np.float32)
+        zero, best = np.zeros(LANES, np.float32), np.full(LANES, np.inf, np.float32)
+        for shrink in shrinks:
+            for r in range(n):
+                lo, hi = low[first + r, g] * shrink, high[first + r, g] * shrink
                 if symmetric:
-                    scale = max(max(-lo, hi) / (np.float32(levels - 1) / 2), np.float32(1e-30))
-                    zero = np.float32(levels // 2)
+                    scale[r] = max(max(-lo, hi) / (top / 2), np.float32(1e-30))
+                    zero[r] = middle
                 else:
-                    scale = max((hi - lo) / np.float32(levels - 1), np.float32(1e-30))
-                    zero = min(max(np.rint(-lo / scale), np.float32(0)), np.float32(levels - 1))
-                inverse = np.float32(1) / scale
-                total = np.float32(0)
-                top = np.float32(levels - 1)
-                for c in range(g * size, (g + 1) * size):
-                    w = weight[r, c]
-                    code = min(max(np.rint(w * inverse) + zero, np.float32(0)), top)
-                    e = w - (code - zero) * scale
-                    total += importance[c] * e * e
-                if total < best:
-                    best = total
-                    out_low[r, g] = lo
-                    out_high[r, g] = hi
+                    scale[r] = max((hi - lo) / top, np.float32(1e-30))
+                    zero[r] = min(max(np.rint(-lo / scale[r]), np.float32(0)), top)
+                inverse[r] = np.float32(1) / scale[r]
+            total = np.zeros(LANES, np.float32)
+            for c in range(size):
+                lane, weighs = w[c], importance[g * size + c]
+                for r in range(LANES):
+                    code = min(max(np.rint(lane[r] * inverse[r]) + zero[r], np.float32(0)), top)
+                    e = lane[r] - (code - zero[r]) * scale[r]
+                    total[r] += weighs * e * e
+            for r in range(n):
+                if total[r] < best[r]:
+                    best[r] = total[r]
+                    out_low[first + r, g] = low[first + r, g] * shrink
+                    out_high[first + r, g] = high[first + r, g] * shrink

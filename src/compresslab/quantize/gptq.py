@@ -38,7 +38,7 @@ from torch import Tensor
 from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics import kernels
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, QuantWeight, fit_along, fit_minmax, fit_range, quantize
+from compresslab.numerics.grid import Grid, QuantWeight, fit_along, fit_minmax, fit_range, per_element, quantize
 from compresslab.numerics.linalg import feedback_factor
 
 BLOCK = 64
@@ -141,22 +141,22 @@ def round_with_feedback(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, order: Tensor, feedback: Tensor
 ) -> Tensor:
     """Codes int8 [out, in] of W under the recurrence above; `feedback` [in, in] has its columns in `order`."""
-    out_features, in_features = weight.shape
+    in_features = weight.shape[1]
     order, feedback = order.cpu(), feedback.cpu()
-    row_of = torch.arange(out_features) // (out_features // scale.shape[0])
     group_of = torch.arange(in_features) // (in_features // scale.shape[1])
-    scales = scale.float().cpu().numpy()
-    zeros = np.zeros_like(scales) if zero_point is None else zero_point.float().cpu().numpy()
-    error = weight.cpu()[:, order]  # W, turned into W - Q block by block
-    codes = torch.empty(out_features, in_features, dtype=torch.int8)
+    scales, zeros = per_element(scale, zero_point, (weight.shape[0], scale.shape[1]))
+    scales = scales.t().contiguous().cpu()
+    zeros = torch.zeros_like(scales) if zeros is None else zeros.t().contiguous().cpu()
+    error = weight.cpu().t().contiguous().index_select(0, order)  # W^T, turned into (W - Q)^T block by block
+    codes = torch.empty(error.shape, dtype=torch.int8)
     for start in range(0, in_features, BLOCK):
         block = slice(start, min(start + BLOCK, in_features))
-        target = torch.addmm(error[:, block], error[:, :start], feedback[:start, block])
+        target = torch.addmm(error[block], feedback[:start, block].t(), error[:start])
         kernels.round_block_with_feedback(
-            target.numpy(), feedback[block, block].contiguous().numpy(), order[block].numpy(),
-            row_of.numpy(), group_of.numpy(), scales, zeros, grid.qmin, grid.qmax, codes.numpy(), error[:, block].numpy(),
+            target.numpy(), feedback[block, block].contiguous().numpy(), order[block].numpy(), group_of.numpy(),
+            scales.numpy(), zeros.numpy(), np.float32(grid.qmin), np.float32(grid.qmax), codes.numpy(), error[block].numpy(),
         )  # fmt: skip
-    return codes.to(weight.device)
+    return codes.t().contiguous().to(weight.device)
 
 
 def _remarks(gram: Gram, asked_frac: float, used_frac: float) -> str:
