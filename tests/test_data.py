@@ -19,7 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from compresslab import data, zoo
+from compresslab.data import wiki
+from compresslab.data.catalogue import GENSIM_WHEEL
 from compresslab.errors import CompressLabError
+from compresslab.wheels import fetch_wheel, file_sha256
 
 SPLITS = ("calibration", "validation", "test")
 
@@ -55,7 +58,7 @@ def test_text_file_is_one_document_cut_by_lines_without_overlap(tmp_path: Path) 
     assert "".join(parts[split].documents[0] for split in SPLITS) == whole
     assert [len(parts[split].documents[0].splitlines()) for split in SPLITS] == [80, 10, 10]
     assert len({part.sha256 for part in parts.values()}) == 4
-    assert {part.revision for part in parts.values()} == {f"sha256:{zoo.file_sha256(path)[:16]}"}
+    assert {part.revision for part in parts.values()} == {f"sha256:{file_sha256(path)[:16]}"}
     assert parts["test"].labels is None
     assert (parts["test"].name, parts["test"].split) == ("a.txt", "test")
 
@@ -367,7 +370,7 @@ Cider."""
 
 
 def test_markup_becomes_running_text() -> None:
-    assert data._plain_text(MARKUP) == PLAIN
+    assert wiki._plain_text(MARKUP) == PLAIN
 
 
 def test_articles_leave_out_redirects_and_other_namespaces(tmp_path: Path) -> None:
@@ -375,17 +378,17 @@ def test_articles_leave_out_redirects_and_other_namespaces(tmp_path: Path) -> No
     pages = [("A", 0, "", "a"), ("R", 0, '<redirect title="A"/>', "r"), ("Talk:A", 1, "", "t"), ("B", 0, "", "b")]
     xml = '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{}</mediawiki>'
     (tmp_path / "d.bz2").write_bytes(bz2.compress(xml.format("".join(page.format(*p) for p in pages)).encode()))
-    assert list(data._articles(tmp_path / "d.bz2")) == [("A", "a & text"), ("B", "b & text")]
+    assert list(wiki._articles(tmp_path / "d.bz2")) == [("A", "a & text"), ("B", "b & text")]
 
 
 def test_articles_are_split_by_characters_in_an_order_of_their_own() -> None:
     articles = {f"title {i}": "x" * (100 + i) for i in range(500)}
-    splits = data._split_articles(articles)
+    splits = wiki._split_articles(articles)
     assert sorted(title for titles in splits.values() for title in titles) == sorted(articles)
     total = sum(map(len, articles.values()))
     shares = {split: sum(len(articles[title]) for title in titles) / total for split, titles in splits.items()}
     assert shares == pytest.approx({"calibration": 0.6, "validation": 0.2, "test": 0.2}, abs=0.005)
-    assert splits == data._split_articles(dict(reversed(articles.items())))
+    assert splits == wiki._split_articles(dict(reversed(articles.items())))
     assert splits["calibration"] != sorted(splits["calibration"])
 
 
@@ -400,7 +403,7 @@ def test_wiki_splits_share_no_article_and_have_the_size_written_down() -> None:
     shares = {split: size / sum(sizes.values()) for split, size in sizes.items()}
     assert shares == pytest.approx({"calibration": 0.6, "validation": 0.2, "test": 0.2}, abs=0.02)
     assert data.texts("wiki", "all").documents == documents
-    record = json.loads((data._wiki_folder() / "zoo.json").read_text())
+    record = json.loads((wiki.extract_folder() / "zoo.json").read_text())
     assert sum(f["bytes"] for f in record["files"].values()) == pytest.approx(
         data.DATASETS["wiki"].size_bytes, rel=0.01
     )
@@ -412,13 +415,13 @@ def test_wiki_splits_share_no_article_and_have_the_size_written_down() -> None:
 
 @pytest.mark.zoo
 def test_wiki_is_made_again_when_a_file_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched = zoo.fetch_wheel(zoo.GENSIM_WHEEL)
+    fetched = fetch_wheel(GENSIM_WHEEL)
     monkeypatch.setenv("COMPRESSLAB_HOME", str(tmp_path))
-    monkeypatch.setattr(zoo, "fetch_wheel", lambda _: fetched)
-    monkeypatch.setattr(data, "_articles", lambda _: ((f"T{i}", f"Text of {i}. " * 99) for i in range(20)))
+    monkeypatch.setattr(wiki, "fetch_wheel", lambda _: fetched)
+    monkeypatch.setattr(wiki, "_articles", lambda _: ((f"T{i}", f"Text of {i}. " * 99) for i in range(20)))
     assert not data.is_cached("wiki")
     before = data.texts("wiki")
-    (data._wiki_folder() / "calibration.jsonl").write_text('{"title": "T", "text": "changed"}\n')
+    (wiki.extract_folder() / "calibration.jsonl").write_text('{"title": "T", "text": "changed"}\n')
     assert not data.is_cached("wiki")
     assert data.texts("wiki") == before
 

@@ -456,12 +456,15 @@ def test_disk_full_elsewhere(shell: Shell, monkeypatch: pytest.MonkeyPatch, wher
     shell.fails("No space left on device", early=False)
 
 
-def test_output_not_empty(shell: Shell) -> None:
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_output_that_is_not_ours(shell: Shell, force: tuple[str, ...]) -> None:
     shell.out.mkdir()
     (shell.out / "precious.txt").write_text("mine", encoding="utf-8")
-    code, out, err = shell()
+    code, out, err = shell(*force)
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"error: .*out is not empty: choose another --out, or .*--force\n", err)
+    assert re.fullmatch(
+        r"error: .*out is not empty and holds no artifact .* not even --force .*choose another --out\n", err
+    )
     assert [path.name for path in shell.out.iterdir()] == ["precious.txt"]
 
 

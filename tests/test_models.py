@@ -13,14 +13,15 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tiny
 from compresslab import layerwise, models, pipeline
 from compresslab.contract import Solution
 from compresslab.errors import CompressLabError
-from compresslab.layerwise import make_plan
 from compresslab.numerics.gram import Gram
+from compresslab.plan import make_plan
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.rtn import RTN
 
@@ -122,6 +123,17 @@ def test_ignore_patterns(saved: dict[str, Path]) -> None:
         make_plan(source, ["*.c_attn"])
     with pytest.raises(CompressLabError, match="no linear layer left to compress"):
         make_plan(source, [*OUTSIDE, "model.*"])
+
+
+def test_tensors_that_the_architecture_has_no_place_for_are_told(llama: Path) -> None:
+    """A checkpoint of three blocks under a config of two: the third is left out, and said to be."""
+    tensors = load_file(llama / "model.safetensors")
+    third = {name.replace("layers.1.", "layers.2."): t.clone() for name, t in tensors.items() if "layers.1." in name}
+    save_file(tensors | third, llama / "model.safetensors", metadata={"format": "pt"})
+    source = models.find(llama)
+    assert sorted(source.unused) == sorted(third)
+    assert pipeline._describe(source)["tensors_without_a_place"] == ", ".join(source.unused)
+    assert models.find(tiny.make("llama")).unused == ()
 
 
 def test_tied_names_the_parameter_that_is_shared(saved: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console, RenderableType
 
 from compresslab.errors import CompressLabError
-from compresslab.report import plots, render
+from compresslab.report import compare, plots, render, words
 from compresslab.report.schema import Bytes, Layer, Measurement, Parity, Report, read_report
 
 ROLES = {
@@ -246,25 +246,25 @@ def test_numbers_read_well(value: float, unit: str, text: str) -> None:
 
 
 def test_verdict_tells_the_good_and_the_bad() -> None:
-    assert render.verdict(make()) == "2.4x smaller, decode 1.9x faster, perplexity 25.00 -> 27.52 (+10.1 %)"
+    assert words.verdict(make()) == "2.4x smaller, decode 1.9x faster, perplexity 25.00 -> 27.52 (+10.1 %)"
     worse = measured(AFTER | {"disk_bytes": 542_400_000.0, "decode_tokens_per_s": 21.0, "perplexity": 24.0})
-    assert render.verdict(make(after=worse)) == "2.0x larger, decode 3.0x slower, perplexity 25.00 -> 24.00 (-4.0 %)"
+    assert words.verdict(make(after=worse)) == "2.0x larger, decode 3.0x slower, perplexity 25.00 -> 24.00 (-4.0 %)"
     same = make(after=measured(BEFORE))
-    assert render.verdict(same) == "size unchanged, decode unchanged, perplexity 25.00 -> 25.00 (unchanged)"
+    assert words.verdict(same) == "size unchanged, decode unchanged, perplexity 25.00 -> 25.00 (unchanged)"
     near = make(after=measured(BEFORE | {"decode_tokens_per_s": 65.0}))
-    assert "decode as fast as before, within spread" in render.verdict(near)
+    assert "decode as fast as before, within spread" in words.verdict(near)
 
 
 def test_verdict_uses_only_what_was_measured() -> None:
     per_token = make(after=measured({"decode_ms_per_token": 31.4, "weight_bytes": 269_060_552.0 / 4}))
-    assert render.verdict(per_token) == "4.0x smaller, decode 2.0x slower"
+    assert words.verdict(per_token) == "4.0x smaller, decode 2.0x slower"
     assert "Perplexity was not measured" in render.to_markdown(per_token)
     cosine = Measurement(name="output_cosine", value=0.99871, unit="1", n=9, device="cpu", conditions="hidden states")
     forward = [Measurement(name="forward_ms", value=v, unit="ms", n=3, device="cpu", conditions="") for v in (9, 18)]
     encoder = make(before=forward[:1], after=(forward[1], cosine))
-    assert render.verdict(encoder) == "forward 2.0x slower, output cosine 0.99871"
+    assert words.verdict(encoder) == "forward 2.0x slower, output cosine 0.99871"
     nothing = make(before=(), after=(), layers=(), skipped={}, bytes=(), data=None, seconds={})
-    assert render.verdict(nothing) == "nothing was measured both before and after"
+    assert words.verdict(nothing) == "nothing was measured both before and after"
     assert len(everything(nothing)) == 6
 
 
@@ -430,7 +430,7 @@ def test_one_run_tells_that_its_own_conditions_differ() -> None:
 
 def test_comparison_has_every_run_and_one_baseline() -> None:
     runs = [make(recipe={"name": f"run-{i}"}, after=measured(AFTER | {"perplexity": 26.0 + i})) for i in range(3)]
-    found = render.comparison(runs)
+    found = compare.comparison(runs)
     assert [row[0] for row in found.rows] == ["o", "1", "2", "3"]
     assert [point.baseline for point in found.points] == [True, False, False, False]
     assert found.rows[1][3] == "4.13"
@@ -440,4 +440,4 @@ def test_comparison_has_every_run_and_one_baseline() -> None:
     page = render.compare_html(runs)
     assert page.count('class="dot float') == 2
     with pytest.raises(CompressLabError, match="nothing to compare"):
-        render.comparison([])
+        compare.comparison([])

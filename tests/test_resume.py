@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import tiny
-from compresslab import artifact, layerwise, pipeline
+from compresslab import artifact, pipeline
 from compresslab.artifact import Artifact, Writer
 from compresslab.errors import CompressLabError
+from compresslab.plan import Unit
 
 BLOCKS = 3
 UNITS = BLOCKS + 1  # and what lies outside the blocks, here with the head
@@ -103,7 +104,7 @@ def test_interrupted_after_a_unit(
     written: list[str] = []
     write = Writer.write
 
-    def noted(self: Writer, unit: layerwise.Unit, *args: Any) -> None:
+    def noted(self: Writer, unit: Unit, *args: Any) -> None:
         written.append(unit.name)
         write(self, unit, *args)
 
@@ -316,8 +317,9 @@ def test_an_output_that_is_not_empty_is_refused_and_left_alone(model: Path, text
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(CompressLabError, match="is not empty: choose another --out, or .*--force"):
-        compress(model, text, out)
+    for force in (False, True):
+        with pytest.raises(CompressLabError, match="is not empty and holds no artifact of ours"):
+            compress(model, text, out, force=force)
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
     assert not partial(out).exists()
 

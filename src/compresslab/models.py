@@ -1,4 +1,4 @@
-"""Models: found by name, read tensor by tensor, opened as a whole. With data.py and zoo.py, all that knows transformers.
+"""Models: found by name, read tensor by tensor, opened as a whole. With data/ and zoo.py, all that knows transformers.
 
 A model is a hub id, a local folder, or a name of the offline zoo. `find` turns any of them into a `Source`: a folder with
 a config and safetensors files. From there a model can be had in two ways:
@@ -11,12 +11,10 @@ a config and safetensors files. From there a model can be had in two ways:
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -35,113 +32,7 @@ from transformers.utils import logging as transformers_logging
 from compresslab import zoo
 from compresslab.errors import CompressLabError
 from compresslab.numerics.attention import causal_attention
-
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights, one tensor at a time
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class FolderWeights:
-    """The tensors of a folder's safetensors files. Files are memory-mapped, and open only while a tensor is read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CompressLabError(f"{index} is not an index of weight files: fetch the model again") from None
-        else:
-            files = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not files:
-            raise _no_weights(folder)
-        self._file_of: dict[str, str] = {}
-        self._stored_name: dict[str, str] = {}
-        self._shape: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            with self._open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
-                    self._file_of[name], self._stored_name[name] = file, name
-                    self._shape[name] = tuple(handle.get_slice(name).get_shape())
-
-    @contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
-        path = self.folder / file
-        try:
-            with safe_open(path, framework="pt") as handle:
-                yield handle
-        except FileNotFoundError:
-            raise CompressLabError(f"{path} is named by the index but missing: fetch the model again") from None
-        except SafetensorError as error:
-            raise CompressLabError(f"{path} is damaged ({error}): fetch the model again") from None
-
-    def names(self) -> list[str]:
-        return list(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shape[name]
-
-    def get(self, name: str) -> Tensor:
-        """The tensor as stored, in memory of its own. CompressLabError if the file lies about it."""
-        with self._open(self._file_of[name]) as handle:
-            return handle.get_tensor(self._stored_name[name]).clone()
-
-    def rename(self, old: str, new: str) -> None:
-        """Call a tensor by the name that the architecture has for it."""
-        self._file_of[new] = self._file_of.pop(old)
-        self._stored_name[new] = self._stored_name.pop(old)
-        self._shape[new] = self._shape.pop(old)
-
-    @cached_property
-    def sha256(self) -> str:
-        """One hash over all weight files."""
-        digest = hashlib.sha256()
-        for file in sorted(set(self._file_of.values())):
-            with (self.folder / file).open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "sha256").digest())
-        return digest.hexdigest()
-
-
-class MemoryWeights:
-    """The tensors of a model that is in memory already; the model itself is never changed."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def get(self, name: str) -> Tensor:
-        return self._tensors[name].detach().to("cpu", copy=True)
-
-    @cached_property
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for name in sorted(self._tensors):
-            tensor = self._tensors[name].detach().cpu().contiguous()
-            digest.update(name.encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-
-Weights = FolderWeights | MemoryWeights
-
-
-def _no_weights(folder: Path) -> CompressLabError:
-    if any(next(folder.glob(pattern), None) for pattern in PICKLED):
-        return CompressLabError(
-            f"{folder} holds pickled weights only, which can run code when they are read: "
-            "save the model with save_pretrained, which writes safetensors, and name that folder"
-        )
-    return CompressLabError(f"{folder} holds no *.safetensors file: is it a model folder?")
-
+from compresslab.weights import FolderWeights, MemoryWeights, Weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding a model
@@ -158,6 +49,7 @@ class Source:
         config: its transformers configuration.
         weights: its tensors, by the parameter names of the skeleton.
         tied: parameter -> the parameter whose tensor it shares (an output head that is the embedding, say).
+        unused: tensors of the files that the architecture has no place for; they are left out, and the report says so.
     """
 
     name: str
@@ -165,6 +57,7 @@ class Source:
     config: transformers.PretrainedConfig
     weights: Weights
     tied: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     licence: str = "unknown"
     revision: str | None = None
 
@@ -204,10 +97,11 @@ def find(model: str | Path | nn.Module, *, revision: str | None = None) -> Sourc
     name = str(model)
     folder, licence = _folder(name, revision)
     config = _config(folder, name)
-    weights, tied = _matched(config, folder, name)
+    weights, tied, unused = _matched(config, folder, name)
     return Source(
-        name=name, folder=folder, config=config, weights=weights, tied=tied, licence=licence, revision=revision
-    )
+        name=name, folder=folder, config=config, weights=weights, tied=tied, unused=unused, licence=licence,
+        revision=revision,
+    )  # fmt: skip
 
 
 def _folder(name: str, revision: str | None) -> tuple[Path, str]:
@@ -280,8 +174,11 @@ def _skeleton(config: transformers.PretrainedConfig, attention: str | None = Non
         return cls(config).eval().requires_grad_(False)
 
 
-def _matched(config: transformers.PretrainedConfig, folder: Path, name: str) -> tuple[Weights, dict[str, str]]:
-    """A folder's tensors under the names of the architecture's parameters, and which parameters share another's tensor.
+def _matched(
+    config: transformers.PretrainedConfig, folder: Path, name: str
+) -> tuple[Weights, dict[str, str], tuple[str, ...]]:
+    """A folder's tensors under the names of the architecture's parameters; which of those share another's tensor; and
+    which tensors are not used.
 
     Most checkpoints carry those names, but for the prefix of the model inside a model. One that does not (older names,
     fused experts) is opened whole by transformers, which knows how to rename it, and read from memory.
@@ -304,7 +201,8 @@ def _matched(config: transformers.PretrainedConfig, folder: Path, name: str) -> 
             raise CompressLabError(
                 f"tensor {key} of '{name}' has shape {list(found.shape(key))}, but its config asks for {list(shape)}"
             )
-    return found, {k: v for k, v in tied.items() if k not in found.names()}
+    unused = tuple(key for key in found.names() if key not in wanted)
+    return found, {k: v for k, v in tied.items() if k not in found.names()}, unused
 
 
 def _missing(skeleton: nn.Module, wanted: Iterable[str], weights: Weights, tied: dict[str, str]) -> list[str]:

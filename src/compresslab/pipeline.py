@@ -31,6 +31,7 @@ from compresslab.deploy.compressed_tensors import Layout
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
+from compresslab.plan import Plan, make_plan
 from compresslab.recipe import Recipe
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
@@ -65,7 +66,7 @@ def compress(
     Args:
         model: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed.
         recipe: a shipped recipe's name, a YAML file, or a Recipe.
-        data: text for calibration and evaluation (see data.py), or a ready Calibration; a method without data uses it
+        data: text for calibration and evaluation (see data/), or a ready Calibration; a method without data uses it
             for the evaluation only. None leaves both out.
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
@@ -87,7 +88,7 @@ def compress(
         solver, layout = _solver(chosen)
         source = models.find(model)
         check_output(out, force, source.folder)
-        plan = layerwise.make_plan(source, chosen.ignore)
+        plan = make_plan(source, chosen.ignore)
         _check_layers(source, plan, layout)
         windows = _windows(source, data, evaluation_windows) if measure else None
         calibration = _calibration(source, solver, chosen, data, seed)
@@ -135,13 +136,13 @@ def plan_only(
     *,
     settings: dict[str, Any] | None = None,
     device: str = "auto",
-) -> tuple[layerwise.Plan, preflight.Estimate, Recipe]:
+) -> tuple[Plan, preflight.Estimate, Recipe]:
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
     chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     chosen = chosen.override(settings) if settings else chosen
     solver, layout = _solver(chosen)
     source = models.find(model)
-    plan = layerwise.make_plan(source, chosen.ignore)
+    plan = make_plan(source, chosen.ignore)
     _check_layers(source, plan, layout)
     tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if solver.needs_data else (0, 0)
     return plan, preflight.estimate(source, plan, solver, *tokens, pick_device(device)), chosen
@@ -184,7 +185,7 @@ def _solver(recipe: Recipe) -> tuple[Solver, Layout]:
     return solver, Layout(solver)
 
 
-def _check_layers(source: models.Source, plan: layerwise.Plan, layout: Layout) -> None:
+def _check_layers(source: models.Source, plan: Plan, layout: Layout) -> None:
     skeleton = source.skeleton()
     for name in plan.layers:
         layout.check_module(name, skeleton.get_submodule(name))
@@ -229,7 +230,7 @@ def _key(
 
 
 def _job(
-    source: models.Source, plan: layerwise.Plan, recipe: Recipe, solver: Solver, layout: Layout,
+    source: models.Source, plan: Plan, recipe: Recipe, solver: Solver, layout: Layout,
     calibration: datasets.Calibration | None, writer: Writer, device: torch.device, progress: Progress,
 ) -> layerwise.Job:  # fmt: skip
     def on_layer(record: LayerRecord) -> None:
@@ -324,8 +325,10 @@ def _window_length(source: models.Source) -> int:
 
 
 def _describe(source: models.Source) -> dict[str, Any]:
-    parameters = sum(preflight._numel(source, name) for name in source.weights.names())
-    return {
+    used = [name for name in source.weights.names() if name not in source.unused]
+    parameters = sum(preflight.numel(source, name) for name in used)
+    unused = {"tensors_without_a_place": ", ".join(source.unused)} if source.unused else {}
+    return unused | {
         "name": source.name,
         "architecture": source.architecture,
         "parameters": parameters,

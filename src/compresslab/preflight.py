@@ -16,9 +16,11 @@ import torch
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
-from compresslab.layerwise import Plan, best_compute_dtype
-from compresslab.models import MemoryWeights, Source, is_transposed, weight_of
+from compresslab.layerwise import best_compute_dtype
+from compresslab.models import Source, is_transposed, weight_of
 from compresslab.numerics.gram import Gram, best_precision
+from compresslab.plan import Plan
+from compresslab.weights import MemoryWeights
 
 # Python, torch, transformers and numba loaded, with nothing done yet; measured.
 PROGRAM_BYTES = 560_000_000
@@ -54,13 +56,13 @@ def estimate(
         module = skeleton.get_submodule(name)
         rows, columns = weight_of(module).shape
         shapes[name] = (columns, rows) if is_transposed(module) else (rows, columns)
-    all_bytes = sum(_numel(source, name) * element for unit in plan.units for name in unit.tensors)
+    all_bytes = sum(numel(source, name) * element for unit in plan.units for name in unit.tensors)
     layer_bytes = sum(rows * columns * element for rows, columns in shapes.values())
     artifact = all_bytes - layer_bytes + sum(_packed_bytes(shape, solver, element) for shape in shapes.values())
-    block_bytes = max((sum(_numel(source, n) for n in u.tensors) for u in plan.units if u.name), default=0) * (
+    block_bytes = max((sum(numel(source, n) for n in u.tensors) for u in plan.units if u.name), default=0) * (
         element + 4
     )
-    outside_bytes = sum(_numel(source, n) for u in plan.units if not u.name for n in u.tensors) * 2 * element
+    outside_bytes = sum(numel(source, n) for u in plan.units if not u.name for n in u.tensors) * 2 * element
     if isinstance(source.weights, MemoryWeights):  # given as an object, or a checkpoint that had to be opened whole
         outside_bytes += all_bytes
     memory, parts = (
@@ -86,7 +88,7 @@ def estimate(
     )
 
 
-def _numel(source: Source, name: str) -> int:
+def numel(source: Source, name: str) -> int:
     count = 1
     for size in source.weights.shape(name):
         count *= size

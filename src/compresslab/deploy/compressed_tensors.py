@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
-from compresslab.models import FolderWeights, weight_of
+from compresslab.models import weight_of
 from compresslab.numerics.grid import Grid, QuantWeight
 from compresslab.numerics.packing import pack_int32, unpack_int32
+from compresslab.weights import FolderWeights
 
 
 class Layout:

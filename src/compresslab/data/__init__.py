@@ -1,0 +1,47 @@
+"""Text for calibration and evaluation: offline data sets, local files, and data sets of the hub.
+
+A *source* is a name of :data:`DATASETS`, a local file or folder, or a data set id of the hub (``name`` or
+``name:config``). Every source has the splits ``calibration``, ``validation`` and ``test``, which never overlap:
+
+- ``wiki`` is split by article;
+- a single file (.txt by lines, .tsv, .csv and .parquet by rows) is cut at 80 % and at 90 %; ``all`` is the whole file;
+- a folder holds one file per split, named train, valid and test (or what :data:`SPLIT_NAMES` lists);
+- of a hub data set they are its train, validation and test.
+"""
+
+from __future__ import annotations
+
+from compresslab.data.catalogue import DATASETS, SPLIT_NAMES, Dataset, Kind, Labels
+from compresslab.data.files import images
+from compresslab.data.offline import (
+    LabelledImages,
+    RatedDocuments,
+    WordPair,
+    digits,
+    documents_with_similarity,
+    is_cached,
+    word_pairs,
+)
+from compresslab.data.sources import Texts, texts
+from compresslab.data.tokens import Calibration, calibration, windows
+
+__all__ = [
+    "DATASETS",
+    "SPLIT_NAMES",
+    "Calibration",
+    "Dataset",
+    "Kind",
+    "LabelledImages",
+    "Labels",
+    "RatedDocuments",
+    "Texts",
+    "WordPair",
+    "calibration",
+    "digits",
+    "documents_with_similarity",
+    "images",
+    "is_cached",
+    "texts",
+    "windows",
+    "word_pairs",
+]

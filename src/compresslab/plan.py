@@ -1,0 +1,79 @@
+"""The plan of a layer-wise run: which layers will be solved, and in which pieces the model passes through memory."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from compresslab.errors import CompressLabError
+from compresslab.models import Source, blocks, linear_layers
+
+OUTSIDE = "@outside-blocks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A piece of the model that is in memory at one time: a block, or (name "") all that lies outside the blocks."""
+
+    name: str
+    tensors: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The units in network order, the one outside the blocks last; and the linear layers left alone, with the reason."""
+
+    units: tuple[Unit, ...]
+    skipped: dict[str, str]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(layer for unit in self.units for layer in unit.layers)
+
+
+def make_plan(source: Source, ignore: Sequence[str]) -> Plan:
+    """Which layers of a model will be solved.
+
+    Args:
+        ignore: shell patterns of layer names to leave in float; "@outside-blocks" means every linear layer that is not
+            part of a repeated block (output heads, classifiers, poolers).
+
+    Raises:
+        CompressLabError: an ignore pattern that matches nothing, or nothing left to compress.
+    """
+    skeleton = source.skeleton()
+    block_names = list(blocks(skeleton))
+    unit_by_name = {name: unit_of(name, block_names) for name, _ in skeleton.named_modules()}
+    skipped: dict[str, str] = {}
+    layers: dict[str, list[str]] = {name: [] for name in [*block_names, ""]}
+    unused = set(ignore) - {OUTSIDE}
+    for name in linear_layers(skeleton):
+        matching = [pattern for pattern in ignore if fnmatch.fnmatchcase(name, pattern)]
+        unused -= set(matching)
+        if f"{name}.weight" in source.tied:
+            skipped[name] = f"shares its weight with {source.tied[f'{name}.weight'].removesuffix('.weight')}"
+        elif matching:
+            skipped[name] = f"ignored by '{matching[0]}'"
+        elif OUTSIDE in ignore and block_names and unit_by_name[name] == "":
+            skipped[name] = "outside the repeated blocks"
+        elif f"{name}.weight" in source.weights.names():
+            layers[unit_by_name[name]].append(name)
+    if unused:
+        raise CompressLabError(
+            f"ignore pattern '{sorted(unused)[0]}' matches no linear layer of {source.name}; "
+            f"its layers are named like {', '.join(list(linear_layers(skeleton))[:2])}"
+        )
+    if not any(layers.values()):
+        raise CompressLabError(f"{source.name} ({source.architecture}) has no linear layer left to compress")
+    tensors: dict[str, list[str]] = {name: [] for name in layers}
+    for key in skeleton.state_dict():
+        if key in source.weights.names() and key not in source.tied:
+            tensors[unit_of(key, block_names)].append(key)
+    units = tuple(Unit(name=n, tensors=tuple(tensors[n]), layers=tuple(layers[n])) for n in layers)
+    return Plan(units=units, skipped=skipped)
+
+
+def unit_of(name: str, block_names: Iterable[str]) -> str:
+    return next((block for block in block_names if name == block or name.startswith(block + ".")), "")
