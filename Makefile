@@ -5,11 +5,12 @@ BIN = $(VENV)/bin
 DEMO ?= demo/smollm2-135m-w4a16-gptq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test expectations check bench clean
 
 help:
 	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
 	@echo "make test    all tests (under 10 minutes on two cores)"
+	@echo "make expectations  every shipped recipe on SmolLM2-135M, within its band (about 10 minutes)"
 	@echo "make check   lint, types, formatting"
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
 
@@ -29,6 +30,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+expectations: $(VENV)/.ready
+	$(BIN)/python -m pytest -m expectations
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check src tests benchmarks

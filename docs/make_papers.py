@@ -21,9 +21,9 @@ def text() -> str:
     rows = []
     for name, cls in METHODS.items():
         paper = cls.paper
-        link = f"[arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else ""
+        link = f", [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else ""
         file = cls.__module__.removeprefix("compresslab.").replace(".", "/") + ".py"
-        rows.append(f"| `{name}` | `{file}` | {paper.authors}, *{paper.title}*, {paper.year}, {link} | {paper.claim} |")
+        rows.append(f"| `{name}` | `{file}` | {paper.authors}, *{paper.title}*, {paper.year}{link} | {paper.claim} |")
     return HEAD + "\n".join(rows) + "\n"
 
 

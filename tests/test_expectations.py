@@ -13,7 +13,7 @@ from compresslab.measure import fresh
 
 MODEL = "smollm2-135m"
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.expectations]
 
 
 def perplexity(folder: Path, windows: Path) -> float:

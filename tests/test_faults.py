@@ -108,7 +108,7 @@ def test_unknown_recipe(shell: Shell) -> None:
 
 
 def test_recipe_file_not_there(shell: Shell) -> None:
-    shell.fails(r"no recipe file .*gone\.yaml; shipped recipes: w4a16-gptq", recipe=shell.saved / "gone.yaml")
+    shell.fails(r"no recipe file .*gone\.yaml; shipped recipes: .*w4a16-gptq", recipe=shell.saved / "gone.yaml")
 
 
 def written(folder: Path, text: str) -> Path:
@@ -133,7 +133,10 @@ def written(folder: Path, text: str) -> Path:
         ("name: a\nversion: 1\nsteps: [{bits: 4}]\n", r"a step needs a 'method' key"),
         ("name: a\nversion: 1\nsteps: [gptq]\n", r"a step needs a 'method' key"),
         ("name: a\nversion: 1\nsteps: []\n", r"steps: .*at least 1 item"),
-        ("name: a\nversion: 1\nsteps: [{method: rtn}, {method: gptq}]\n", r"has 2 steps: one quantisation step at a time"),
+        ("name: a\nversion: 1\nsteps: [{method: rtn}, {method: gptq}]\n", r"has the steps rtn, gptq: it needs one that rounds"),
+        ("name: a\nversion: 1\nsteps: [{method: gptq, layers: {'*': {bit: 4}}}]\n", r"'\*': unknown setting of gptq 'bit'"),
+        ("name: a\nversion: 1\nsteps: [{method: gptq, layers: {'*': half}}]\n", r"layers '\*': .* or 'float', not 'half'"),
+        ("name: a\nversion: 1\nsteps: [{method: rtn, layers: {'q*': float}}]\n", r"pattern 'q\*' .* matches no linear layer"),
         ("name: a\nversion: one\nsteps: [{method: rtn}]\n", r"version: .*integer"),
         ("name: a\nsteps: [{method: rtn}]\n", r"version: field required"),
         ("name: a\nversion: 1\nsteps: [{method: rtn}]\ncalibration: {samples: 0}\n", r"calibration\.samples: .*greater"),
@@ -206,6 +209,23 @@ def test_samples_and_length_out_of_range(shell: Shell) -> None:
 
 def test_ignore_that_matches_nothing(shell: Shell) -> None:
     shell.fails(r"ignore pattern 'nothing\*' matches no linear layer", "--ignore", "nothing*")
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (("--budget", "20ms"), r"budget '20ms': give average bits per weight or megabytes .*such as 3\.5bits or 80MB"),
+        (("--budget", "1bits"), r"a budget of 1bits cannot be met: the least possible is \d+\.\d+bits"),
+        (("--budget", "0.06MB"), r"a budget of 0\.06MB cannot be met: the least possible is 0\.0\d+MB"),
+        (("--budget", "40bits"), r"a budget of 40bits leaves every layer in float"),
+        (("--budget", "6bits", "--sensitivity", "grma"), r"unknown sensitivity 'grma': did you mean 'gram'"),
+        (("--budget", "6bits", "--set", "group_size="), r"no asymmetric grid per output channel beside other grids"),
+        (("--set", "layers={nothing*: float}"), r"pattern 'nothing\*' of the recipe's layers matches no linear layer"),
+        (("--set", "layers=8"), r"layers is a mapping from patterns to settings, not 8"),
+    ],
+)
+def test_mixed_precision_that_cannot_be(shell: Shell, options: tuple[str, ...], pattern: str) -> None:
+    shell.fails(pattern, *options)
 
 
 def test_all_ignored(shell: Shell) -> None:

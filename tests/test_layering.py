@@ -24,13 +24,14 @@ METHOD_FOLDERS = {cls.__module__.rpartition(".")[0] for cls in METHODS.values()}
 ROWS: list[tuple[str, ...]] = [
     ("errors", "numerics"),
     ("contract",),
-    tuple(folder.removeprefix("compresslab.") for folder in sorted(METHOD_FOLDERS)),
+    (*(folder.removeprefix("compresslab.") for folder in sorted(METHOD_FOLDERS)), "search"),
     ("methods",),
     ("weights", "wheels"),
     ("recipe", "zoo", "data", "models", "deploy", "report"),
     ("plan",),
-    ("layerwise",),
-    ("artifact", "measure", "preflight"),
+    ("solving",),
+    ("layerwise", "smoothing"),
+    ("artifact", "measure", "preflight", "mixed"),
     ("pipeline", "evaluation"),
     ("cli",),
 ]
@@ -107,9 +108,16 @@ def test_numerics_knows_nothing_but_mathematics(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", METHOD_FILES)
-def test_a_method_knows_nothing_but_the_contract_and_numerics(module: str) -> None:
+def test_a_method_knows_nothing_but_the_contract_numerics_and_a_method_it_builds_on(module: str) -> None:
     assert outsiders(module) <= {"torch", "numpy"}
-    allowed = ("compresslab.numerics", "compresslab.contract", "compresslab.errors")
+    allowed = ("compresslab.numerics", "compresslab.contract", "compresslab.errors", *METHOD_FOLDERS)
+    assert all(within(name, *allowed) for name in insiders(module))
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if within(module, "compresslab.search")])
+def test_search_knows_nothing_but_the_contract_and_numerics(module: str) -> None:
+    assert outsiders(module) <= {"torch", "numpy", "scipy"}
+    allowed = ("compresslab.numerics", "compresslab.contract", "compresslab.errors", "compresslab.search")
     assert all(within(name, *allowed) for name in insiders(module))
 
 

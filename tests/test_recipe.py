@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 import tiny
 from compresslab import methods, recipe, zoo
 from compresslab.contract import Solver
-from compresslab.deploy.compressed_tensors import Layout
+from compresslab.deploy.compressed_tensors import scheme_of
 from compresslab.errors import CompressLabError
 
 SHIPPED = sorted(recipe.shipped())
@@ -25,10 +26,9 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     found = recipe.read(name)
     assert found.name == name
     assert found.summary.endswith(".")
-    for step in found.steps:
-        solver = step.build()
-        assert isinstance(solver, Solver)
-        Layout(solver)
+    solver = found.rounding.build()
+    assert isinstance(solver, Solver)
+    scheme_of(solver)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -118,3 +118,79 @@ def test_a_file_may_bear_a_shipped_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert recipe.read("w8a16").steps[0].method == "rtn"
     Path("w8a16.yaml").write_text(tiny.recipe().to_yaml(), encoding="utf-8")
     assert recipe.read("w8a16.yaml").name == "tiny"
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+LAYERS = {
+    "model.layers.0.*": {"bits": 8, "group_size": None, "symmetric": True},
+    "*.down_proj": "float",
+    "*.1.*.down_proj": {"bits": 3},
+}
+
+
+def layered() -> recipe.Recipe:
+    return tiny.recipe().override({"layers": LAYERS})
+
+
+def test_the_last_pattern_that_matches_counts_alone() -> None:
+    step = layered().rounding
+    own = tiny.recipe().rounding.build()
+    assert step.build("model.layers.1.mlp.up_proj") == step.build() == own
+    assert step.build("model.layers.0.mlp.up_proj") == dataclasses.replace(own, bits=8, group_size=None, symmetric=True)
+    assert step.build("model.layers.1.mlp.down_proj") == dataclasses.replace(own, bits=3)
+    assert recipe.differing_settings(step.layers, "model.layers.0.mlp.down_proj") == recipe.FLOAT
+    assert recipe.differing_settings(step.layers, "model.layers.1.mlp.up_proj") == {}
+
+
+def test_layers_survive_yaml_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "layered.yaml"
+    path.write_text(layered().to_yaml(), encoding="utf-8")
+    found = recipe.read(path)
+    assert found == layered()
+    assert list(found.rounding.layers) == list(LAYERS)
+    assert "layers" not in found.rounding.settings
+
+
+def test_settings_of_layers_build_on_the_steps_own() -> None:
+    step = layered().override({"damp_frac": 0.5}).rounding
+    assert step.build("model.layers.0.x") == dataclasses.replace(step.build(), bits=8, group_size=None, symmetric=True)
+    assert step.build("model.layers.0.x").damp_frac == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern"),
+    [
+        ({"*": {"bit": 3}}, r"layers '\*': unknown setting of gptq 'bit': did you mean 'bits'"),
+        ({"*": {"bits": 12}}, r"layers '\*': method gptq: bits must be 2 to 8, not 12"),
+        ({"*": {"bits": "8"}}, r"layers '\*': method gptq: bits must be int, not '8'"),
+        ({"*": {"layers": {}}}, r"layers '\*': unknown setting of gptq 'layers'"),
+        ({"*": {"method": "rtn"}}, r"layers '\*': unknown setting of gptq 'method'"),
+        ({"*": "flaot"}, r"layers '\*': .* settings of gptq or 'float', not 'flaot'"),
+        ({"*": 8}, r"layers '\*': .* not 8"),
+        ({"*": None}, r"layers '\*': .* not None"),
+        ({5: {"bits": 8}}, r"layers '5': a pattern"),
+        (["*"], r"layers is a mapping from patterns to settings, not \['\*'\]"),
+        (None, r"layers is a mapping .* not None"),
+    ],
+)
+def test_layers_that_are_wrong(layers: object, pattern: str) -> None:
+    raw = tiny.recipe().model_dump()
+    raw["steps"] = [{**tiny.recipe().model_dump()["steps"][0], "layers": layers}]
+    with pytest.raises(CompressLabError, match=f"here: {pattern}") as caught:
+        recipe.parse(raw, "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_belong_to_the_step_that_rounds() -> None:
+    others = [name for name, cls in methods.METHODS.items() if not isinstance(cls(), Solver)]
+    for name in others:
+        with pytest.raises(
+            CompressLabError, match=f"method {name} has no 'layers': they belong to the step that rounds"
+        ):
+            recipe.parse({"name": "a", "version": 1, "steps": [{"method": name, "layers": {}}]}, "here")
+    if others:
+        two = {"name": "a", "version": 1, "steps": [{"method": others[0]}, {"method": "rtn"}]}
+        changed = recipe.parse(two, "here").override({"layers": {"*": "float"}})
+        assert changed.rounding.layers == {"*": "float"}
+        assert "layers" not in changed.model_dump()["steps"][0]

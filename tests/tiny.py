@@ -28,6 +28,7 @@ from compresslab.measure import fresh
 from compresslab.plan import Unit, make_plan
 from compresslab.quantize.gptq import GPTQ
 from compresslab.recipe import Recipe, parse
+from compresslab.solving import BlockState, Job, Solved
 
 VOCABULARY = 200
 HIDDEN = 32
@@ -182,7 +183,7 @@ def recipe(method: str = "gptq", *, samples: int = 8, length: int = 16, ignore: 
 class MemorySink:
     """A layerwise.Sink that keeps everything."""
 
-    solved: dict[str, layerwise.Solved] = field(default_factory=dict)
+    solved: dict[str, Solved] = field(default_factory=dict)
     floats: dict[str, Tensor] = field(default_factory=dict)
     units: list[str] = field(default_factory=list)
 
@@ -190,14 +191,14 @@ class MemorySink:
         return unit in self.units
 
     def write(
-        self, unit: Unit, solved: dict[str, layerwise.Solved], floats: dict[str, Tensor],
-        state: layerwise.BlockState | None,
+        self, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor],
+        state: BlockState | None,
     ) -> None:  # fmt: skip
         self.units.append(unit.name)
         self.solved |= solved
         self.floats |= floats
 
-    def last_state(self, units: Sequence[str]) -> layerwise.BlockState:
+    def last_state(self, units: Sequence[str]) -> BlockState:
         raise AssertionError("nothing is ever finished beforehand here")
 
     def codes(self) -> dict[str, Tensor]:
@@ -210,11 +211,12 @@ def solve(
 ) -> MemorySink:  # fmt: skip
     """Run the driver in float32 and hand back what it wrote."""
     source = models.find(model)
-    chosen = solver or GPTQ(group_size=16)
+    plan = make_plan(source, ignore)
+    solvers = dict.fromkeys(plan.layers, solver or GPTQ(group_size=16))
     sink = MemorySink()
-    job = layerwise.Job(
-        source=source, plan=make_plan(source, ignore), method="gptq", solver=chosen, batches=batches,
-        sink=sink, encode=Layout(chosen).encode, compute_dtype=torch.float32, gram_precision="float32",
+    job = Job(
+        source=source, plan=plan, method="gptq", solvers=solvers, batches=batches,
+        sink=sink, encode=Layout(solvers).encode, compute_dtype=torch.float32, gram_precision="float32",
     )  # fmt: skip
     layerwise.run(replace(job, **more))
     return sink

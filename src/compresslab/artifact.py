@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.contract import LayerRecord
 from compresslab.errors import CompressLabError
-from compresslab.layerwise import BlockState, Solved
 from compresslab.measure.size import read_header
 from compresslab.models import Source
 from compresslab.numerics.grid import QuantWeight
 from compresslab.plan import Unit
 from compresslab.report.schema import Report, read_report
+from compresslab.solving import BlockState, Solved
 
 # One weight file up to this size, the finished units as shards of a larger model.
 SINGLE_FILE_BYTES = 4_000_000_000
@@ -216,6 +216,7 @@ class Writer:
         if not all(value is None or isinstance(value, Tensor) for row in rows for value in row):
             raise CompressLabError(f"block {unit} returns {type(first).__name__}: its state cannot be stored")
         named = {f"{i}.{j}": v.contiguous() for i, row in enumerate(rows) for j, v in enumerate(row) if v is not None}
+        named |= {f"reference.{i}": tensor.contiguous() for i, tensor in enumerate(state.references)}
         file = f"states/{unit}.safetensors"
         _save(named, self.partial / file)
         return {"file": file, "is_tensor": is_tensor, "batches": len(rows), "width": len(rows[0])}
@@ -239,7 +240,10 @@ class Writer:
                 )
                 for i in range(spec["batches"])
             ]
-        return BlockState(outputs=[row[0] if spec["is_tensor"] else row for row in rows])
+            references = [
+                handle.get_tensor(f"reference.{i}").clone() for i in range(spec["batches"]) if f"reference.{i}" in keys
+            ]
+        return BlockState(outputs=[row[0] if spec["is_tensor"] else row for row in rows], references=references)
 
     def records(self) -> list[LayerRecord]:
         """The records of all finished layers, in network order."""

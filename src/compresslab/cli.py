@@ -56,6 +56,14 @@ def compress(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="3.5bits|80MB", help="Choose each layer's bits to keep to this, per weight or in all."),
+    ] = None,
+    sensitivity: Annotated[
+        str,
+        typer.Option(help="Choose them by each layer's output noise (gram), or by the logits without it (kl; slow)."),
+    ] = "gram",
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
     ignore: Annotated[
@@ -73,7 +81,7 @@ def compress(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Compress a model into a folder, and measure what that changed."""
-    from compresslab import pipeline
+    from compresslab import mixed, pipeline
     from compresslab.report import render
 
     settings = _settings(set_ or [], samples, sequence_length)
@@ -82,16 +90,17 @@ def compress(
 
         settings["ignore"] = [*recipes.read(recipe).ignore, *ignore]
     if dry_run:
+        wanted = None if budget is None else mixed.parse_budget(budget)
         plan, estimate, chosen = pipeline.plan_only(model, recipe, settings=settings, device=device)
-        _show_plan(plan, estimate, chosen, as_json)
+        _show_plan(plan, estimate, chosen, wanted, as_json)
         pipeline.preflight.check(estimate, out)
         return
     if not (quiet or as_json):
         _announce_fetch(model)
     with _bars(silent=quiet or as_json) as progress:
         artifact, report = pipeline.compress(
-            model, recipe, data, out=out, settings=settings, seed=seed, device=device, force=force, measure=measure,
-            evaluation_windows=windows, progress=progress,
+            model, recipe, data, out=out, settings=settings, budget=budget, sensitivity=sensitivity, seed=seed, device=device,
+            force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     if as_json:
         print(report.model_dump_json(indent=1))  # noqa: T201
@@ -151,7 +160,7 @@ def _bars(silent: bool) -> Iterator[Any]:
         )
 
 
-def _show_plan(plan: Any, estimate: Any, recipe: Any, as_json: bool) -> None:
+def _show_plan(plan: Any, estimate: Any, recipe: Any, budget: Any, as_json: bool) -> None:
     from compresslab.report.render import human
 
     facts = {
@@ -165,10 +174,14 @@ def _show_plan(plan: Any, estimate: Any, recipe: Any, as_json: bool) -> None:
         "seconds_by_part": {part: round(seconds, 1) for part, seconds in estimate.parts.items()},
         "recipe": recipe.model_dump(mode="json"),
     }
+    if budget is not None:
+        facts["budget"] = f"{budget}, left out here: sharing it out needs the survey over the calibration text"
     if as_json:
         print(json.dumps(facts, indent=1))  # noqa: T201
         return
     table = Table(show_header=False, box=None, pad_edge=False)
+    if budget is not None:
+        table.add_row("budget", facts["budget"])
     table.add_row("layers to compress", f"{facts['layers']} in {facts['blocks']} blocks")
     for name, reason in plan.skipped.items():
         table.add_row("left in float", f"{name}: {reason}")

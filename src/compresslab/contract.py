@@ -4,8 +4,9 @@ A *method* is one paper in one file: a frozen dataclass whose fields are its set
 and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
 recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
 
-Most methods here are *solvers*: they see one linear layer at a time, and all they learn of the data is the Gram matrix
-of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
+There are two kinds, in the order in which a recipe's steps may name them: any number of *smoothers*, and one *solver*. Most
+methods are solvers: they see one linear layer at a time, and all they learn of the data is the
+Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
 
     class MyRounding(frozen dataclass):
         paper = Paper(...); needs_data = True; needs_labels = False
@@ -88,6 +89,29 @@ class Solver(Method, Protocol):
 
         Raises:
             ValueError: if the layer cannot be handled; the driver adds the layer's name.
+        """
+        ...
+
+
+@runtime_checkable
+class Smoother(Method, Protocol):
+    """A method that moves difficulty from activations into weights, or back, without changing what the network computes.
+
+    Layers that read one normalised input x get W diag(s), and the norm that makes x is divided by s: (x / s)(W diag(s))^T
+    is what x W^T was. smoothing.py finds such places and folds s in.
+    """
+
+    def smooth(self, weights: Sequence[Tensor], gram: Gram, *, grid: Grid, activation_grid: Grid | None) -> Tensor:
+        """The scale of every channel of one input.
+
+        Args:
+            weights: float32 [out, in] of every layer that reads this input; must not be changed.
+            gram: H = X^T X of the input, with the largest magnitude of every channel.
+            grid: the grid on which these weights will be rounded.
+            activation_grid: the grid on which the runtime will round the input, or None.
+
+        Returns:
+            s, float32 [in], positive and finite.
         """
         ...
 

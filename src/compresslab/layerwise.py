@@ -24,86 +24,29 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import sys
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from compresslab.contract import Along, Batches, LayerRecord, Solution, Solver
 from compresslab.errors import CompressLabError
-from compresslab.models import CALIBRATION_ATTENTION, Source, is_transposed, tie_weights
-from compresslab.numerics.gram import Gram, Precision
-from compresslab.numerics.grid import QuantWeight
-from compresslab.numerics.linalg import quadratic_error
-from compresslab.plan import Plan, Unit, unit_of
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run hands out, and to whom
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solved:
-    """One finished layer: its codes, the tensors that will be written for it, and its record."""
-
-    weight: QuantWeight
-    transposed: bool  # the module keeps its weight as [in, out]
-    tensors: dict[str, Tensor]
-    record: LayerRecord
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockState:
-    """What a block returned, for every calibration batch: all that is needed to go on after it."""
-
-    outputs: list[Any]
-
-
-class Sink(Protocol):
-    """Where finished units go (artifact.Writer)."""
-
-    def is_done(self, unit: str) -> bool: ...
-
-    def write(self, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor], state: BlockState | None) -> None:
-        """Store a unit for good: after this returns, a kill no longer costs it."""
-        ...
-
-    def last_state(self, units: Sequence[str]) -> BlockState:
-        """The stored outputs of the last finished unit among these."""
-        ...
-
-
-Encode = Callable[[QuantWeight, nn.Module], dict[str, Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Everything one layer-wise run needs.
-
-    Attributes:
-        encode: QuantWeight, module -> the tensors that stand for the weight on disk, by the suffix of their names.
-        compute_dtype: dtype of the calibration forward.
-        on_layer: told of every finished layer, for progress bars.
-    """
-
-    source: Source
-    plan: Plan
-    method: str
-    solver: Solver
-    batches: Batches | None
-    sink: Sink
-    encode: Encode
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    compute_dtype: torch.dtype = torch.float32
-    gram_precision: Precision = "float32"
-    on_layer: Callable[[LayerRecord], None] = lambda record: None
+from compresslab.models import CALIBRATION_ATTENTION, tie_weights
+from compresslab.numerics.gram import Gram
+from compresslab.plan import Unit, unit_of
+from compresslab.solving import (
+    BlockState,
+    Job,
+    Pass,
+    Solved,
+    float_tensors,
+    read_finite,
+    solve_layer,
+)
 
 
 def run(job: Job) -> None:
@@ -116,15 +59,16 @@ def run(job: Job) -> None:
         if job.batches is None:
             _run_without_data(job)
         else:
-            Forward(job).run()
+            Compression(job).run()
 
 
-def best_compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively (three times the speed of float32), float32 elsewhere."""
-    if device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16
+def survey(calibration: Pass, visit: Callable[[str, Gram], None]) -> None:
+    """Show every planned layer's Gram matrix to `visit`, in network order, and leave the model as it is.
+
+    Layers that read one tensor are visited one after the other with the same Gram; a layer that no token reaches is not.
+    """
+    with torch.inference_mode():
+        Survey(calibration, visit).run()
 
 
 def _run_without_data(job: Job) -> None:
@@ -133,85 +77,7 @@ def _run_without_data(job: Job) -> None:
         if job.sink.is_done(unit.name):
             continue
         solved = {name: solve_layer(job, name, skeleton.get_submodule(name), None) for name in unit.layers}
-        job.sink.write(unit, solved, _float_tensors(job, unit), None)
-
-
-def _float_tensors(job: Job, unit: Unit) -> dict[str, Tensor]:
-    """The tensors of a unit that stay as they are."""
-    replaced = {f"{layer}.weight" for layer in unit.layers}
-    return {name: read_finite(job.source, name) for name in unit.tensors if name not in replaced}
-
-
-def read_finite(source: Source, name: str) -> Tensor:
-    """A tensor as stored. CompressLabError if it holds a NaN or an infinity."""
-    tensor = source.weights.get(name)
-    # A sum is finite only if every term is: one pass and no temporary, but where a half-precision sum overflows.
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-        raise CompressLabError(
-            f"tensor {name} of {source.name} holds a NaN or an infinity at {where}: nothing to save here"
-        )
-    return tensor
-
-
-def solve_layer(job: Job, name: str, module: nn.Module, gram: Gram | None) -> Solved:
-    """Read one weight, hand it to the solver, and say what came of it."""
-    stored = read_finite(job.source, f"{name}.weight")
-    weight = stored.t() if is_transposed(module) else stored
-    weight = weight.to(job.device, torch.float32).contiguous()
-    started = time.perf_counter()
-    try:
-        along: Along = "out" if is_transposed(module) else "in"
-        solution = job.solver.solve(weight, gram, scale_dtype=stored.dtype, groups_along=along)
-    except ValueError as error:
-        raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
-    seconds = time.perf_counter() - started
-    tensors = job.encode(solution.weight, module)
-    bytes_after = sum(t.numel() * t.element_size() for t in tensors.values())
-    return Solved(
-        weight=solution.weight,
-        transposed=is_transposed(module),
-        tensors=tensors,
-        record=LayerRecord(
-            name=name,
-            method=job.method,
-            shape=tuple(stored.shape),
-            bits_per_weight=8 * bytes_after / stored.numel(),
-            nonzero_frac=nonzero_frac(solution.weight),
-            bytes_before=stored.numel() * stored.element_size(),
-            bytes_after=bytes_after,
-            sqnr_db=sqnr_db(weight, solution, gram),
-            sqnr_of="weight" if gram is None else "output",
-            seconds=seconds,
-            note=solution.note,
-        ),
-    )
-
-
-def nonzero_frac(weight: QuantWeight) -> float:
-    if weight.zero_point is None:
-        return float(weight.codes.count_nonzero()) / weight.codes.numel()
-    return float(weight.dequantize().count_nonzero()) / weight.codes.numel()
-
-
-def sqnr_db(weight: Tensor, solution: Solution, gram: Gram | None) -> float:
-    """10 log10(signal / noise) of the layer's output over the calibration tokens, or of the weight without data."""
-    difference = weight - solution.weight.dequantize()
-    if gram is None:
-        signal, noise = weight.square().sum(dtype=torch.float64), difference.square().sum(dtype=torch.float64)
-    else:
-        # The signal needs no more than bfloat16 (0.01 dB); the noise is a small difference and does.
-        low = gram.cached("bfloat16", gram.matrix.bfloat16)
-        signal = quadratic_error(weight.bfloat16(), low)
-        noise = quadratic_error(difference, gram.matrix)
-    if float(noise) <= 0:
-        return math.inf
-    return 10 * math.log10(max(float(signal / noise), 1e-30))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The forward
-# ---------------------------------------------------------------------------------------------------------------------
+        job.sink.write(unit, solved, float_tensors(job, unit), None)
 
 
 @dataclass(eq=False)
@@ -221,7 +87,11 @@ class Walk:
     index: int
     batch: dict[str, Tensor]
     coroutine: greenlet
+    # Its twin on the way through the uncompressed network, where a method compares the two; a twin has none itself.
+    reference: Walk | None = None
+    is_reference: bool = False
     waits_at: Stop | None = None
+    waits_with: Tensor | None = None  # the input of the layer it waits at
     # The input of the layer where it stopped last, and the Gram matrix its tokens went into.
     last_input: weakref.ref[Tensor] | None = None
     last_gram: Gram | None = None
@@ -238,30 +108,40 @@ class Stop:
 
 
 class Forward:
-    """All walks through one network, and the solving between their steps."""
+    """All walks through one network. What happens where they meet is up to `_solve` and `_finish`."""
 
-    def __init__(self, job: Job) -> None:
-        assert job.batches is not None
-        self.job = job
-        self.model = job.source.skeleton(attention=CALIBRATION_ATTENTION)
+    def __init__(self, calibration: Pass, finished: Iterable[str] = (), with_references: bool = False) -> None:
+        assert calibration.batches is not None
+        self.calibration = calibration
+        self.source, self.device = calibration.source, calibration.device
+        self.model = self.source.skeleton(attention=CALIBRATION_ATTENTION)
         for parameter in self.model.parameters():  # models ask a weight for its dtype before it is loaded
-            parameter.data = parameter.data.to(job.compute_dtype)
-        self.units = {unit.name: unit for unit in job.plan.units}
+            parameter.data = parameter.data.to(calibration.compute_dtype)
+        self.units = {unit.name: unit for unit in calibration.plan.units}
         self.layers = {
-            name: (unit.name, self.model.get_submodule(name)) for unit in job.plan.units for name in unit.layers
+            name: (unit.name, self.model.get_submodule(name)) for unit in self.units.values() for name in unit.layers
         }
-        self.solved: dict[str, Solved | None] = {}  # None once written
+        self.solved: dict[str, Solved | None] = {}  # None where nothing is kept of it (any more)
         self.grams: dict[str, Gram] = {}
-        self.finished = {name for name in self.units if job.sink.is_done(name)}
+        self.finished = set(finished)
         self.loaded: set[str] = set()
         self.hub = getcurrent()
         self.walks = [
-            Walk(index=i, batch=batch, coroutine=greenlet(self._forward)) for i, batch in enumerate(job.batches)
+            Walk(index=i, batch=batch, coroutine=greenlet(self._forward)) for i, batch in enumerate(calibration.batches)
         ]
+        # The two weights of a solved layer, of blocks in memory, where there are references.
+        self.originals: dict[str, nn.Parameter] = {}
+        self.rounded: dict[str, nn.Parameter] = {}
+        if with_references:
+            for walk in list(self.walks):
+                walk.reference = Walk(
+                    index=walk.index, batch=walk.batch, coroutine=greenlet(self._forward), is_reference=True
+                )
+                self.walks.append(walk.reference)
         self._walk_of = {walk.coroutine: walk for walk in self.walks}
 
     def run(self) -> None:
-        """Let the walks run from stop to stop until every layer is solved, then write what lies outside the blocks."""
+        """Let the walks run from stop to stop until every layer is solved, then finish what lies outside the blocks."""
         try:
             if any(unit.name not in self.finished and unit.layers for unit in self.units.values()):
                 self._hook()
@@ -275,34 +155,56 @@ class Forward:
         # What lies outside the blocks goes first: a run killed here can still solve the last block from its predecessor.
         for unit in sorted(self.units.values(), key=lambda unit: unit.name != ""):
             if unit.name not in self.finished:
-                self._finish(unit, None)
+                self._leave(unit, [])
 
     def _meet(self) -> None:
         """When every walk waits, the first place that any waits at is complete: serve it, and let those walks go on."""
         while waiting := [walk for walk in self.walks if walk.waits_at is not None]:
             stop = min(walk.waits_at for walk in waiting if walk.waits_at is not None)
             here = [walk for walk in waiting if walk.waits_at == stop]
-            if stop.layer:
-                self._solve(stop.layer, self.grams.pop(stop.layer))
-            else:
-                self._finish(self.units[stop.unit], BlockState(outputs=[walk.output for walk in here]))
+            if not stop.layer:
+                self._leave(self.units[stop.unit], [walk for walk in here if not walk.is_reference])
+            elif stop.layer in self.grams:  # not if only references came here, by another way through the experts
+                gram = self.grams.pop(stop.layer)
                 for walk in here:
-                    walk.output = None
-            if self._nothing_left():
+                    _compare(gram, walk)
+                self._solve(stop.layer, gram)
+            if all(self._is_through(unit) for unit in self.units.values()):
                 return
             for walk in here:
                 walk.waits_at = walk.coroutine.switch()
 
-    def _nothing_left(self) -> bool:
-        return all(
-            unit.name in self.finished or all(layer in self.solved for layer in unit.layers)
-            for unit in self.units.values()
-        )
+    def _is_through(self, unit: Unit) -> bool:
+        """Whether the walks need not go further for this unit's sake."""
+        return unit.name in self.finished or all(layer in self.solved for layer in unit.layers)
+
+    def _leave(self, unit: Unit, walks: Sequence[Walk]) -> None:
+        """All walks have left a unit: finish it, and give its memory back."""
+        self._finish(unit, walks)
+        self.solved.update(dict.fromkeys(unit.layers))
+        self.finished.add(unit.name)
+        self._drop(unit)
+        if not self.units[""].layers:  # embeddings: read again in the unlikely case that they are asked for again
+            self._drop(self.units[""])
+        give_memory_back()
 
     def _forward(self, batch: dict[str, Tensor]) -> None:
         """The body of a walk: the model's own forward."""
-        floats = self.job.compute_dtype
-        self.model(**{k: v.to(self.job.device, floats if v.is_floating_point() else v.dtype) for k, v in batch.items()})
+        floats = self.calibration.compute_dtype
+        self.model(**{k: v.to(self.device, floats if v.is_floating_point() else v.dtype) for k, v in batch.items()})
+
+    # -- what a pass is for -------------------------------------------------------------------------------------------
+
+    def _solve(self, layer: str, gram: Gram) -> None:
+        """A layer's Gram matrix is complete; afterwards the layer is in `self.solved`."""
+        raise NotImplementedError
+
+    def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
+        """These walks have left a unit, with its outputs in hand; none if no walk went there in this run."""
+
+    def _state(self, done: Sequence[str]) -> BlockState | None:
+        """What the last of these blocks returned in an earlier run."""
+        return None
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -311,10 +213,8 @@ class Forward:
         for name, (unit, module) in self.layers.items():
             if unit not in self.finished:
                 stop = Stop(order=order[name], unit=unit, layer=name)
-                module.register_forward_pre_hook(lambda module, args, stop=stop: self._before_layer(stop, args[0]))
-        for owner in dict.fromkeys(
-            name.rpartition(".")[0] for name in (*self.units[""].tensors, *self.job.source.tied)
-        ):
+                module.register_forward_pre_hook(lambda module, args, stop=stop: self._at_layer(stop, module, args[0]))
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in (*self.units[""].tensors, *self.source.tied)):
             self.model.get_submodule(owner).register_forward_pre_hook(lambda module, args: self._load(""))
         lists: dict[str, list[str]] = {}
         for name in self.units:
@@ -322,7 +222,7 @@ class Forward:
                 lists.setdefault(name.rpartition(".")[0], []).append(name)
         for members in lists.values():
             done = [name for name in members if name in self.finished]
-            state = self.job.sink.last_state(done) if done else None
+            state = self._state(done) if done else None
             for name in members:
                 block = self.model.get_submodule(name)
                 if state is not None and name in self.finished:
@@ -335,33 +235,56 @@ class Forward:
 
     def _replay(self, block: nn.Module, state: BlockState) -> None:
         """Have a block that an earlier run finished hand out what the last such block returned then."""
-        block.forward = lambda *args, **kwargs: state.outputs[self._current().index]
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            walk = self._current()
+            output = state.outputs[walk.index]
+            return _with_first(output, state.references[walk.index]) if walk.is_reference else output
+
+        block.forward = replay
 
     def _current(self) -> Walk:
         return self._walk_of[getcurrent()]
 
-    def _before_layer(self, stop: Stop, x: Tensor) -> None:
+    def _at_layer(self, stop: Stop, module: nn.Module, x: Tensor) -> None:
+        """Wait until the layer is solved; then go on with its new weight, or as a reference with the one it had."""
+        walk = self._current()
+        if not walk.is_reference:
+            self._before_layer(stop, walk, x)
+        elif walk.last_input is None or walk.last_input() is not x:
+            walk.last_input = weakref.ref(x)
+            self._wait(stop, walk, x)
+        if stop.layer in self.originals:
+            module._parameters["weight"] = self.originals[stop.layer] if walk.is_reference else self.rounded[stop.layer]
+
+    def _before_layer(self, stop: Stop, walk: Walk, x: Tensor) -> None:
         """Add this walk's tokens to the layer's Gram matrix and wait; or solve at once from a neighbour's."""
         if stop.layer in self.solved:
             return
-        walk = self._current()
         if walk.last_input is not None and walk.last_input() is x and walk.last_gram is not None:
             self._solve(stop.layer, walk.last_gram)
             return
         gram = self.grams.get(stop.layer)
         if gram is None:
-            gram = Gram(x.shape[-1], precision=self.job.gram_precision, device=x.device)
+            gram = Gram(x.shape[-1], precision=self.calibration.gram_precision, device=x.device)
             self.grams[stop.layer] = gram
         try:
             gram.add_(_real_tokens(x, walk.batch.get("attention_mask")))
         except ValueError as error:
             raise CompressLabError(f"layer {stop.layer}, batch {walk.index}: {error}") from error
         walk.last_input, walk.last_gram = weakref.ref(x), gram
+        self._wait(stop, walk, x)
+
+    def _wait(self, stop: Stop, walk: Walk, x: Tensor) -> None:
+        walk.waits_with = x
         self.hub.switch(stop)
+        walk.waits_with = None
 
     def _after_block(self, stop: Stop, output: Any) -> None:
-        self._current().output = output
+        walk = self._current()
+        walk.output = output
         self.hub.switch(stop)
+        walk.output = None
 
     # -- weights in and out ------------------------------------------------------------------------------------------
 
@@ -372,37 +295,97 @@ class Forward:
         self.loaded.add(unit)
         for name in self.units[unit].tensors:
             if name.removesuffix(".weight") not in self.solved:
-                _place(self.model, name, read_finite(self.job.source, name).to(self.job.device), self.job.compute_dtype)
+                _place(self.model, name, read_finite(self.source, name).to(self.device), self.calibration.compute_dtype)
         if unit == "":
             tie_weights(self.model)
-
-    def _solve(self, layer: str, gram: Gram | None) -> None:
-        _, module = self.layers[layer]
-        solved = solve_layer(self.job, layer, module, gram)
-        self.solved[layer] = solved
-        weight = solved.weight.dequantize()
-        _place(self.model, f"{layer}.weight", weight.t() if is_transposed(module) else weight, self.job.compute_dtype)
-        self.job.on_layer(solved.record)
-
-    def _finish(self, unit: Unit, state: BlockState | None) -> None:
-        """All walks have left a unit: solve what no token reached, write everything, give the memory back."""
-        for layer in unit.layers:
-            if layer not in self.solved:
-                self._solve(layer, None)
-        solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
-        self.solved.update(dict.fromkeys(unit.layers))
-        self.job.sink.write(unit, solved, _float_tensors(self.job, unit), state)
-        self.finished.add(unit.name)
-        self._drop(unit)
-        if not self.units[""].layers:  # embeddings: read again in the unlikely case that they are asked for again
-            self._drop(self.units[""])
-        give_memory_back()
 
     def _drop(self, unit: Unit) -> None:
         self.loaded.discard(unit.name)
         tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        for name in (*unit.tensors, *(() if unit.name else self.job.source.tied)):
-            _place(self.model, name, tensors[name].to("meta"), self.job.compute_dtype)
+        for name in (*unit.tensors, *(() if unit.name else self.source.tied)):
+            _place(self.model, name, tensors[name].to("meta"), self.calibration.compute_dtype)
+        for layer in unit.layers:
+            self.originals.pop(layer, None)
+            self.rounded.pop(layer, None)
+
+
+class Survey(Forward):
+    """A pass that only looks."""
+
+    def __init__(self, calibration: Pass, visit: Callable[[str, Gram], None]) -> None:
+        super().__init__(calibration)
+        self.visit = visit
+
+    def _solve(self, layer: str, gram: Gram) -> None:
+        self.visit(layer, gram)
+        self.solved[layer] = None
+
+
+class Compression(Forward):
+    """A pass that solves every layer and writes it to the sink."""
+
+    def __init__(self, job: Job) -> None:
+        finished = [unit.name for unit in job.plan.units if job.sink.is_done(unit.name)]
+        super().__init__(job, finished, with_references=job.needs_references)
+        self.job = job
+
+    def _state(self, done: Sequence[str]) -> BlockState | None:
+        return self.job.sink.last_state(done)
+
+    def _solve(self, layer: str, gram: Gram | None) -> None:
+        solved = solve_layer(self.job, layer, self.layers[layer][1], gram)
+        self._put(layer, solved)
+        self.job.on_layer(solved.record)
+
+    def _put(self, layer: str, solved: Solved) -> None:
+        """Have the network go on with a solved weight."""
+        weight, module = solved.weight.dequantize(), self.layers[layer][1]
+        if self.job.needs_references:
+            self.originals[layer] = _parameter(module)
+        _place(self.model, f"{layer}.weight", weight.t() if solved.transposed else weight, self.job.compute_dtype)
+        if self.job.needs_references:
+            self.rounded[layer] = _parameter(module)
+        self.solved[layer] = solved
+
+    def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
+        for layer in unit.layers:  # what no token reached
+            if layer not in self.solved:
+                self._solve(layer, None)
+        state = None
+        if walks:
+            references = [_first(walk.reference.output) for walk in walks if walk.reference]
+            state = BlockState(outputs=[walk.output for walk in walks], references=references)
+        solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
+        self.job.sink.write(unit, solved, float_tensors(self.job, unit), state)
+
+
+def _first(output: Any) -> Tensor:
+    """A block returns its hidden state, alone or first."""
+    found = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _parameter(linear: nn.Module) -> nn.Parameter:
+    weight = linear._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _with_first(output: Any, hidden: Tensor) -> Any:
+    """What a block returned, with another hidden state."""
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def _compare(gram: Gram, walk: Walk) -> None:
+    """Tell the Gram matrix how far this walk's input has drifted from its reference's, if both are here."""
+    twin = walk.reference
+    if twin is None or twin.waits_with is None or walk.waits_with is None or twin.waits_at != walk.waits_at:
+        return
+    mask = walk.batch.get("attention_mask")
+    there, here = _real_tokens(twin.waits_with, mask), _real_tokens(walk.waits_with, mask)
+    if there.shape == here.shape:  # experts may have got other tokens
+        gram.add_drift_(there, here)
 
 
 def give_memory_back() -> None:

@@ -9,14 +9,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from compresslab.contract import Method
+from compresslab.contract import Method, Solver
 from compresslab.errors import CompressLabError, unknown
+from compresslab.quantize.awq import AWQ
 from compresslab.quantize.gptq import GPTQ
+from compresslab.quantize.qep import QEP
 from compresslab.quantize.rtn import RTN
+from compresslab.quantize.smoothquant import SmoothQuant
 
 METHODS: dict[str, type] = {
     "rtn": RTN,
     "gptq": GPTQ,
+    "awq": AWQ,
+    "smoothquant": SmoothQuant,
+    "qep": QEP,
 }
 
 
@@ -36,8 +42,9 @@ def build(name: str, settings: dict[str, Any]) -> Method:
         _check_type(name, key, value, str(fields[key].type))
     try:
         method = cls(**settings)
-        method.grid()
-        method.activation_grid()
+        if isinstance(method, Solver):
+            method.grid()
+            method.activation_grid()
     except ValueError as error:
         raise CompressLabError(f"method {name}: {error}") from None
     return method

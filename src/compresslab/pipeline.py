@@ -1,6 +1,6 @@
 """compress(): the whole data flow on one page.
 
-    read -> plan and preflight -> calibrate -> solve layer by layer, writing codes -> assemble
+    read -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes -> assemble
          -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compresslab import data as datasets
-from compresslab import layerwise, models, preflight
+from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import LayerRecord, Solver
-from compresslab.deploy.compressed_tensors import Layout
+from compresslab.contract import LayerRecord, Smoother, Solver
+from compresslab.deploy.compressed_tensors import Layout, scheme_of
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
@@ -35,6 +35,7 @@ from compresslab.plan import Plan, make_plan
 from compresslab.recipe import Recipe
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
+from compresslab.smoothing import smoothed
 
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
@@ -54,6 +55,8 @@ def compress(
     *,
     out: str | Path,
     settings: dict[str, Any] | None = None,
+    budget: str | None = None,
+    sensitivity: str = "gram",
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
@@ -70,6 +73,8 @@ def compress(
             for the evaluation only. None leaves both out.
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
+        budget: "3.5bits" per weight or "80MB" of weight files: choose the bits of every layer to stay within it.
+        sensitivity: what to choose them by, "gram" or "kl" (see mixed.py).
         measure: measure size, speed and quality before and after; otherwise only size and parity.
 
     Returns:
@@ -80,30 +85,48 @@ def compress(
     """
     progress, out, clock = progress or Progress(), Path(out), Clock()
     where = pick_device(device)
+    wanted = None if budget is None else mixed.parse_budget(budget)
 
     with clock("read"):
         check_output(out, force)
         chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
         chosen = chosen.override(settings) if settings else chosen
-        solver, layout = _solver(chosen)
+        stages = _stages(chosen)
         source = models.find(model)
         check_output(out, force, source.folder)
-        plan = make_plan(source, chosen.ignore)
-        _check_layers(source, plan, layout)
+        plan, solvers, layout = _planned(source, chosen)
         windows = _windows(source, data, evaluation_windows) if measure else None
-        calibration = _calibration(source, solver, chosen, data, seed)
+        calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
-        preflight.check(preflight.estimate(source, plan, solver, *tokens, where), out)
+        preflight.check(preflight.estimate(source, plan, solvers, *tokens, where), out)
+
+    eligible = plan.layers
+    if wanted is not None:
+        with clock("share out"):
+            progress.stage("survey", len(eligible))
+            chosen = mixed.share_out(
+                _pass(source, plan, calibration, where), chosen, solvers, wanted, sensitivity=sensitivity,
+                smoothers=stages.smoothers, on_layer=progress.step,
+            )  # fmt: skip
+            plan, solvers, layout = _planned(source, chosen)
 
     key = _key(source, chosen, calibration, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
+        job = _job(source, plan, stages, solvers, layout, calibration, writer, where, progress)
+        if stages.smoothers:
+            with clock("smooth"):
+                progress.stage("smooth", 1)
+                job = dataclasses.replace(job, source=smoothed(job, stages.smoothers, solvers))
+                progress.step("the inputs of layers")
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
             for record in writer.records():
                 progress.step(record.name)
-            layerwise.run(_job(source, plan, chosen, solver, layout, calibration, writer, where, progress))
+            layerwise.run(job)
         with clock("write"):
             folder = writer.assemble(source, layout.config(list(plan.skipped)))
+            if wanted is not None:
+                mixed.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
             before, after = _measure(original, folder, writer, windows, data, measure, where, progress)
@@ -140,12 +163,11 @@ def plan_only(
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
     chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     chosen = chosen.override(settings) if settings else chosen
-    solver, layout = _solver(chosen)
+    stages = _stages(chosen)
     source = models.find(model)
-    plan = make_plan(source, chosen.ignore)
-    _check_layers(source, plan, layout)
-    tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if solver.needs_data else (0, 0)
-    return plan, preflight.estimate(source, plan, solver, *tokens, pick_device(device)), chosen
+    plan, solvers, _ = _planned(source, chosen)
+    tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if stages.needs_data else (0, 0)
+    return plan, preflight.estimate(source, plan, solvers, *tokens, pick_device(device)), chosen
 
 
 class Clock:
@@ -175,26 +197,50 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def _solver(recipe: Recipe) -> tuple[Solver, Layout]:
-    if len(recipe.steps) != 1:
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The methods of a recipe, by what they do; `name` is the solver's."""
+
+    name: str
+    smoothers: tuple[Smoother, ...]
+    solver: Solver
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.smoothers) or self.solver.needs_data
+
+
+def _stages(recipe: Recipe) -> Stages:
+    """CompressLabError unless the steps are any number of smoothers and then one solver."""
+    *before, (name, solver) = [(step.method, step.build()) for step in recipe.steps]
+    smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
+    if not isinstance(solver, Solver) or len(smoothers) < len(before):
+        names = ", ".join([*(name for name, _ in before), name])
         raise CompressLabError(
-            f"recipe '{recipe.name}' has {len(recipe.steps)} steps: one quantisation step at a time so far"
+            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
+            "that smooth (such as smoothquant)"
         )
-    solver = recipe.steps[0].build()
-    assert isinstance(solver, Solver)
-    return solver, Layout(solver)
+    scheme_of(solver)  # a grid that no format holds is refused before any model is fetched
+    if isinstance(solver, Smoother):
+        smoothers.append(solver)
+    return Stages(name=name, smoothers=tuple(smoothers), solver=solver)
 
 
-def _check_layers(source: models.Source, plan: Plan, layout: Layout) -> None:
-    skeleton = source.skeleton()
+def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, dict[str, Solver], Layout]:
+    """The plan, the solver of every layer in it, and how these layers will be written."""
+    step = recipe.rounding
+    plan = make_plan(source, recipe.ignore, step.layers)
+    solvers = {layer: method for layer in plan.layers if isinstance(method := step.build(layer), Solver)}
+    layout, skeleton = Layout(solvers), source.skeleton()
     for name in plan.layers:
         layout.check_module(name, skeleton.get_submodule(name))
+    return plan, solvers, layout
 
 
 def _calibration(
-    source: models.Source, solver: Solver, recipe: Recipe, data: str | datasets.Calibration | None, seed: int
+    source: models.Source, stages: Stages, recipe: Recipe, data: str | datasets.Calibration | None, seed: int
 ) -> datasets.Calibration | None:
-    if not solver.needs_data:
+    if not stages.needs_data:
         return None
     if data is None:
         raise CompressLabError(
@@ -218,34 +264,48 @@ def _key(
     """All that the codes depend on: a run is only continued by the same one."""
     return {
         "recipe": recipe.model_dump(mode="json"),
+        "order of layers": list(recipe.rounding.layers),  # two mappings are equal in any order
         "model": source.weights.sha256,
         "config": source.config.to_json_string(use_diff=True),
         "data": None if calibration is None else calibration.sha256,
         "seed": seed,
         "version": environment.version(),
         "device": device.type,
-        "compute_dtype": str(layerwise.best_compute_dtype(device)),
+        "compute_dtype": str(solving.best_compute_dtype(device)),
         "threads": torch.get_num_threads(),
     }
 
 
+def _pass(
+    source: models.Source, plan: Plan, calibration: datasets.Calibration | None, device: torch.device
+) -> solving.Pass:
+    return solving.Pass(
+        source=source,
+        plan=plan,
+        batches=None if calibration is None else calibration.batches,
+        device=device,
+        compute_dtype=solving.best_compute_dtype(device),
+        gram_precision=best_precision(device),
+    )
+
+
 def _job(
-    source: models.Source, plan: Plan, recipe: Recipe, solver: Solver, layout: Layout,
+    source: models.Source, plan: Plan, stages: Stages, solvers: dict[str, Solver], layout: Layout,
     calibration: datasets.Calibration | None, writer: Writer, device: torch.device, progress: Progress,
-) -> layerwise.Job:  # fmt: skip
+) -> solving.Job:  # fmt: skip
     def on_layer(record: LayerRecord) -> None:
         progress.step(record.name)
 
-    return layerwise.Job(
+    return solving.Job(
         source=source,
         plan=plan,
-        method=recipe.steps[0].method,
-        solver=solver,
+        method=stages.name,
+        solvers=solvers,
         batches=None if calibration is None else calibration.batches,
         sink=writer,
         encode=layout.encode,
         device=device,
-        compute_dtype=layerwise.best_compute_dtype(device),
+        compute_dtype=solving.best_compute_dtype(device),
         gram_precision=best_precision(device),
         on_layer=on_layer,
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, blocks, linear_layers
+from compresslab.recipe import FLOAT, differing_settings
 
 OUTSIDE = "@outside-blocks"
 
@@ -33,15 +35,18 @@ class Plan:
         return tuple(layer for unit in self.units for layer in unit.layers)
 
 
-def make_plan(source: Source, ignore: Sequence[str]) -> Plan:
+def make_plan(
+    source: Source, ignore: Sequence[str], differing: Mapping[str, dict[str, Any] | str] | None = None
+) -> Plan:
     """Which layers of a model will be solved.
 
     Args:
         ignore: shell patterns of layer names to leave in float; "@outside-blocks" means every linear layer that is not
             part of a repeated block (output heads, classifiers, poolers).
+        differing: the `layers` of the recipe's step that rounds.
 
     Raises:
-        CompressLabError: an ignore pattern that matches nothing, or nothing left to compress.
+        CompressLabError: a pattern that matches nothing, or nothing left to compress.
     """
     skeleton = source.skeleton()
     block_names = list(blocks(skeleton))
@@ -60,6 +65,8 @@ def make_plan(source: Source, ignore: Sequence[str]) -> Plan:
             skipped[name] = "outside the repeated blocks"
         elif f"{name}.weight" in source.weights.names():
             layers[unit_by_name[name]].append(name)
+    if differing:
+        _leave_in_float_(layers, skipped, differing, source)
     if unused:
         raise CompressLabError(
             f"ignore pattern '{sorted(unused)[0]}' matches no linear layer of {source.name}; "
@@ -73,6 +80,29 @@ def make_plan(source: Source, ignore: Sequence[str]) -> Plan:
             tensors[unit_of(key, block_names)].append(key)
     units = tuple(Unit(name=n, tensors=tuple(tensors[n]), layers=tuple(layers[n])) for n in layers)
     return Plan(units=units, skipped=skipped)
+
+
+def _leave_in_float_(
+    layers: dict[str, list[str]], skipped: dict[str, str], differing: Mapping[str, dict[str, Any] | str], source: Source
+) -> None:
+    """Move what the recipe wants in float from `layers` to `skipped`.
+
+    Raises:
+        CompressLabError: a pattern that matches none of the layers: its settings would be lost without a word.
+    """
+    names = [name for unit in layers.values() for name in unit]
+    for pattern in differing:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            matching = [name for name in skipped if fnmatch.fnmatchcase(name, pattern)]
+            left = [f"{name}, which is left in float: {skipped[name]}" for name in matching]
+            named = f"no linear layer of {source.name}; they are named like {', '.join(names[:2])}"
+            raise CompressLabError(
+                f"pattern '{pattern}' of the recipe's layers matches {f'only {left[0]}' if left else named}"
+            )
+    for unit, members in layers.items():
+        chosen = [name for name in members if differing_settings(differing, name) == FLOAT]
+        skipped.update(dict.fromkeys(chosen, "left in float by the recipe"))
+        layers[unit] = [name for name in members if name not in chosen]
 
 
 def unit_of(name: str, block_names: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import torch
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
-from compresslab.layerwise import best_compute_dtype
 from compresslab.models import Source, is_transposed, weight_of
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
+from compresslab.solving import best_compute_dtype
 from compresslab.weights import MemoryWeights
 
 # Python, torch, transformers and numba loaded, with nothing done yet; measured.
@@ -46,9 +47,9 @@ class Estimate:
 
 
 def estimate(
-    source: Source, plan: Plan, solver: Solver, samples: int, sequence_length: int, device: torch.device
+    source: Source, plan: Plan, solvers: Mapping[str, Solver], samples: int, sequence_length: int, device: torch.device
 ) -> Estimate:
-    """Predict a run's needs from the model's shapes and this machine's rates."""
+    """Predict a run's needs from the model's shapes and this machine's rates; without data, `samples` is 0."""
     skeleton = source.skeleton()
     element = torch.empty((), dtype=source.dtype).element_size()
     shapes = {}
@@ -58,7 +59,7 @@ def estimate(
         shapes[name] = (columns, rows) if is_transposed(module) else (rows, columns)
     all_bytes = sum(numel(source, name) * element for unit in plan.units for name in unit.tensors)
     layer_bytes = sum(rows * columns * element for rows, columns in shapes.values())
-    artifact = all_bytes - layer_bytes + sum(_packed_bytes(shape, solver, element) for shape in shapes.values())
+    artifact = all_bytes - layer_bytes + sum(_packed_bytes(shapes[name], solvers[name], element) for name in shapes)
     block_bytes = max((sum(numel(source, n) for n in u.tensors) for u in plan.units if u.name), default=0) * (
         element + 4
     )
@@ -70,7 +71,7 @@ def estimate(
         {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND},
     )
     states = 0
-    if solver.needs_data:
+    if samples:
         tokens = samples * sequence_length
         compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
         widest = max(columns for _, columns in shapes.values())

@@ -7,10 +7,16 @@
       - method: gptq
         bits: 4
         group_size: 64
+        layers:
+          "model.layers.0.*": {bits: 8, group_size: null, symmetric: true}
+          "*.down_proj": float
     ignore: ["@outside-blocks"]
     calibration: {samples: 64, sequence_length: 512}
     expect:
       smollm2-135m: {perplexity_ratio: [1.02, 1.2]}
+
+`layers` belongs to the step that rounds: shell patterns of layer names, and the settings in which these layers differ from
+the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one counts, and only that one.
 
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
 else can be constructed from it.
@@ -19,6 +25,8 @@ else can be constructed from it.
 from __future__ import annotations
 
 import difflib
+import fnmatch
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,10 +35,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import Method
+from compresslab.contract import Method, Solver
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
+FLOAT = "float"  # in place of settings: the layer is left alone
 
 
 class Strict(BaseModel):
@@ -38,7 +47,10 @@ class Strict(BaseModel):
 
 
 class Step(BaseModel):
-    """A method and its settings; every setting the method has is filled in, so a recipe says all that was done."""
+    """A method and its settings; every setting the method has is filled in, so a recipe says all that was done.
+
+    A step that rounds also has `layers`, the settings of single layers by shell pattern; see the top of this file.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
     method: str
@@ -48,16 +60,56 @@ class Step(BaseModel):
     def _fill_in(cls, raw: Any) -> Any:
         if not isinstance(raw, dict) or "method" not in raw:
             raise CompressLabError("a step needs a 'method' key")
-        settings = {key: value for key, value in raw.items() if key != "method"}
-        methods.build(raw["method"], settings)
-        return {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
+        settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
+        method = methods.build(raw["method"], settings)
+        filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
+        if isinstance(method, Solver):
+            return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
+        if "layers" in raw:
+            raise CompressLabError(f"method {raw['method']} has no 'layers': they belong to the step that rounds")
+        return filled
 
     @property
     def settings(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+        return {key: value for key, value in (self.model_extra or {}).items() if key != "layers"}
 
-    def build(self) -> Method:
-        return methods.build(self.method, self.settings)
+    @property
+    def layers(self) -> dict[str, dict[str, Any] | str]:
+        return dict((self.model_extra or {}).get("layers", {}))
+
+    def build(self, layer: str | None = None) -> Method:
+        """The method, with the settings of one layer if it is named (a layer that is not left in float)."""
+        differing = {} if layer is None else differing_settings(self.layers, layer)
+        assert not isinstance(differing, str), f"{layer} stays in float"
+        return methods.build(self.method, self.settings | differing)
+
+
+def _checked_layers(method: str, settings: dict[str, Any], layers: Any) -> dict[str, Any]:
+    """CompressLabError unless these are patterns with settings that the method takes."""
+    if not isinstance(layers, dict):
+        raise CompressLabError(f"layers is a mapping from patterns to settings, not {layers!r}")
+    for pattern, differing in layers.items():
+        if not isinstance(pattern, str) or not (isinstance(differing, dict) or differing == FLOAT):
+            raise CompressLabError(
+                f"layers '{pattern}': a pattern has settings of {method} or '{FLOAT}', not {differing!r}"
+            )
+        if differing == FLOAT:
+            continue
+        try:
+            methods.build(method, settings | differing)
+        except CompressLabError as error:
+            raise CompressLabError(f"layers '{pattern}': {error}") from None
+    return layers
+
+
+def differing_settings(layers: Mapping[str, dict[str, Any] | str], layer: str) -> dict[str, Any] | str:
+    """What the last pattern that matches says of a layer: settings, or FLOAT; no settings where none matches.
+
+    >>> differing_settings({"*.q": {"bits": 8}, "0.*": "float"}, "0.q"), differing_settings({"*.q": {"bits": 8}}, "0.k")
+    ('float', {})
+    """
+    matching = [said for pattern, said in layers.items() if fnmatch.fnmatchcase(layer, pattern)]
+    return matching[-1] if matching else {}
 
 
 class CalibrationSize(Strict):
@@ -76,11 +128,16 @@ class Recipe(Strict):
     calibration: CalibrationSize = CalibrationSize()
     expect: dict[str, dict[str, list[float]]] = {}
 
+    @property
+    def rounding(self) -> Step:
+        """The step that rounds. StopIteration if there is none, which the pipeline refuses first."""
+        return next(step for step in self.steps if isinstance(step.build(), Solver))
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def override(self, settings: dict[str, Any]) -> Recipe:
-        """A copy with settings replaced: a key of the (one) step, or "ignore", or "calibration.samples" and the like.
+        """A copy with settings replaced: a key of the steps that have it, or "ignore", or "calibration.samples" and the like.
 
         Raises:
             CompressLabError: a key that neither the recipe nor its method has.

@@ -1,14 +1,16 @@
-"""Weights, read one tensor at a time: from the safetensors files of a folder, or from a model that is in memory.
+"""Weights, read one tensor at a time: from the safetensors files of a folder, from a model that is in memory, or from
+either with some tensors rescaled on the way.
 
-Both kinds answer to the same four: `names`, `shape`, `get` and `sha256`. Nothing here knows transformers.
+All kinds answer to the same four: `names`, `shape`, `get` and `sha256`. Nothing here knows transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,49 @@ class MemoryWeights:
         return digest.hexdigest()
 
 
-Weights = FolderWeights | MemoryWeights
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rescale:
+    """What becomes of a tensor t: (t + offset) * factor - offset, in float32.
+
+    Attributes:
+        factor: float32, of a shape that broadcasts to the tensor's.
+    """
+
+    factor: Tensor
+    offset: float = 0.0
+
+
+class TransformedWeights:
+    """Other weights, some of which are rescaled whenever they are read, and rounded back to their stored dtype."""
+
+    def __init__(self, weights: Weights, changes: Mapping[str, Rescale]) -> None:
+        self._weights = weights
+        self._changes = dict(changes)
+
+    def names(self) -> list[str]:
+        return self._weights.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(name)
+
+    def get(self, name: str) -> Tensor:
+        tensor = self._weights.get(name)
+        change = self._changes.get(name)
+        if change is None:
+            return tensor
+        return ((tensor.float() + change.offset) * change.factor - change.offset).to(tensor.dtype)
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash over the weights beneath and all that is done to them."""
+        digest = hashlib.sha256(self._weights.sha256.encode())
+        for name, change in sorted(self._changes.items()):
+            digest.update(f"{name} {change.offset!r} {tuple(change.factor.shape)}".encode())
+            digest.update(change.factor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+Weights = FolderWeights | MemoryWeights | TransformedWeights
 
 
 def _no_weights(folder: Path) -> CompressLabError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +12,13 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compresslab import recipe as recipes
 from compresslab.contract import Along, Solver
-from compresslab.deploy.compressed_tensors import Layout
+from compresslab.deploy.compressed_tensors import Layout, read_weights
 from compresslab.errors import CompressLabError
 from compresslab.numerics.gram import Gram
 from compresslab.quantize.gptq import GPTQ
@@ -38,17 +41,17 @@ def opened(
     solver: Solver, scale_dtype: torch.dtype, gram: Gram | None = None, *, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The weight as compressed-tensors reads it, and as we meant it, both as the module keeps it."""
-    layout = Layout(solver)
+    layout = Layout({"layer": solver})
     along: Along = "out" if transposed else "in"
     solved = solver.solve(weights(), gram, scale_dtype=scale_dtype, groups_along=along).weight
     module = Conv1D(ROWS, COLUMNS) if transposed else nn.Linear(COLUMNS, ROWS, bias=False)
     layout.check_module("layer", module)
-    tensors = layout.encode(solved, module)
+    tensors = layout.encode("layer", solved, module)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     scheme = scheme_of(layout)
-    compressor = PackedQuantizationCompressor if layout.format == "pack-quantized" else IntQuantizationCompressor
+    compressor = PackedQuantizationCompressor if scheme.format == "pack-quantized" else IntQuantizationCompressor
     assert set(tensors) == set(compressor.compression_param_names(scheme))
-    assert BaseCompressor.get_value_from_registry(layout.format) is compressor
+    assert BaseCompressor.get_value_from_registry(scheme.format) is compressor
     assert compressor.can_compress(nn.Linear, scheme)
     meant = solved.dequantize().t() if transposed else solved.dequantize()
     found = compressor.decompress(tensors, scheme)["weight"]
@@ -94,9 +97,9 @@ def test_int8_weights_read_back(scale_dtype: torch.dtype) -> None:
 def test_the_same_bytes_as_their_own_compressor(symmetric: bool) -> None:
     """Their rounding of our de-quantised weight with our scales gives the very tensors that we wrote."""
     solver = RTN(bits=4, group_size=20, symmetric=symmetric)
-    layout = Layout(solver)
+    layout = Layout({"layer": solver})
     solved = solver.solve(weights(), None, scale_dtype=torch.float32).weight
-    ours = layout.encode(solved, nn.Linear(COLUMNS, ROWS, bias=False))
+    ours = layout.encode("layer", solved, nn.Linear(COLUMNS, ROWS, bias=False))
     state = {"weight": solved.dequantize(), "weight_scale": solved.scale}
     if solved.zero_point is not None:
         state["weight_zero_point"] = solved.zero_point
@@ -109,9 +112,9 @@ def test_the_same_bytes_as_their_own_compressor(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("name", list(recipes.shipped()))
 def test_the_config_of_every_recipe_is_valid(name: str) -> None:
-    solver = recipes.read(name).steps[-1].build()
+    solver = recipes.read(name).rounding.build()
     assert isinstance(solver, Solver)
-    config = Layout(solver).config(["lm_head", "model.embed_tokens"])
+    config = Layout({"a": solver, "b": solver}).config(["lm_head", "model.embed_tokens"])
     parsed = QuantizationConfig.model_validate(config)
     assert parsed.format == config["format"]
     assert parsed.ignore == ["lm_head", "model.embed_tokens"]
@@ -132,11 +135,12 @@ def test_the_config_of_every_recipe_is_valid(name: str) -> None:
 @pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 4, "group_size": 20}, {"bits": 8, "symmetric": False}])
 def test_8_bit_activations_need_symmetric_8_bit_weights(settings: dict[str, Any]) -> None:
     with pytest.raises(CompressLabError, match="bits=8, symmetric=true and activation_bits=8"):
-        Layout(RTN(**settings, activation_bits=8))
+        Layout({"layer": RTN(**settings, activation_bits=8)})
 
 
 def test_modules_that_the_format_cannot_hold() -> None:
-    packed, rounded = Layout(RTN(bits=4, group_size=20)), Layout(RTN(bits=8, activation_bits=8))
+    packed = Layout(dict.fromkeys(("a.b", "c", "d"), RTN(bits=4, group_size=20)))
+    rounded = Layout({"a.b": RTN(bits=8, activation_bits=8)})
     packed.check_module("a.b", nn.Linear(COLUMNS, ROWS))
     rounded.check_module("a.b", nn.Linear(COLUMNS, ROWS))
     with pytest.raises(CompressLabError, match=r"layer a\.b is a Conv1D.*--ignore 'a\.b'"):
@@ -145,3 +149,78 @@ def test_modules_that_the_format_cannot_hold() -> None:
         packed.check_module("c", nn.Linear(50, ROWS))
     with pytest.raises(CompressLabError, match=r"layer d.*group size 20 does not divide 14 .*group_size"):
         packed.check_module("d", Conv1D(ROWS, COLUMNS))  # kept as [60, 14]
+
+
+# --- mixed precision ------------------------------------------------------------------------------------------------
+
+MIXED: dict[str, Solver] = {
+    "a.three": RTN(bits=3, group_size=12, symmetric=False),
+    "a.four": RTN(bits=4, group_size=20),
+    "b.three": RTN(bits=3, group_size=12, symmetric=False),
+    "b.eight": RTN(bits=8),
+    "b.dynamic": RTN(bits=8, activation_bits=8),
+}
+
+
+def test_one_group_for_each_pair_of_grids() -> None:
+    layout = Layout(MIXED)
+    config = layout.config(["lm_head"])
+    parsed = QuantizationConfig.model_validate(config)
+    assert [scheme.targets for scheme in parsed.config_groups.values()] == [
+        ["a.three", "b.three"], ["a.four"], ["b.eight"], ["b.dynamic"]
+    ]  # fmt: skip
+    assert [scheme.format for scheme in parsed.config_groups.values()] == ["pack-quantized"] * 3 + ["int-quantized"]
+    assert parsed.format == "mixed-precision"
+    assert "dequantize" not in config  # transformers would take every layer to be of the first group
+    packed = Layout({name: solver for name, solver in MIXED.items() if name != "b.dynamic"})
+    assert packed.config([])["format"] == "pack-quantized"
+
+
+def test_equal_grids_are_one_group_whatever_else_differs() -> None:
+    config = Layout({"a": GPTQ(damp_frac=0.01), "b": GPTQ(damp_frac=0.1)}).config([])
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
+    assert config["dequantize"] is True
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_weights_read_back(name: str) -> None:
+    layout, solver = Layout(MIXED), MIXED[name]
+    module = nn.Linear(COLUMNS, ROWS, bias=False)
+    layout.check_module(name, module)
+    solved = solver.solve(weights(), None, scale_dtype=torch.bfloat16).weight
+    tensors = layout.encode(name, solved, module)
+    groups = QuantizationConfig.model_validate(layout.config([])).config_groups.values()
+    scheme = next(group for group in groups if name in group.targets)
+    found = BaseCompressor.get_value_from_registry(scheme.format).decompress(tensors, scheme)["weight"]
+    assert torch.equal(found, solved.dequantize().to(torch.bfloat16))
+    assert torch.equal(layout.as_opened(solved, False), solved.dequantize())  # filled in float32, scales and all
+
+
+def test_the_mixed_folder_as_it_lies_on_disk(tmp_path: Path) -> None:
+    layout, module = Layout(MIXED), nn.Linear(COLUMNS, ROWS, bias=False)
+    solved = {name: s.solve(weights(), None, scale_dtype=torch.bfloat16).weight for name, s in MIXED.items()}
+    tensors = {f"{n}.{suffix}": t for n, w in solved.items() for suffix, t in layout.encode(n, w, module).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": layout.config([])}), encoding="utf-8")
+    found = dict(read_weights(tmp_path))
+    assert found.keys() == solved.keys()
+    for name, weight in solved.items():
+        assert found[name].grid == weight.grid
+        assert torch.equal(found[name].codes, weight.codes)
+        assert torch.equal(found[name].dequantize(), weight.dequantize())
+    config = layout.config([])
+    del config["config_groups"]["group_1"]
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}), encoding="utf-8")
+    with pytest.raises(CompressLabError, match=r"no group for layer a\.four"):
+        dict(read_weights(tmp_path))
+
+
+def test_what_cannot_be_mixed() -> None:
+    four, eight = RTN(bits=4, symmetric=False), RTN(bits=8)
+    Layout({"a": four})
+    with pytest.raises(
+        CompressLabError, match="no asymmetric grid per output channel .* symmetric=true or a group_size"
+    ):
+        Layout({"a": four, "b": eight})
+    with pytest.raises(CompressLabError, match=r"layer a is a Conv1D.*mixed grids.*--ignore 'a'"):
+        Layout(MIXED | {"a": eight}).check_module("a", Conv1D(ROWS, COLUMNS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -45,7 +46,9 @@ def other_settings(cls: type) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if isinstance(field.default, bool):
-            settings[field.name] = not field.default
+            with contextlib.suppress(ValueError):  # a method may know one value of a setting only, and say so
+                cls(**{field.name: not field.default})
+                settings[field.name] = not field.default
         elif field.name == "bits":
             settings["bits"] = 3 if field.default != 3 else 5
         elif field.name == "group_size":

@@ -14,7 +14,8 @@ from compresslab.numerics import kernels
 from compresslab.numerics.gram import Gram, Precision
 from compresslab.numerics.grid import Grid, fit_minmax, quantize
 from compresslab.numerics.linalg import feedback_factor, quadratic_error
-from compresslab.quantize.gptq import BLOCK, GPTQ, SHRINKS, fit_search
+from compresslab.numerics.ranges import SHRINKS, fit_search
+from compresslab.quantize.gptq import BLOCK, GPTQ
 from compresslab.quantize.rtn import RTN
 from oracles import gptq as oracle
 from oracles import rounding

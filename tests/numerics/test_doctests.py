@@ -10,8 +10,19 @@ import pytest
 
 from compresslab import numerics
 
-MODULES = ["compresslab.errors", *(f"compresslab.numerics.{m.name}" for m in pkgutil.iter_modules(numerics.__path__))]
-WITH_EXAMPLES = {"compresslab.errors", "compresslab.numerics.grid", "compresslab.numerics.packing"}
+MODULES = [
+    "compresslab.errors",
+    "compresslab.mixed",
+    "compresslab.recipe",
+    *(f"compresslab.numerics.{m.name}" for m in pkgutil.iter_modules(numerics.__path__)),
+]
+WITH_EXAMPLES = {
+    "compresslab.errors",
+    "compresslab.mixed",
+    "compresslab.recipe",
+    "compresslab.numerics.grid",
+    "compresslab.numerics.packing",
+}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -3,6 +3,9 @@
 Two formats of it are written. "pack-quantized" holds weights of 2 to 8 bits in int32 words beside their scales;
 "int-quantized" holds int8 weights as they are and tells the runtime to round activations per token too.
 
+One grid for all layers makes one config group. Where layers differ (mixed precision) each pair of grids makes a group of its
+own, whose targets are the names of its layers; Layout says how such a folder is opened, and what that costs.
+
 Source: the compressed-tensors library (its compressors are the oracle in tests/deploy).
 """
 
@@ -10,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,55 +29,112 @@ from compresslab.numerics.packing import pack_int32, unpack_int32
 from compresslab.weights import FolderWeights
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How the layers of one config group are written."""
+
+    weights: Grid
+    activations: Grid | None
+
+    @property
+    def format(self) -> str:
+        return "pack-quantized" if self.activations is None else "int-quantized"
+
+    def config(self, targets: Sequence[str], *, blocks: bool) -> dict[str, Any]:
+        """A group of config_groups.
+
+        Args:
+            blocks: write an asymmetric grid as blocks of one row (see Layout).
+        """
+        weights = _args(self.weights)
+        if blocks and not self.weights.symmetric:
+            weights |= {"strategy": "block", "group_size": None, "block_structure": [1, self.weights.group_size]}
+        group: dict[str, Any] = {"targets": list(targets), "weights": weights, "input_activations": None}
+        if self.activations is not None:
+            group["input_activations"] = _args(self.activations) | {"dynamic": True}
+        return group | {"output_activations": None, "format": self.format}
+
+
+def scheme_of(solver: Solver) -> Scheme:
+    """CompressLabError if the format cannot hold the method's grids."""
+    weights, activations = solver.grid(), solver.activation_grid()
+    wanted = (8, True)
+    found = activations and {(grid.bits, grid.symmetric) for grid in (weights, activations)}
+    if found and found != {wanted}:
+        raise CompressLabError(
+            "compressed-tensors holds 8-bit activations with symmetric 8-bit weights only: "
+            f"set bits=8, symmetric=true and activation_bits=8 (asked for weights of {weights.bits} bits)"
+        )
+    return Scheme(weights=weights, activations=activations)
+
+
 class Layout:
     """How the layers of one run are written.
 
+    transformers can open a folder in two ways. Told to "dequantize", it multiplies each weight out as it reads it, and takes
+    every layer to be of the first group. So a mixed folder is opened the other way: packed modules are filled from the file
+    and multiplied out on the first forward. That way wants zero points unpacked, as int8, which the format has for grids that
+    are given as blocks: an asymmetric group of g weights is then a block of 1 x g. vLLM reads groups and no such blocks: what
+    it shall open needs one grid, or symmetric ones of 4 and 8 bits.
+
+    Args:
+        solvers: the solver of every layer, by the layer's name.
+
     Raises:
-        CompressLabError: if the format cannot hold the method's grids; before any work is done.
+        CompressLabError: if the format cannot hold the grids; before any work is done.
     """
 
-    def __init__(self, solver: Solver) -> None:
-        self.weights = solver.grid()
-        self.activations = solver.activation_grid()
-        wanted = (8, True)
-        found = self.activations and {(grid.bits, grid.symmetric) for grid in (self.weights, self.activations)}
-        if found and found != {wanted}:
-            raise CompressLabError(
-                "compressed-tensors holds 8-bit activations with symmetric 8-bit weights only: "
-                f"set bits=8, symmetric=true and activation_bits=8 (asked for weights of {self.weights.bits} bits)"
-            )
-        self.format = "pack-quantized" if self.activations is None else "int-quantized"
+    def __init__(self, solvers: Mapping[str, Solver]) -> None:
+        known = {solver: scheme_of(solver) for solver in dict.fromkeys(solvers.values())}
+        self.schemes = {layer: known[solver] for layer, solver in solvers.items()}
+        distinct = list(dict.fromkeys(self.schemes.values()))
+        self.is_mixed = len(distinct) > 1
+        self.is_multiplied_on_reading = not self.is_mixed and all(s.activations is None for s in distinct)
+        for scheme in distinct:
+            if self.is_mixed and not scheme.weights.symmetric and scheme.weights.group_size is None:
+                raise CompressLabError(
+                    "transformers opens no asymmetric grid per output channel beside other grids: "
+                    "set symmetric=true or a group_size"
+                )
 
     def check_module(self, name: str, module: nn.Module) -> None:
         """CompressLabError if the format cannot hold this layer."""
         rows, columns = weight_of(module).shape
-        if self.activations is not None and not isinstance(module, nn.Linear):
+        kind = type(module).__name__
+        if self.schemes[name].activations is not None and not isinstance(module, nn.Linear):
             raise CompressLabError(
-                f"layer {name} is a {type(module).__name__}, and transformers rounds the activations of torch.nn.Linear only: "
+                f"layer {name} is a {kind}, and transformers rounds the activations of torch.nn.Linear only: "
                 f"take a weight-only recipe such as w8a16, or leave the layer in float with --ignore '{name}'"
             )
+        if self.is_mixed and not isinstance(module, nn.Linear):
+            raise CompressLabError(
+                f"layer {name} is a {kind}, and transformers opens mixed grids of torch.nn.Linear only: "
+                f"give all layers the same settings, or leave this one in float with --ignore '{name}'"
+            )
         try:
-            self.weights.groups(columns)
+            self.schemes[name].weights.groups(columns)
         except ValueError as error:
             raise CompressLabError(
                 f"layer {name}, stored as {rows} x {columns}: {error}; set another group_size"
             ) from None
 
-    def encode(self, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
+    def encode(self, name: str, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of one layer, by the suffix that replaces ".weight"; transposed for a module that keeps [in, out]."""
         if not isinstance(module, nn.Linear):
             zero_point = None if weight.zero_point is None else weight.zero_point.t().contiguous()
             weight = dataclasses.replace(
                 weight, codes=weight.codes.t().contiguous(), scale=weight.scale.t().contiguous(), zero_point=zero_point
             )
-        if self.format == "int-quantized":
+        if self.schemes[name].format == "int-quantized":
             return {"weight": weight.codes, "weight_scale": weight.scale}
         tensors = {
             "weight_packed": pack_int32(weight.codes, weight.grid.bits),
             "weight_scale": weight.scale.contiguous(),
             "weight_shape": torch.tensor(weight.codes.shape),
         }
-        if weight.zero_point is not None:
+        if weight.zero_point is not None and self.is_mixed:
+            tensors["weight_zero_point"] = weight.zero_point.contiguous()
+        elif weight.zero_point is not None:
             tensors["weight_zero_point"] = pack_int32(weight.zero_point, weight.grid.bits, dim=0)
         return tensors
 
@@ -84,26 +145,31 @@ class Layout:
         all, in the model's dtype and multiplied out in that.
         """
         opened = weight.dequantize()
-        if self.activations is None:
+        if self.is_multiplied_on_reading:
             opened = opened.to(weight.scale.dtype)
         return opened.t() if transposed else opened
 
     def config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """The quantization_config of config.json."""
-        group: dict[str, Any] = {"targets": ["Linear"], "weights": _args(self.weights), "input_activations": None}
-        if self.activations is not None:
-            group["input_activations"] = _args(self.activations) | {"dynamic": True}
+        members: dict[Scheme, list[str]] = {}
+        for layer, scheme in self.schemes.items():
+            members.setdefault(scheme, []).append(layer)
+        groups = [
+            scheme.config(layers if self.is_mixed else ["Linear"], blocks=self.is_mixed)
+            for scheme, layers in members.items()
+        ]
+        formats = {scheme.format for scheme in members}
         config = {
             "quant_method": "compressed-tensors",
-            "format": self.format,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group | {"output_activations": None, "format": self.format}},
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
             "ignore": list(ignore),
             "kv_cache_scheme": None,
         }
-        # transformers opens these by de-quantising each weight as it reads it: its other way, packed modules filled from
-        # the file, expects zero points unpacked and fails on asymmetric grids (seen with compressed-tensors 0.20).
-        return config if self.activations is not None else config | {"dequantize": True}
+        # One weight-only grid is opened by de-quantising each weight as it is read: the other way, packed modules filled
+        # from the file, fails on packed zero points (seen with compressed-tensors 0.20).
+        return config | {"dequantize": True} if self.is_multiplied_on_reading else config
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
@@ -115,15 +181,16 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     if config.get("quant_method") != "compressed-tensors":
         raise CompressLabError(f"{folder} holds no compressed-tensors weights")
-    args = next(iter(config["config_groups"].values()))["weights"]
-    grid = Grid(
-        bits=args["num_bits"], symmetric=args["symmetric"], granularity=args["strategy"], group_size=args["group_size"]
-    )
+    groups = config["config_groups"].values()
+    grids = {target: _grid(group["weights"]) for group in groups for target in group["targets"]}
     weights = FolderWeights(folder)
     for name in weights.names():
         layer, _, suffix = name.rpartition(".")
         if suffix != "weight_scale":
             continue
+        grid = grids.get(layer) or grids.get("Linear")
+        if grid is None:
+            raise CompressLabError(f"{folder / 'config.json'} has no group for layer {layer}: fetch the artifact again")
         scale, zero_point = weights.get(name), None
         if f"{layer}.weight" in weights.names():
             codes = weights.get(f"{layer}.weight")
@@ -131,7 +198,9 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
             rows, columns = weights.get(f"{layer}.weight_shape").tolist()
             codes = unpack_int32(weights.get(f"{layer}.weight_packed"), grid.bits, columns)
             if not grid.symmetric:
-                zero_point = unpack_int32(weights.get(f"{layer}.weight_zero_point"), grid.bits, rows, dim=0)
+                zero_point = weights.get(f"{layer}.weight_zero_point")
+                if zero_point.dtype != torch.int8:
+                    zero_point = unpack_int32(zero_point, grid.bits, rows, dim=0)
         yield layer, QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
 
 
@@ -146,3 +215,14 @@ def _args(grid: Grid) -> dict[str, Any]:
         "actorder": None,
         "observer": None if grid.granularity == "token" else "minmax",
     }
+
+
+def _grid(args: Mapping[str, Any]) -> Grid:
+    """The grid of a group's weights; blocks of one row are groups."""
+    is_blocks = args["strategy"] == "block"
+    return Grid(
+        bits=args["num_bits"],
+        symmetric=args["symmetric"],
+        granularity="group" if is_blocks else args["strategy"],
+        group_size=args["block_structure"][1] if is_blocks else args["group_size"],
+    )

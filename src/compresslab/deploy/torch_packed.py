@@ -40,11 +40,17 @@ def pack_(model: nn.Module, folder: Path | str) -> int:
         return count
     for name, weight in read_weights(Path(folder)):
         linear = model.get_submodule(name)
-        if isinstance(linear, nn.Linear) and linear.weight.dtype == torch.bfloat16 and can_pack(weight):
+        if isinstance(linear, nn.Linear) and _dtype(linear) == torch.bfloat16 and can_pack(weight):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, PackedLinear(weight, linear.bias))
             count += 1
     return count
+
+
+def _dtype(linear: nn.Module) -> torch.dtype:
+    """The dtype of a weight; of its scales where transformers has yet to multiply it out (mixed artifacts)."""
+    kept = dict(linear.named_parameters()) | dict(linear.named_buffers())
+    return kept["weight" if "weight" in kept else "weight_scale"].dtype
 
 
 def is_fast_here() -> bool:

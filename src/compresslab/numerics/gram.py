@@ -43,6 +43,8 @@ class Gram:
     Attributes:
         features: in, the width of X.
         tokens: how many rows of X have been added.
+        largest: max |X| of every channel, float32 [in].
+        drift: (X* - X)^T X, float32 [in, in], where X* is what the uncompressed network has in the place of X; or None.
     """
 
     def __init__(self, features: int, *, precision: Precision = "float32", device: torch.device | str = "cpu") -> None:
@@ -50,6 +52,8 @@ class Gram:
         self.tokens = 0
         self.precision: Precision = precision
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.largest = torch.zeros(features, dtype=torch.float32, device=device)
+        self.drift: Tensor | None = None
         self._cache: dict[Any, Any] = {}
 
     def add_(self, x: Tensor) -> None:
@@ -69,20 +73,35 @@ class Gram:
         self.tokens += x.shape[0]
         self._cache.clear()
 
+    def add_drift_(self, reference: Tensor, x: Tensor) -> None:
+        """Compare x [..., in], whose tokens were added already, with what the uncompressed network has in its place."""
+        if self.drift is None:
+            self.drift = torch.zeros_like(self._sum)
+        x, reference = x.reshape(-1, self.features), reference.reshape(-1, self.features)
+        for here, there in zip(x.split(MAX_TOKENS_PER_PRODUCT), reference.split(MAX_TOKENS_PER_PRODUCT), strict=True):
+            difference = there - here
+            if self.precision == "int8" and self.features >= NARROWEST_INT8:
+                left, left_scale = _to_int8(difference)
+                right, right_scale = _to_int8(here)
+                product = torch._int_mm(left.t(), right)
+                kernels.add_scaled(product.numpy(), left_scale.numpy(), right_scale.numpy(), self.drift.numpy())
+            else:
+                self.drift.addmm_(difference.float().t(), here.float())
+        self._cache.clear()
+
     def _add_float_(self, x: Tensor) -> None:
         x = x.float()
-        _check_finite(x.abs().amax(dim=0))
+        largest = x.abs().amax(dim=0)
+        _check_finite(largest)
+        self.largest = torch.maximum(self.largest, largest)
         self._sum.addmm_(x.t(), x)
 
     def _add_int8_(self, x: Tensor) -> None:
         """Lower triangle, by stripes, of diag(s) (round(X / s)^T round(X / s)) diag(s), with s = max|X| / 126."""
-        x = x.to(torch.bfloat16).contiguous()
-        largest = torch.empty(self.features)
-        codes = torch.empty(x.shape, dtype=torch.int8)
-        bits = x.view(torch.int16).numpy()
-        kernels.quantize_columns_bf16(bits, largest.numpy(), codes.numpy(), np.float32(TOP), torch.get_num_threads())
+        codes, scale = _to_int8(x)
+        largest = scale * TOP
         _check_finite(largest)
-        scale = largest / TOP
+        self.largest = torch.maximum(self.largest, largest)
         for start in range(0, self.features, STRIPE):
             stop = min(start + STRIPE, self.features)
             product = torch._int_mm(codes[:, start:stop].t(), codes[:, :stop])
@@ -112,6 +131,16 @@ class Gram:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
+
+
+def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [tokens, in] and scales float32 [in] of x: one scale per column, its largest magnitude / TOP."""
+    x = x.to(torch.bfloat16).contiguous()
+    largest = torch.empty(x.shape[1])
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    bits = x.view(torch.int16).numpy()
+    kernels.quantize_columns_bf16(bits, largest.numpy(), codes.numpy(), np.float32(TOP), torch.get_num_threads())
+    return codes, largest / TOP
 
 
 def _check_finite(largest: Tensor) -> None:

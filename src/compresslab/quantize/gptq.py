@@ -38,11 +38,11 @@ from torch import Tensor
 from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics import kernels
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, QuantWeight, fit_along, fit_minmax, fit_range, per_element, quantize
+from compresslab.numerics.grid import Grid, QuantWeight, fit_along, fit_minmax, per_element, quantize
 from compresslab.numerics.linalg import feedback_factor
+from compresslab.numerics.ranges import fit_search_along
 
 BLOCK = 64
-SHRINKS = tuple(1 - 0.04 * step for step in range(11))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,8 @@ class GPTQ:
             return Solution(weight=quantize(weight, scale, zero_point, grid), note=note)
         if not self.range_search:
             scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
-        elif groups_along == "in":
-            scale, zero_point = fit_search(weight, gram.diagonal, grid, scale_dtype)
-        else:  # all weights of such a group meet the same input channel: none matters more than another
-            scale, zero_point = fit_along(fit_search, weight, groups_along, torch.ones(len(weight)), grid, scale_dtype)
+        else:
+            scale, zero_point = fit_search_along(weight, gram.diagonal, groups_along, grid, scale_dtype)
         order, feedback, damp_frac = gram.cached(
             ("gptq", self.damp_frac, self.activation_order), lambda: self._factor(gram)
         )
@@ -118,23 +116,6 @@ class GPTQ:
             order = torch.arange(gram.features, device=gram.diagonal.device)
         feedback, _, damp_frac = feedback_factor(gram.matrix, order, self.damp_frac)
         return order, feedback, damp_frac
-
-
-def fit_search(
-    weight: Tensor, importance: Tensor, grid: Grid, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points [out, G] of the ranges that round W [out, in] with the least weighted squared error."""
-    out_features, in_features = weight.shape
-    grouped = weight.reshape(out_features, grid.groups(in_features), -1)
-    low = grouped.amin(dim=2).clamp_(max=0).cpu()
-    high = grouped.amax(dim=2).clamp_(min=0).cpu()
-    best_low, best_high = torch.empty_like(low), torch.empty_like(high)
-    shrinks = torch.tensor(SHRINKS, dtype=torch.float32)
-    kernels.shrink_ranges(
-        weight.cpu().numpy(), importance.float().cpu().numpy(), low.numpy(), high.numpy(), shrinks.numpy(),
-        grid.levels, grid.symmetric, best_low.numpy(), best_high.numpy(),
-    )  # fmt: skip
-    return fit_range(best_low.to(weight.device), best_high.to(weight.device), grid, scale_dtype)
 
 
 def round_with_feedback(

@@ -1,0 +1,192 @@
+"""One layer: its weight read, handed to a solver, and what came of it; and where finished layers go."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compresslab.contract import Along, Batches, LayerRecord, Solution, Solver
+from compresslab.errors import CompressLabError
+from compresslab.models import Source, is_transposed
+from compresslab.numerics.gram import Gram, Precision
+from compresslab.numerics.grid import QuantWeight
+from compresslab.numerics.linalg import quadratic_error
+from compresslab.plan import Plan, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """One finished layer: its codes, the tensors that will be written for it, and its record."""
+
+    weight: QuantWeight
+    transposed: bool  # the module keeps its weight as [in, out]
+    tensors: dict[str, Tensor]
+    record: LayerRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockState:
+    """What is needed to go on after a block: what it returned for every calibration batch.
+
+    Attributes:
+        outputs: of the compressed block, for every batch.
+        references: what the uncompressed network's block returned (its first tensor), where a method compares with it.
+    """
+
+    outputs: list[Any]
+    references: list[Tensor] = field(default_factory=list)
+
+
+class Sink(Protocol):
+    """Where finished units go (artifact.Writer)."""
+
+    def is_done(self, unit: str) -> bool: ...
+
+    def write(self, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor], state: BlockState | None) -> None:
+        """Store a unit for good: after this returns, a kill no longer costs it."""
+        ...
+
+    def last_state(self, units: Sequence[str]) -> BlockState:
+        """The stored outputs of the last finished unit among these."""
+        ...
+
+
+Encode = Callable[[str, QuantWeight, nn.Module], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """The calibration batches on their way through a model.
+
+    Attributes:
+        compute_dtype: dtype of the forward.
+    """
+
+    source: Source
+    plan: Plan
+    batches: Batches | None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compute_dtype: torch.dtype = torch.float32
+    gram_precision: Precision = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Pass):
+    """A pass that compresses.
+
+    Attributes:
+        method: the solver's name.
+        solvers: the solver of every planned layer, by the layer's name; one method with settings that may differ.
+        encode: layer, QuantWeight, module -> the tensors that stand for the weight on disk, by the suffix of their names.
+        on_layer: told of every finished layer, for progress bars.
+    """
+
+    method: str
+    solvers: Mapping[str, Solver]
+    sink: Sink
+    encode: Encode
+    on_layer: Callable[[LayerRecord], None] = lambda record: None
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether each batch also walks through the uncompressed network, for a method to compare with."""
+        return any(getattr(solver, "needs_references", False) for solver in self.solvers.values())
+
+
+def best_compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively (three times the speed of float32), float32 elsewhere."""
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16
+
+
+def float_tensors(job: Job, unit: Unit) -> dict[str, Tensor]:
+    """The tensors of a unit that stay as they are."""
+    replaced = {f"{layer}.weight" for layer in unit.layers}
+    return {name: read_finite(job.source, name) for name in unit.tensors if name not in replaced}
+
+
+def read_finite(source: Source, name: str) -> Tensor:
+    """A tensor as stored. CompressLabError if it holds a NaN or an infinity."""
+    tensor = source.weights.get(name)
+    # A sum is finite only if every term is: one pass and no temporary, but where a half-precision sum overflows.
+    if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        raise CompressLabError(
+            f"tensor {name} of {source.name} holds a NaN or an infinity at {where}: nothing to save here"
+        )
+    return tensor
+
+
+def read_weight(source: Source, name: str, module: nn.Module) -> Tensor:
+    """The weight of a linear layer as stored, but always [out, in]."""
+    stored = read_finite(source, f"{name}.weight")
+    return stored.t() if is_transposed(module) else stored
+
+
+def solve_layer(job: Job, name: str, module: nn.Module, gram: Gram | None) -> Solved:
+    """Read one weight, hand it to the solver, and say what came of it."""
+    stored = read_weight(job.source, name, module)
+    weight = stored.to(job.device, torch.float32).contiguous()
+    started = time.perf_counter()
+    try:
+        along: Along = "out" if is_transposed(module) else "in"
+        solution = job.solvers[name].solve(weight, gram, scale_dtype=stored.dtype, groups_along=along)
+    except ValueError as error:
+        raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
+    return describe(job, name, module, stored, solution, gram, time.perf_counter() - started)
+
+
+def describe(
+    job: Job, name: str, module: nn.Module, stored: Tensor, solution: Solution, gram: Gram | None, seconds: float
+) -> Solved:
+    """A solution with its tensors on disk and its record; `stored` [out, in] is the weight as it was read."""
+    tensors = job.encode(name, solution.weight, module)
+    bytes_after = sum(t.numel() * t.element_size() for t in tensors.values())
+    transposed = is_transposed(module)
+    return Solved(
+        weight=solution.weight,
+        transposed=transposed,
+        tensors=tensors,
+        record=LayerRecord(
+            name=name,
+            method=job.method,
+            shape=tuple(stored.t().shape if transposed else stored.shape),
+            bits_per_weight=8 * bytes_after / stored.numel(),
+            nonzero_frac=nonzero_frac(solution.weight),
+            bytes_before=stored.numel() * stored.element_size(),
+            bytes_after=bytes_after,
+            sqnr_db=sqnr_db(stored.to(job.device, torch.float32), solution.weight, gram),
+            sqnr_of="weight" if gram is None else "output",
+            seconds=seconds,
+            note=solution.note,
+        ),
+    )
+
+
+def nonzero_frac(weight: QuantWeight) -> float:
+    if weight.zero_point is None:
+        return float(weight.codes.count_nonzero()) / weight.codes.numel()
+    return float(weight.dequantize().count_nonzero()) / weight.codes.numel()
+
+
+def sqnr_db(weight: Tensor, solved: QuantWeight, gram: Gram | None) -> float:
+    """10 log10(signal / noise) of the layer's output over the calibration tokens, or of the weight without data."""
+    difference = weight - solved.dequantize()
+    if gram is None:
+        signal, noise = weight.square().sum(dtype=torch.float64), difference.square().sum(dtype=torch.float64)
+    else:
+        # The signal needs no more than bfloat16 (0.01 dB); the noise is a small difference and does.
+        low = gram.cached("bfloat16", gram.matrix.bfloat16)
+        signal = quadratic_error(weight.bfloat16(), low)
+        noise = quadratic_error(difference, gram.matrix)
+    if float(noise) <= 0:
+        return math.inf
+    return 10 * math.log10(max(float(signal / noise), 1e-30))

@@ -1,0 +1,450 @@
+"""Mixed precision: layers of different grids in one artifact, and budgets that are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import tiny
+from compresslab import layerwise, methods, mixed, models, pipeline
+from compresslab.artifact import Artifact, Writer
+from compresslab.contract import Smoother, Solver
+from compresslab.deploy.compressed_tensors import read_weights
+from compresslab.errors import CompressLabError
+from compresslab.plan import make_plan
+from compresslab.quantize.rtn import RTN
+from compresslab.recipe import FLOAT, Recipe
+from compresslab.report.schema import Report
+from compresslab.search.sensitivity import kl_divergence, output_noise
+from compresslab.solving import Pass
+
+torch.set_num_threads(1)
+LAYERS: dict[str, Any] = {
+    "model.layers.0.*": {"bits": 8, "group_size": None, "symmetric": True},
+    "*.up_proj": {"bits": 3},
+    "*.0.*.down_proj": FLOAT,
+}
+Compress = Callable[..., tuple[Artifact, Report]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture
+def compress(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compress]:
+    """pipeline.compress without fresh processes."""
+    monkeypatch.setattr(pipeline.fresh, "measure", tiny.fake_measure)
+
+    def run(budget: str | None = None, **more: Any) -> tuple[Artifact, Report]:
+        settings = {"model": model, "recipe": tiny.recipe(), "data": str(text), "out": tmp_path / "out", **more}
+        return pipeline.compress(**settings, budget=budget, measure=False)
+
+    with tiny.quick():
+        yield run
+
+
+def calibration(source: models.Source, batches: list[dict[str, Tensor]] | None) -> Pass:
+    return Pass(source=source, plan=make_plan(source, ["@outside-blocks"]), batches=batches)
+
+
+# --- the settings of single layers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_plain_transformers_opens_a_mixed_artifact_bit_by_bit(text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """3, 4 and 8 bits, with and without zero points, and a layer in float; the pipeline compares in a fresh process."""
+    original = tiny.make("llama").to(dtype)
+    recipe = tiny.recipe().override({"layers": LAYERS})
+    with tiny.quick():
+        artifact, report = pipeline.compress(
+            original, recipe, pipeline.datasets.Calibration(**calibration_fields()), out=tmp_path / "out", measure=False
+        )
+    assert report.parity.tensors == 13 and report.parity.max_abs_difference == 0
+    assert report.skipped["model.layers.0.mlp.down_proj"] == "left in float by the recipe"
+    assert report.recipe["steps"][0]["layers"] == LAYERS
+    assert (
+        sum(kind.after_bytes for kind in report.bytes) == artifact.folder.joinpath("model.safetensors").stat().st_size
+    )
+
+    opened = transformers.AutoModelForCausalLM.from_pretrained(artifact.folder, dtype=torch.float32)
+    expected = tiny.make("llama")
+    expected.load_state_dict(original.state_dict())
+    solved = dict(read_weights(artifact.folder))
+    assert sorted({weight.grid.bits for weight in solved.values()}) == [3, 4, 8]
+    assert len(solved) == 13
+    for name, weight in solved.items():
+        expected.get_submodule(name).weight.data = weight.dequantize()
+    ids = torch.arange(3, 23)[None]
+    with torch.inference_mode():
+        assert torch.equal(opened(ids).logits, expected(ids).logits)  # the first forward multiplies weights out
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(opened.get_parameter(name), parameter), name
+    bits = {layer.name: layer.bits_per_weight for layer in report.layers}
+    assert (
+        bits["model.layers.0.mlp.gate_proj"] > bits["model.layers.1.mlp.gate_proj"] > bits["model.layers.1.mlp.up_proj"]
+    )
+
+
+def calibration_fields() -> dict[str, Any]:
+    batches = tiny.token_batches(8, size=4)
+    return {"source": "made up", "revision": "1", "split": "calibration", "samples": 8, "sequence_length": 16,
+            "tokens": 128, "seed": 0, "sha256": "0", "batches": batches}  # fmt: skip
+
+
+def test_each_layer_is_solved_as_its_settings_say(compress: Compress, model: Path) -> None:
+    artifact, _ = compress(recipe=tiny.recipe("rtn").override({"layers": LAYERS}), data=None)
+    weights = models.find(model).weights
+    for name, found in read_weights(artifact.folder):
+        if "layers.0." in name and "up_proj" not in name:
+            solver = RTN(bits=8)
+        else:
+            solver = RTN(bits=3 if "up_proj" in name else 4, group_size=16, symmetric=False)
+        expected = solver.solve(weights.get(f"{name}.weight"), None, scale_dtype=torch.float32).weight
+        assert found.grid == expected.grid, name
+        assert torch.equal(found.dequantize(), expected.dequantize()), name
+
+
+def test_packed_kernels_take_what_they_can_of_a_mixed_artifact(text: Path, tmp_path: Path) -> None:
+    torch_packed = pytest.importorskip("compresslab.deploy.torch_packed")
+    if not torch_packed.is_fast_here():
+        pytest.skip("this CPU does not multiply bfloat16 natively")
+    original = tiny.make("llama").bfloat16()
+    recipe = tiny.recipe("rtn", group_size=32).override({"layers": {"*.o_proj": {"bits": 3}}})
+    with tiny.quick(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.fresh, "measure", tiny.fake_measure)
+        artifact, _ = pipeline.compress(original, recipe, None, out=tmp_path / "out", measure=False)
+    packed, count = torch_packed.load(artifact.folder)
+    assert count == 12  # all but o_proj, which has no kernel
+    ids = torch.arange(3, 8)[None]
+    with torch.inference_mode():
+        plain = artifact.load()(ids).logits.float()
+        assert float((packed(ids).logits - plain).norm() / plain.norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern"),
+    [
+        (
+            {"model.layers.7.*": {"bits": 8}},
+            r"pattern 'model\.layers\.7\.\*' of the recipe's layers matches no linear layer",
+        ),
+        ({"lm_head": {"bits": 8}}, r"matches only lm_head, which is left in float: outside the repeated blocks"),
+        ({"*": FLOAT}, "has no linear layer left to compress"),
+        ({"*.q_proj": {"group_size": None}}, "asymmetric grid per output channel beside other grids"),
+        (
+            {"*.q_proj": {"group_size": 5}},
+            r"layer model\.layers\.0\.self_attn\.q_proj.*group size 5 does not divide 32",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit_the_model(compress: Compress, tmp_path: Path, layers: Any, pattern: str) -> None:
+    with pytest.raises(CompressLabError, match=pattern):
+        compress(recipe=tiny.recipe().override({"layers": layers}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_continued_with_the_patterns_in_another_order(
+    compress: Compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two mappings in different orders are equal, and do not mean the same."""
+    layers = {"*.0.*": {"bits": 8}, "*.up_proj": {"bits": 3}}
+    write = Writer.write
+
+    def once(self: Writer, *args: Any) -> None:
+        write(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Writer, "write", once)
+        compress(recipe=tiny.recipe().override({"layers": layers}))
+    with pytest.raises(CompressLabError, match="unfinished run with another order of layers"):
+        compress(recipe=tiny.recipe().override({"layers": dict(reversed(layers.items()))}))
+    compress(recipe=tiny.recipe().override({"layers": layers}))
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def bits_on_disk(artifact: Artifact) -> float:
+    """Average bits of the blocks' linear layers, from the file itself."""
+    tensors = models.FolderWeights(artifact.folder)
+    ours = [n for n in tensors.names() if "layers." in n and "norm" not in n]
+    used = sum(8 * tensors.get(name).nbytes for name in ours)
+    return used / (2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64))
+
+
+@pytest.mark.parametrize("amount", [5.0, 6.25, 8.0, 20.0])
+def test_a_budget_in_bits_is_kept_and_used(compress: Compress, amount: float) -> None:
+    artifact, report = compress(f"{amount}bits")
+    assert amount * 0.9 < bits_on_disk(artifact) <= amount
+    floats = [name for name, why in report.skipped.items() if why == "left in float by the recipe"]
+    assert bool(floats) == (amount == 20)
+
+
+@pytest.mark.parametrize("amount", [0.075, 0.08, 0.1])
+def test_a_budget_in_megabytes_is_kept_and_used(compress: Compress, amount: float) -> None:
+    artifact, report = compress(f"{amount}MB")
+    assert amount * 0.95e6 < artifact.folder.joinpath("model.safetensors").stat().st_size <= amount * 1e6
+    assert report.recipe["steps"][0]["layers"]
+
+
+def test_the_recipe_in_the_report_repeats_the_run_without_a_search(compress: Compress, tmp_path: Path) -> None:
+    first, report = compress("6bits")
+    again, _ = compress(recipe=Recipe.model_validate(report.recipe), out=tmp_path / "again")
+    weights = "model.safetensors"
+    assert (first.folder / weights).read_bytes() == (again.folder / weights).read_bytes()
+    assert (first.folder / "config.json").read_bytes() == (again.folder / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("unit", ["bits", "MB"])
+def test_too_small_a_budget_names_the_least_possible_which_can_be_had(compress: Compress, unit: str) -> None:
+    with pytest.raises(
+        CompressLabError, match=rf"budget of 0\.01{unit} cannot be met: the least possible is "
+    ) as caught:
+        compress(f"0.01{unit}")
+    least = str(caught.value).rpartition(" ")[2]
+    _, report = compress(least)
+    chosen = list(report.recipe["steps"][0]["layers"].values())
+    assert chosen.count({"bits": 2}) >= 12 and len(report.layers) == 14  # it is named in four digits, rounded up
+
+
+@pytest.mark.parametrize("budget", ["33bits", "5MB"])
+def test_too_large_a_budget_leaves_nothing_to_do(compress: Compress, tmp_path: Path, budget: str) -> None:
+    with pytest.raises(CompressLabError, match=f"a budget of {budget} leaves every layer in float: the model takes "):
+        compress(budget)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_worse_than_one_width_for_all_at_its_size(model: Path) -> None:
+    """With GPTQ's own damage at every width, for a budget of exactly what 4 bits everywhere take."""
+    source, step = models.find(model), tiny.recipe().rounding
+    passing = calibration(source, tiny.token_batches(8))
+    solvers = dict.fromkeys(passing.plan.layers, step.build())
+    widths = mixed._solvers_by_width(step)
+    survey = mixed.Survey(passing, step, widths, mixed._layout(solvers, widths, passing, step),
+                          lambda name, weight, rounded, gram: output_noise(weight, rounded, gram))  # fmt: skip
+    options = survey.options(count_headers=False)
+    assert all([option.name for option in mine] == [*map(str, mixed.WIDTHS), FLOAT] for mine in options.values())
+    for mine in options.values():
+        assert [o.cost for o in mine] == sorted(o.cost for o in mine)
+        assert [o.damage for o in mine] == sorted((o.damage for o in mine), reverse=True)
+    four = [next(o for o in mine if o.name == "4") for mine in options.values()]
+    found = mixed.allocate(options, sum(o.cost for o in four))
+    assert found.damage < sum(o.damage for o in four)
+    assert len({o.name for o in found.chosen.values()}) > 1
+
+
+def test_the_survey_measures_the_uncompressed_network(model: Path) -> None:
+    """Each layer's noise is what its own rounding adds to the outputs of the float model."""
+    source, batches = models.find(model), tiny.token_batches(4)
+    passing = calibration(source, batches)
+    step = tiny.recipe("rtn").rounding
+    widths = mixed._solvers_by_width(step)
+    solvers = dict.fromkeys(passing.plan.layers, step.build())
+    seen: dict[str, float] = {}
+    survey = mixed.Survey(passing, step, widths, mixed._layout(solvers, widths, passing, step),
+                          lambda name, w, q, gram: seen.setdefault(name, output_noise(w, q, gram)))  # fmt: skip
+    survey.options(count_headers=False)
+    network, inputs = models.load(model, dtype=torch.float32), {}
+    for name in passing.plan.layers:
+        network.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: inputs.update({name: args[0]})
+        )
+    with torch.inference_mode():
+        network(**batches[0])
+    for name, x in inputs.items():
+        weight = network.get_submodule(name).weight
+        two = RTN(bits=2, group_size=16, symmetric=False).solve(weight, None, scale_dtype=torch.float32).weight
+        y, error = x @ weight.t(), x @ (weight - two.dequantize()).t()
+        assert seen[name] == pytest.approx(float(error.square().sum() / y.square().sum()), rel=1e-3), name
+
+
+def test_layers_that_the_recipe_settles_are_kept(compress: Compress) -> None:
+    settled = {"*.q_proj": {"bits": 8}, "*.0.*.up_proj": FLOAT}
+    artifact, report = compress("6bits", recipe=tiny.recipe().override({"layers": settled}))
+    layers = report.recipe["steps"][0]["layers"]
+    assert {pattern: layers[pattern] for pattern in settled} == settled
+    assert not [name for name in layers if name.endswith("q_proj") and name not in settled]
+    assert report.skipped["model.layers.0.mlp.up_proj"] == "left in float by the recipe"
+    assert all(w.grid.bits == 8 for name, w in read_weights(artifact.folder) if name.endswith("q_proj"))
+
+
+def test_without_data_the_weights_themselves_are_measured(compress: Compress) -> None:
+    artifact, _ = compress("6bits", recipe=tiny.recipe("rtn"), data=None)
+    assert 5.4 < bits_on_disk(artifact) <= 6
+
+
+def test_a_killed_run_finds_the_same_shares_and_goes_on(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = compress("6bits", out=tmp_path / "whole")
+    write = Writer.write
+
+    def once(self: Writer, *args: Any) -> None:
+        write(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Writer, "write", once)
+        compress("6bits")
+    units: list[str] = []
+    monkeypatch.setattr(Writer, "write", lambda self, unit, *args: (units.append(unit.name), write(self, unit, *args)))
+    artifact, _ = compress("6bits")
+    assert len(units) == 2  # of three
+    weights = "model.safetensors"
+    assert (artifact.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
+
+
+SMOOTHERS = [n for n, cls in methods.METHODS.items() if isinstance(cls(), Smoother) and not isinstance(cls(), Solver)]
+
+
+@pytest.mark.parametrize("method", SMOOTHERS)
+def test_a_smoothed_network_is_what_is_surveyed(
+    compress: Compress, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    sources = []
+    survey = layerwise.survey
+    monkeypatch.setattr(layerwise, "survey", lambda p, visit: (sources.append(p.source), survey(p, visit))[1])
+    raw = tiny.recipe().model_dump(mode="json")
+    raw["steps"] = [{"method": method}, *raw["steps"]]
+    artifact, _ = compress("6bits", recipe=Recipe.model_validate(raw))
+    assert 5.4 < bits_on_disk(artifact) <= 6
+    # To find the scales, on what they make of the network, and (it is smoothed anew for the chosen grids) once more.
+    assert len(sources) == 3
+    assert sources[0].weights.sha256 == sources[2].weights.sha256 != sources[1].weights.sha256
+
+
+# --- leave one out ---------------------------------------------------------------------------------------------------
+
+
+def test_leaving_one_out_is_swapping_one_weight(model: Path) -> None:
+    passing = calibration(models.find(model), tiny.token_batches(6, 20, size=5))
+    damage = mixed.LeaveOneOut(passing)
+    network = models.load(model, dtype=torch.float32)
+    ids = passing.batches[0]["input_ids"][: mixed.KL_WINDOWS]  # type: ignore[index]
+    with torch.inference_mode():
+        before = network(ids).logits
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        weight = network.get_submodule(name).weight.data.clone()
+        rounded = RTN(bits=2).solve(weight, None, scale_dtype=torch.float32).weight.dequantize()
+        network.get_submodule(name).weight.data = rounded
+        with torch.inference_mode():
+            expected = kl_divergence(before, network(ids).logits)
+        network.get_submodule(name).weight.data = weight
+        assert expected > 1e-4
+        assert damage(name, weight, weight, None) == 0
+        assert damage(name, weight, rounded, None) == pytest.approx(expected, rel=1e-3)  # the layer before was put back
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gpt2", "qwen2"])
+def test_the_whole_model_from_its_source_is_the_model(kind: str) -> None:
+    original = tiny.make(kind)
+    again = mixed._whole_model(models.find(original), torch.device("cpu"))
+    ids = tiny.token_batches(2)[0]["input_ids"]
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, original(ids).logits)
+
+
+def test_padding_does_not_count(model: Path) -> None:
+    ids = tiny.token_batches(2, 12)[0]["input_ids"]
+    padded, mask = torch.nn.functional.pad(ids, (0, 4)), torch.nn.functional.pad(torch.ones_like(ids), (0, 4))
+    source = models.find(model)
+    plain = mixed.LeaveOneOut(calibration(source, [{"input_ids": ids}]))
+    masked = mixed.LeaveOneOut(calibration(source, [{"input_ids": padded, "attention_mask": mask}]))
+    name = "model.layers.0.mlp.up_proj"
+    weight = source.weights.get(f"{name}.weight")
+    assert masked(name, weight, weight * 0.9, None) == pytest.approx(plain(name, weight, weight * 0.9, None), rel=1e-4)
+
+
+def test_a_budget_by_leaving_one_out(compress: Compress) -> None:
+    artifact, report = compress("6bits", sensitivity="kl")
+    assert 5.4 < bits_on_disk(artifact) <= 6
+    assert len({layer.bits_per_weight for layer in report.layers}) > 1
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["", "bits", "3.5", "-3bits", "0bits", "0.0MB", "3,5bits", "20ms", "80GB", "nanMB", "1e3MB"]
+)
+def test_budgets_that_make_no_sense(text: str) -> None:
+    with pytest.raises(CompressLabError, match="average bits per weight or megabytes .* such as 3.5bits or 80MB"):
+        mixed.parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("3.5bits", "3.5bits"), (" 4 Bits ", "4bits"), ("80mb", "80MB"), (".5MB", "0.5MB"), ("1.bit", "1bits")],
+)
+def test_budgets_that_do(text: str, meant: str) -> None:
+    assert str(mixed.parse_budget(text)) == meant
+
+
+def test_what_cannot_share_a_budget_out(compress: Compress, tmp_path: Path) -> None:
+    dynamic = tiny.recipe("rtn", bits=8, group_size=None, symmetric=True, activation_bits=8)
+    with pytest.raises(CompressLabError, match="8-bit activations with symmetric 8-bit weights only"):
+        compress("6bits", recipe=dynamic, data=None)
+    with pytest.raises(CompressLabError, match="asymmetric grid per output channel"):
+        compress("6bits", recipe=tiny.recipe(group_size=None))
+    with pytest.raises(CompressLabError, match=r"h\.0\.attn\.c_attn is a Conv1D"):
+        compress("6bits", model=tiny.make("gpt2"), recipe=tiny.recipe("rtn", group_size=8), data=None)
+    with pytest.raises(CompressLabError, match="unknown sensitivity 'kll': did you mean 'kl'"):
+        compress("6bits", sensitivity="kll")
+    with pytest.raises(
+        CompressLabError, match="sensitivity 'kl' runs the model on calibration text, which recipe 'tiny'"
+    ):
+        compress("6bits", sensitivity="kl", recipe=tiny.recipe("rtn"))
+    with pytest.raises(CompressLabError, match="BertModel has none: take sensitivity 'gram'"):
+        mixed.LeaveOneOut(calibration(models.find(tiny.make("bert")), tiny.token_batches(2)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_over_its_budget_is_not_published(compress: Compress, model: Path, tmp_path: Path) -> None:
+    artifact, report = compress("6bits")
+    source, layers = models.find(model), [layer.name for layer in report.layers]
+    found = bits_on_disk(artifact)
+    mixed.check(artifact.folder, mixed.Budget(amount=found, unit="bits"), source, layers)
+    with pytest.raises(CompressLabError, match="more than 5bits: please report this"):
+        mixed.check(artifact.folder, mixed.Budget(amount=5, unit="bits"), source, layers)
+    with pytest.raises(CompressLabError, match="more than 0.01MB: please report this"):
+        mixed.check(artifact.folder, mixed.Budget(amount=0.01, unit="MB"), source, layers)
+
+
+def test_the_command_line(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline.fresh, "measure", tiny.fake_measure)
+    (tmp_path / "tiny.yaml").write_text(tiny.recipe().to_yaml(), encoding="utf-8")
+    out = tmp_path / "out"
+    command = ("compress", model, "--recipe", tmp_path / "tiny.yaml", "--data", text, "--out", out, "--no-measure")
+    with tiny.quick():
+        code, said, err = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "20ms")
+        assert (
+            (code, said) == (2, "")
+            and err.startswith("error: budget '20ms': give average bits")
+            and err.count("\n") == 1
+        )
+        code, said, _ = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "6bits", "--dry-run")
+        assert code == 0 and "6bits, left out here" in " ".join(said.split())
+        code, said, _ = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "6bits", "--dry-run", "--json")
+        assert code == 0 and json.loads(said)["budget"].startswith("6bits, left out here")
+        assert not out.exists()
+        code, said, _ = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "6bits", "--json")
+    assert code == 0
+    layers = json.loads(said)["recipe"]["steps"][0]["layers"]
+    assert layers and all(value == FLOAT or value["bits"] in mixed.WIDTHS for value in layers.values())
