@@ -33,7 +33,18 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PEER = ROOT / ".peers" / "llm-compressor"
 OURS, PEER_ROW = "compresslab w4a16-gptq", "llm-compressor W4A16 asymmetric g64"
-OTHERS = ("w4a16-rtn", "w8a16", "w8a8-dynamic")
+# Row -> recipe, settings as the command line takes them.
+OTHERS = {
+    "compresslab w4a16-qep": ("w4a16-qep",),
+    "compresslab w4a16-awq": ("w4a16-awq",),
+    "compresslab w4a16-rtn": ("w4a16-rtn",),
+    "compresslab w8a16": ("w8a16",),
+    "compresslab w8a8-smoothquant": ("w8a8-smoothquant",),
+    "compresslab w8a8-dynamic": ("w8a8-dynamic",),
+    "compresslab w4a16-gptq, 3 bits": ("w4a16-gptq", "bits=3"),
+    "compresslab w4a16-qep, 3 bits": ("w4a16-qep", "bits=3"),
+    "compresslab w4a16-qep, budget of 3.5 bits": ("w4a16-qep", "budget=3.5bits"),
+}
 
 
 def main() -> None:
@@ -63,8 +74,8 @@ def main() -> None:
         if not options.no_peer:
             sides[PEER_ROW] = lambda: run_peer(model, scratch)
         rows |= in_turn(sides, options.repeats)
-        for recipe in OTHERS:
-            rows[f"compresslab {recipe}"] = run_ours(model, scratch, recipe)
+        for name, (recipe, *settings) in OTHERS.items():
+            rows[name] = run_ours(model, scratch, recipe, *settings)
         for name, row in rows.items():
             row.update(quality(Path(row.pop("artifact")), scratch / "test.safetensors"))
             print(f"{name:40s} perplexity {row['perplexity']:.3f}", flush=True)
@@ -98,11 +109,11 @@ def in_turn(sides: dict[str, Callable[[], dict[str, Any]]], repeats: int) -> dic
     }
 
 
-def run_ours(model: Path, scratch: Path, recipe: str) -> dict[str, Any]:
-    out = scratch / recipe
+def run_ours(model: Path, scratch: Path, recipe: str, *settings: str) -> dict[str, Any]:
+    out = scratch / "-".join([recipe, *settings])
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, str(HERE / "compress_ours.py"), str(model), str(scratch / "calibration.safetensors")]
-    return run([*command, str(out), recipe]) | {"artifact": str(out)}
+    return run([*command, str(out), recipe, *settings]) | {"artifact": str(out)}
 
 
 def run_peer(model: Path, scratch: Path) -> dict[str, Any]:

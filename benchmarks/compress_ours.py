@@ -1,4 +1,4 @@
-"""Our side of the benchmark, as a process of its own: MODEL_DIR TOKENS.safetensors OUT_DIR [RECIPE] -> one JSON line."""
+"""Our side of the benchmark, as a process of its own: MODEL_DIR TOKENS.safetensors OUT_DIR [RECIPE [KEY=VALUE...]] -> one JSON line."""
 
 import time
 
@@ -9,6 +9,7 @@ import json  # noqa: E402
 import sys  # noqa: E402
 
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from compresslab import pipeline  # noqa: E402
@@ -19,6 +20,8 @@ from compresslab.measure.environment import peak_memory_bytes  # noqa: E402
 def main() -> None:
     model, tokens_file, out = sys.argv[1:4]
     recipe = sys.argv[4] if len(sys.argv) > 4 else "w4a16-gptq"
+    settings = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in sys.argv[5:])}
+    budget = settings.pop("budget", None)
     ids = load_file(tokens_file)["input_ids"]
     calibration = Calibration(
         source=tokens_file, revision="", split="calibration", samples=ids.shape[0], sequence_length=ids.shape[1],
@@ -31,7 +34,9 @@ def main() -> None:
         # The stage that reloads the artifact in a fresh process begins when everything is on disk.
         stage=lambda name, steps: at_written.append(time.perf_counter() - started) if name == "measure" else None
     )
-    _, report = pipeline.compress(model, recipe, calibration, out=out, measure=False, progress=progress)
+    _, report = pipeline.compress(
+        model, recipe, calibration, out=out, settings=settings, budget=budget, measure=False, progress=progress
+    )
     print(json.dumps({
         "seconds_total": at_written[0],
         "seconds_with_reload_check": time.perf_counter() - started,

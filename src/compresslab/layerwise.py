@@ -124,6 +124,7 @@ class Forward:
         self.solved: dict[str, Solved | None] = {}  # None where nothing is kept of it (any more)
         self.grams: dict[str, Gram] = {}
         self.finished = set(finished)
+        self.with_references = with_references
         self.loaded: set[str] = set()
         self.hub = getcurrent()
         self.walks = [
@@ -168,6 +169,8 @@ class Forward:
                 gram = self.grams.pop(stop.layer)
                 for walk in here:
                     _compare(gram, walk)
+                if self.with_references:  # twice the walks leave twice the gaps; without them it would only cost time
+                    give_memory_back()
                 self._solve(stop.layer, gram)
             if all(self._is_through(unit) for unit in self.units.values()):
                 return
