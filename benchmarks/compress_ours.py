@@ -1,4 +1,4 @@
-"""Our side of the benchmark, as a process of its own: MODEL_DIR TOKENS.safetensors OUT_DIR [RECIPE [KEY=VALUE...]] -> one JSON line."""
+"""Our side of the benchmark, a process of its own: MODEL TOKENS.safetensors OUT [RECIPE [KEY=VALUE...]] -> a line of JSON."""
 
 import time
 

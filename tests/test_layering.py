@@ -32,7 +32,7 @@ ROWS: list[tuple[str, ...]] = [
     ("solving",),
     ("layerwise", "smoothing"),
     ("artifact", "measure", "preflight", "mixed"),
-    ("pipeline", "evaluation"),
+    ("pipeline", "evaluation", "warm"),
     ("cli",),
 ]
 

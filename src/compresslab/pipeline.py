@@ -98,7 +98,8 @@ def compress(
         windows = _windows(source, data, evaluation_windows) if measure else None
         calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
-        preflight.check(preflight.estimate(source, plan, solvers, *tokens, where), out)
+        surveys = len(stages.smoothers) + (wanted is not None)
+        preflight.check(preflight.estimate(source, plan, solvers, *tokens, where, surveys), out)
 
     eligible = plan.layers
     if wanted is not None:
@@ -167,7 +168,8 @@ def plan_only(
     source = models.find(model)
     plan, solvers, _ = _planned(source, chosen)
     tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if stages.needs_data else (0, 0)
-    return plan, preflight.estimate(source, plan, solvers, *tokens, pick_device(device)), chosen
+    estimate = preflight.estimate(source, plan, solvers, *tokens, pick_device(device), len(stages.smoothers))
+    return plan, estimate, chosen
 
 
 class Clock:

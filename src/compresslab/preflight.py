@@ -20,7 +20,7 @@ from compresslab.errors import CompressLabError
 from compresslab.models import Source, is_transposed, weight_of
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
-from compresslab.solving import best_compute_dtype
+from compresslab.solving import best_compute_dtype, want_references
 from compresslab.weights import MemoryWeights
 
 # Python, torch, transformers and numba loaded, with nothing done yet; measured.
@@ -47,9 +47,15 @@ class Estimate:
 
 
 def estimate(
-    source: Source, plan: Plan, solvers: Mapping[str, Solver], samples: int, sequence_length: int, device: torch.device
-) -> Estimate:
-    """Predict a run's needs from the model's shapes and this machine's rates; without data, `samples` is 0."""
+    source: Source, plan: Plan, solvers: Mapping[str, Solver], samples: int, sequence_length: int, device: torch.device,
+    surveys: int = 0,
+) -> Estimate:  # fmt: skip
+    """Predict a run's needs from the model's shapes and this machine's rates.
+
+    Args:
+        samples: 0 without data.
+        surveys: passes over the calibration batches before the one that solves.
+    """
     skeleton = source.skeleton()
     element = torch.empty((), dtype=source.dtype).element_size()
     shapes = {}
@@ -77,8 +83,11 @@ def estimate(
         widest = max(columns for _, columns in shapes.values())
         hidden = _hidden_size(source, shapes)
         states = tokens * hidden * compute
-        memory += 4 * states + tokens * widest * compute + 4 * 4 * widest**2
+        walks = 2 if want_references(solvers) else 1  # of each batch, at the same time
+        memory += walks * (4 * states + tokens * widest * compute + 4 * 4 * widest**2)
         parts |= _work(shapes, tokens, sequence_length, hidden, device)
+        parts["forward"] *= walks + surveys
+        parts["gram"] *= 2 * walks - 1 + surveys  # the drift of a reference is not symmetric: twice a Gram matrix
     parts["solve"] = parts.get("solve", 0) + sum(r * c for r, c in shapes.values()) / 60e6
     return Estimate(
         memory_bytes=int(memory),

@@ -96,7 +96,11 @@ class Job(Pass):
     @property
     def needs_references(self) -> bool:
         """Whether each batch also walks through the uncompressed network, for a method to compare with."""
-        return any(getattr(solver, "needs_references", False) for solver in self.solvers.values())
+        return want_references(self.solvers)
+
+
+def want_references(solvers: Mapping[str, Solver]) -> bool:
+    return any(getattr(solver, "needs_references", False) for solver in solvers.values())
 
 
 def best_compute_dtype(device: torch.device) -> torch.dtype:

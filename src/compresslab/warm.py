@@ -1,0 +1,25 @@
+"""Compile the kernels now, rather than in the first compression: `python -m compresslab.warm`, once per installation.
+
+numba takes some ten seconds and 150 MB for it, and keeps the result beside the source.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compresslab.numerics.gram import Gram, best_precision
+from compresslab.quantize.qep import QEP
+
+
+def compile_kernels() -> None:
+    """Run everything that is compiled once, on a layer of 128 x 128."""
+    x = torch.randn(256, 128).bfloat16()
+    gram = Gram(128, precision=best_precision())
+    gram.add_(x)
+    gram.add_drift_(x + 1, x)
+    for symmetric in (False, True):
+        QEP(symmetric=symmetric).solve(torch.randn(128, 128), gram, scale_dtype=torch.bfloat16)
+
+
+if __name__ == "__main__":
+    compile_kernels()
