@@ -81,6 +81,17 @@ def test_nearer_to_the_uncompressed_output_than_gptq(bits: int) -> None:
     assert full < half < plain
 
 
+def test_inputs_that_say_nothing() -> None:
+    """Silence throughout, and channels that repeat each other: no factorisation without more damping than was asked for."""
+    weight, reference, x = case(4)
+    silent = gram_of(torch.zeros_like(x), torch.zeros_like(x))
+    assert "rounded to nearest" in QEP(group_size=16).solve(weight, silent, scale_dtype=torch.float32).note
+    x[:, 1:20] = x[:, :1]
+    solution = QEP(group_size=16, damp_frac=0.0).solve(weight, gram_of(x, reference), scale_dtype=torch.float32)
+    assert "damping raised" in solution.note
+    assert bool(torch.isfinite(solution.weight.dequantize()).all())
+
+
 @pytest.mark.parametrize("strength", [-0.1, 1.1])
 def test_a_strength_is_a_fraction(strength: float) -> None:
     with pytest.raises(ValueError, match="strength is a fraction"):

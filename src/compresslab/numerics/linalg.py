@@ -26,23 +26,36 @@ def feedback_factor(matrix: Tensor, order: Tensor, damp_frac: float) -> tuple[Te
     Raises:
         ValueError: if the matrix is not even factorisable with a damping equal to its mean diagonal.
     """
-    mean = matrix.diagonal().mean()
-    if not float(mean) > 0:
-        raise ValueError("the Gram matrix is zero: no calibration token excited this layer's input")
     flipped_order = order.flip(0)
-    info = torch.zeros((), dtype=torch.int32, device=matrix.device)
-    while True:
-        lower = matrix.index_select(0, flipped_order).index_select(1, flipped_order)
-        lower.diagonal().add_(damp_frac * mean)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if int(info) == 0:
-            break
-        if damp_frac >= 1:
-            raise ValueError("the Gram matrix cannot be factorised, even with its own mean added to the diagonal")
-        damp_frac = min(max(damp_frac * 10, 1e-4), 1.0)
+    lower, damp_frac = damped_cholesky(matrix.index_select(0, flipped_order).index_select(1, flipped_order), damp_frac)
     upper = lower.flip(0, 1)
     diagonal = upper.diagonal().clone()
     return upper.div_(diagonal), diagonal, damp_frac
+
+
+def damped_cholesky(matrix: Tensor, damp_frac: float) -> tuple[Tensor, float]:
+    """L with L L^T = H + damping, and the damping that was needed, as a fraction of the mean of diag(H).
+
+    Args:
+        matrix: H, float32 or float64 [in, in].
+        damp_frac: the fraction to try first; raised tenfold until the factorisation exists.
+
+    Raises:
+        ValueError: if H is zero, or not even factorisable with a damping equal to its mean diagonal.
+    """
+    mean = matrix.diagonal().mean()
+    if not float(mean) > 0:
+        raise ValueError("the Gram matrix is zero: no calibration token excited this layer's input")
+    info = torch.zeros((), dtype=torch.int32, device=matrix.device)
+    while True:
+        lower = matrix.clone()
+        lower.diagonal().add_(damp_frac * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if int(info) == 0:
+            return lower, damp_frac
+        if damp_frac >= 1:
+            raise ValueError("the Gram matrix cannot be factorised, even with its own mean added to the diagonal")
+        damp_frac = min(max(damp_frac * 10, 1e-4), 1.0)
 
 
 def quadratic_error(difference: Tensor, matrix: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics.gram import Gram
+from compresslab.numerics.linalg import damped_cholesky
 from compresslab.quantize.gptq import GPTQ
 
 
@@ -67,7 +68,7 @@ class QEP(GPTQ):
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
     ) -> Solution:
-        if gram is not None and gram.drift is not None and self.strength:
+        if gram is not None and gram.drift is not None and gram.diagonal.any() and self.strength:
             weight = weight + self.strength * make_up(weight, gram, self.damp_frac)
         return super().solve(weight, gram, scale_dtype=scale_dtype, groups_along=groups_along)
 
@@ -76,10 +77,5 @@ def make_up(weight: Tensor, gram: Gram, damp_frac: float) -> Tensor:
     """W D (H + damp)^-1, float32 [out, in]: the change of W that turns X W^T into X* W^T as nearly as X allows."""
     assert gram.drift is not None
 
-    def factor() -> Tensor:
-        damped = gram.matrix.clone()
-        damped.diagonal().add_(max(damp_frac, 1e-6) * float(gram.diagonal.mean()))
-        return torch.linalg.cholesky(damped)
-
-    lower = gram.cached(("qep", damp_frac), factor)
+    lower, _ = gram.cached(("qep", damp_frac), lambda: damped_cholesky(gram.matrix, damp_frac))
     return torch.cholesky_solve((weight @ gram.drift).t(), lower).t().contiguous()
