@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +108,7 @@ class Stop:
     layer: str = field(compare=False)
 
 
-class Forward:
+class Forward(ABC):
     """All walks through one network. What happens where they meet is up to `_solve` and `_finish`."""
 
     def __init__(self, calibration: Pass, finished: Iterable[str] = (), with_references: bool = False) -> None:
@@ -198,10 +199,11 @@ class Forward:
 
     # -- what a pass is for -------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _solve(self, layer: str, gram: Gram) -> None:
         """A layer's Gram matrix is complete; afterwards the layer is in `self.solved`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
         """These walks have left a unit, with its outputs in hand; none if no walk went there in this run."""
 
@@ -323,6 +325,9 @@ class Survey(Forward):
         self.visit(layer, gram)
         self.solved[layer] = None
 
+    def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
+        """Nothing is kept."""
+
 
 class Compression(Forward):
     """A pass that solves every layer and writes it to the sink."""
@@ -343,11 +348,10 @@ class Compression(Forward):
     def _put(self, layer: str, solved: Solved) -> None:
         """Have the network go on with a solved weight."""
         weight, module = solved.weight.dequantize(), self.layers[layer][1]
-        if self.job.needs_references:
-            self.originals[layer] = _parameter(module)
+        original = _parameter(module)
         _place(self.model, f"{layer}.weight", weight.t() if solved.transposed else weight, self.job.compute_dtype)
-        if self.job.needs_references:
-            self.rounded[layer] = _parameter(module)
+        if self.with_references:
+            self.originals[layer], self.rounded[layer] = original, _parameter(module)
         self.solved[layer] = solved
 
     def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:

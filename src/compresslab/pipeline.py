@@ -26,7 +26,7 @@ from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import LayerRecord, Smoother, Solver
+from compresslab.contract import Smoother, Solver
 from compresslab.deploy.compressed_tensors import Layout, scheme_of
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
@@ -113,7 +113,7 @@ def compress(
 
     key = _key(source, chosen, calibration, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
-        job = _job(source, plan, stages, solvers, layout, calibration, writer, where, progress)
+        job = _job(_pass(source, plan, calibration, where), stages, solvers, layout, writer, progress)
         if stages.smoothers:
             with clock("smooth"):
                 progress.stage("smooth", 1)
@@ -292,24 +292,20 @@ def _pass(
 
 
 def _job(
-    source: models.Source, plan: Plan, stages: Stages, solvers: dict[str, Solver], layout: Layout,
-    calibration: datasets.Calibration | None, writer: Writer, device: torch.device, progress: Progress,
-) -> solving.Job:  # fmt: skip
-    def on_layer(record: LayerRecord) -> None:
-        progress.step(record.name)
-
+    calibrated: solving.Pass,
+    stages: Stages,
+    solvers: dict[str, Solver],
+    layout: Layout,
+    writer: Writer,
+    progress: Progress,
+) -> solving.Job:
     return solving.Job(
-        source=source,
-        plan=plan,
+        **vars(calibrated),
         method=stages.name,
         solvers=solvers,
-        batches=None if calibration is None else calibration.batches,
         sink=writer,
         encode=layout.encode,
-        device=device,
-        compute_dtype=solving.best_compute_dtype(device),
-        gram_precision=best_precision(device),
-        on_layer=on_layer,
+        on_layer=lambda record: progress.step(record.name),
     )
 
 

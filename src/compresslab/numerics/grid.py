@@ -53,6 +53,12 @@ class Grid:
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {self.group_size}")
 
+    @classmethod
+    def of_weights(cls, bits: int, symmetric: bool, group_size: int | None) -> Grid:
+        """The integer grid of a weight: by groups of input channels, or by output channels where `group_size` is None."""
+        granularity: Granularity = "channel" if group_size is None else "group"
+        return cls(bits=bits, symmetric=symmetric, granularity=granularity, group_size=group_size)
+
     @property
     def levels(self) -> int:
         return 2**self.bits
@@ -177,3 +183,9 @@ def quantize(
         codes.add_(zeros)
     codes = codes.clamp_(grid.qmin, grid.qmax).to(torch.int8)
     return QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid, group_index=group_index)
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, groups_along: str) -> QuantWeight:
+    """W [out, in] on the grid that its groups' extremes span."""
+    scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
+    return quantize(weight, scale, zero_point, grid)

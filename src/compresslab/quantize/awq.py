@@ -51,7 +51,7 @@ from torch import Tensor
 
 from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, fit_along, fit_minmax, quantize
+from compresslab.numerics.grid import Grid, fit_minmax, quantize, round_to_nearest
 from compresslab.numerics.linalg import quadratic_error
 from compresslab.numerics.ranges import fit_search_along
 
@@ -89,12 +89,7 @@ class AWQ:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
     def grid(self) -> Grid:
-        return Grid(
-            bits=self.bits,
-            symmetric=self.symmetric,
-            granularity="channel" if self.group_size is None else "group",
-            group_size=self.group_size,
-        )
+        return Grid.of_weights(self.bits, self.symmetric, self.group_size)
 
     def activation_grid(self) -> Grid | None:
         return None
@@ -114,9 +109,8 @@ class AWQ:
     ) -> Solution:
         grid = self.grid()
         if gram is None or not gram.diagonal.any():
-            scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
             note = "no calibration token reached this layer: rounded to nearest"
-            return Solution(weight=quantize(weight, scale, zero_point, grid), note=note)
+            return Solution(weight=round_to_nearest(weight, grid, scale_dtype, groups_along), note=note)
         scale, zero_point = fit_search_along(weight, gram.diagonal, groups_along, grid, scale_dtype)
         return Solution(weight=quantize(weight, scale, zero_point, grid))
 

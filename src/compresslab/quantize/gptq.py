@@ -38,7 +38,7 @@ from torch import Tensor
 from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics import kernels
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, QuantWeight, fit_along, fit_minmax, per_element, quantize
+from compresslab.numerics.grid import Grid, QuantWeight, fit_along, fit_minmax, per_element, round_to_nearest
 from compresslab.numerics.linalg import feedback_factor
 from compresslab.numerics.ranges import fit_search_along
 
@@ -80,12 +80,7 @@ class GPTQ:
             raise ValueError(f"damp_frac is a fraction from 0 to 1, not {self.damp_frac}")
 
     def grid(self) -> Grid:
-        return Grid(
-            bits=self.bits,
-            symmetric=self.symmetric,
-            granularity="channel" if self.group_size is None else "group",
-            group_size=self.group_size,
-        )
+        return Grid.of_weights(self.bits, self.symmetric, self.group_size)
 
     def activation_grid(self) -> Grid | None:
         return None
@@ -95,9 +90,8 @@ class GPTQ:
     ) -> Solution:
         grid = self.grid()
         if gram is None or not gram.diagonal.any():
-            scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
             note = "no calibration token reached this layer: rounded to nearest"
-            return Solution(weight=quantize(weight, scale, zero_point, grid), note=note)
+            return Solution(weight=round_to_nearest(weight, grid, scale_dtype, groups_along), note=note)
         if not self.range_search:
             scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
         else:

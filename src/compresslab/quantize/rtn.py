@@ -25,7 +25,7 @@ from torch import Tensor
 
 from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, fit_along, fit_minmax, quantize
+from compresslab.numerics.grid import Grid, round_to_nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,7 @@ class RTN:
     activation_bits: int | None = None
 
     def grid(self) -> Grid:
-        return Grid(
-            bits=self.bits,
-            symmetric=self.symmetric,
-            granularity="channel" if self.group_size is None else "group",
-            group_size=self.group_size,
-        )
+        return Grid.of_weights(self.bits, self.symmetric, self.group_size)
 
     def activation_grid(self) -> Grid | None:
         if self.activation_bits is None:
@@ -70,6 +65,4 @@ class RTN:
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
     ) -> Solution:
-        grid = self.grid()
-        scale, zero_point = fit_along(fit_minmax, weight, groups_along, grid, scale_dtype)
-        return Solution(weight=quantize(weight, scale, zero_point, grid))
+        return Solution(weight=round_to_nearest(weight, self.grid(), scale_dtype, groups_along))
