@@ -127,6 +127,12 @@ AS_IT_IS = "as the recipe says"
 def _solvers_by_width(step: Step) -> dict[str, Solver]:
     if "bits" not in step.settings:
         raise CompressLabError(f"method {step.method} has no setting 'bits', so there is nothing to share out")
+    number_format = step.settings.get("format", "int")
+    if number_format != "int":
+        raise CompressLabError(
+            f"a budget chooses among the widths of integers, and format {number_format} has one width only: set format=int, or "
+            "say in the recipe's layers which layers get which settings"
+        )
     built = {str(bits): methods.build(step.method, step.settings | {"bits": bits}) for bits in WIDTHS}
     return {bits: method for bits, method in built.items() if isinstance(method, Solver)}
 

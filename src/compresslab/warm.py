@@ -17,8 +17,8 @@ def compile_kernels() -> None:
     gram = Gram(128, precision=best_precision())
     gram.add_(x)
     gram.add_drift_(x + 1, x)
-    for symmetric in (False, True):
-        QEP(symmetric=symmetric).solve(torch.randn(128, 128), gram, scale_dtype=torch.bfloat16)
+    for solver in (QEP(), QEP(symmetric=True), QEP(symmetric=True, format="nf4")):
+        solver.solve(torch.randn(128, 128), gram, scale_dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":

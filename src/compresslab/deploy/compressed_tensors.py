@@ -1,7 +1,8 @@
 """The compressed-tensors layout: what transformers and vLLM open.
 
-Two formats of it are written. "pack-quantized" holds weights of 2 to 8 bits in int32 words beside their scales;
-"int-quantized" holds int8 weights as they are and tells the runtime to round activations per token too.
+Two of its formats hold integers. "pack-quantized" has weights of 2 to 8 bits in int32 words beside their scales;
+"int-quantized" has int8 weights as they are and tells the runtime to round activations per token too. Those of other numbers
+are in number_formats.py.
 
 One grid for all layers makes one config group. Where layers differ (mixed precision) each pair of grids makes a group of its
 own, whose targets are the names of its layers; Layout says how such a folder is opened, and what that costs.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compresslab.contract import Solver
+from compresslab.deploy.number_formats import format_of, stored
 from compresslab.errors import CompressLabError
 from compresslab.models import weight_of
 from compresslab.numerics.grid import Grid, QuantWeight
@@ -38,6 +40,8 @@ class Scheme:
 
     @property
     def format(self) -> str:
+        if own := stored(self.weights.format):
+            return own.layout
         return "pack-quantized" if self.activations is None else "int-quantized"
 
     def config(self, targets: Sequence[str], *, blocks: bool) -> dict[str, Any]:
@@ -58,12 +62,13 @@ class Scheme:
 def scheme_of(solver: Solver) -> Scheme:
     """CompressLabError if the format cannot hold the method's grids."""
     weights, activations = solver.grid(), solver.activation_grid()
-    wanted = (8, True)
-    found = activations and {(grid.bits, grid.symmetric) for grid in (weights, activations)}
+    stored(weights.format)
+    wanted = (8, True, "int")
+    found = activations and {(grid.bits, grid.symmetric, grid.format) for grid in (weights, activations)}
     if found and found != {wanted}:
         raise CompressLabError(
-            "compressed-tensors holds 8-bit activations with symmetric 8-bit weights only: "
-            f"set bits=8, symmetric=true and activation_bits=8 (asked for weights of {weights.bits} bits)"
+            "compressed-tensors holds 8-bit activations with symmetric 8-bit weights only: set bits=8, symmetric=true and "
+            f"activation_bits=8 (asked for weights of {weights.bits} bits, format {weights.format})"
         )
     return Scheme(weights=weights, activations=activations)
 
@@ -125,6 +130,8 @@ class Layout:
             weight = dataclasses.replace(
                 weight, codes=weight.codes.t().contiguous(), scale=weight.scale.t().contiguous(), zero_point=zero_point
             )
+        if own := stored(weight.grid.format):
+            return own.encode(weight)
         if self.schemes[name].format == "int-quantized":
             return {"weight": weight.codes, "weight_scale": weight.scale}
         tensors = {
@@ -192,7 +199,9 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
         if grid is None:
             raise CompressLabError(f"{folder / 'config.json'} has no group for layer {layer}: fetch the artifact again")
         scale, zero_point = weights.get(name), None
-        if f"{layer}.weight" in weights.names():
+        if own := stored(grid.format):
+            codes, scale = own.decode(lambda suffix, layer=layer: weights.get(f"{layer}.{suffix}"))  # type: ignore[misc]
+        elif f"{layer}.weight" in weights.names():
             codes = weights.get(f"{layer}.weight")
         else:
             rows, columns = weights.get(f"{layer}.weight_shape").tolist()
@@ -205,16 +214,17 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
 
 
 def _args(grid: Grid) -> dict[str, Any]:
+    own = stored(grid.format)
     return {
         "num_bits": grid.bits,
-        "type": "int",
+        "type": "int" if own is None else "float",
         "symmetric": grid.symmetric,
         "strategy": grid.granularity,
         "group_size": grid.group_size,
         "dynamic": False,
         "actorder": None,
         "observer": None if grid.granularity == "token" else "minmax",
-    }
+    } | ({} if own is None else own.args)
 
 
 def _grid(args: Mapping[str, Any]) -> Grid:
@@ -222,7 +232,8 @@ def _grid(args: Mapping[str, Any]) -> Grid:
     is_blocks = args["strategy"] == "block"
     return Grid(
         bits=args["num_bits"],
+        format=format_of(args),
         symmetric=args["symmetric"],
-        granularity="group" if is_blocks else args["strategy"],
+        granularity="group" if args["strategy"] in ("block", "tensor_group") else args["strategy"],
         group_size=args["block_structure"][1] if is_blocks else args["group_size"],
     )

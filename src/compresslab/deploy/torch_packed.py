@@ -61,6 +61,8 @@ def is_fast_here() -> bool:
 def can_pack(weight: QuantWeight) -> bool:
     """Whether torch has a kernel for this grid."""
     rows, columns = weight.codes.shape
+    if weight.grid.format != "int":
+        return False
     if weight.scale.shape[0] != rows or weight.group_index is not None or rows % 16 or columns % 32:
         return False
     if weight.grid.bits == 8:

@@ -61,10 +61,10 @@ def _kind(name: str, entry: dict, embeddings: set[str]) -> str:
     leaf = name.rpartition(".")[2]
     if leaf == "weight_zero_point":  # packed, or int8 in a mixed artifact
         return "zero points"
-    if leaf == "weight_packed" or entry["dtype"] == "I8":
-        return "codes"
-    if leaf in ("weight_scale", "weight_shape"):
+    if leaf in ("weight_scale", "weight_global_scale", "weight_shape"):
         return "scales"
+    if leaf == "weight_packed" or entry["dtype"] in ("I8", "F8_E4M3"):
+        return "codes"
     if name in embeddings:
         return "embeddings"
     return "norms and biases" if len(entry["shape"]) < 2 else "other weights"

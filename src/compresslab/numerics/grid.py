@@ -6,7 +6,8 @@ An affine integer grid stores a real weight w as a small integer:
 
 with signed codes, qmin = -2^(bits-1) and qmax = 2^(bits-1) - 1 (Jacob et al., arXiv 1712.05877, eq. 1; signed as in the
 compressed-tensors format). A symmetric grid has zero_point 0. One (scale, zero_point) pair serves a whole tensor, one
-output channel, or one group of `group_size` neighbouring input channels of an output channel.
+output channel, or one group of `group_size` neighbouring input channels of an output channel. A grid of another number
+format (formats.py) has a table of values in the place of the integers, no zero points, and is otherwise the same.
 
 `QuantWeight` is the one canonical form of a compressed weight: every solver returns it and every writer reads it, so no
 file format is ever written from de-quantised floats.
@@ -23,6 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compresslab.numerics import formats
+
 Granularity = Literal["tensor", "channel", "token", "group"]
 
 
@@ -30,15 +33,19 @@ Granularity = Literal["tensor", "channel", "token", "group"]
 class Grid:
     """What values a weight or an activation may take, and how many of them share a scale.
 
+    Attributes:
+        format: "int", or a row of formats.FORMATS.
+
     Raises:
-        ValueError: on a bit width outside 2..8, or a group size where it does not belong or is missing.
+        ValueError: on a bit width outside 2..8, a group size where it does not belong or is missing, or settings that the
+            format does not have.
 
     >>> Grid(bits=4, symmetric=False, granularity="group", group_size=64).levels
     16
     """
 
     bits: int
-    kind: Literal["int", "float", "nf", "mx"] = "int"
+    format: str = "int"
     symmetric: bool = True
     granularity: Granularity = "channel"
     group_size: int | None = None
@@ -46,18 +53,23 @@ class Grid:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, not {self.bits}")
-        if self.kind != "int":
-            raise ValueError(f"grid kind '{self.kind}' has no solver yet: use 'int'")
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError("group_size goes with granularity 'group', and only with it")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {self.group_size}")
+        if self.format != "int":
+            formats.check(self.format, self.bits, self.symmetric, self.group_size)
 
     @classmethod
-    def of_weights(cls, bits: int, symmetric: bool, group_size: int | None) -> Grid:
-        """The integer grid of a weight: by groups of input channels, or by output channels where `group_size` is None."""
+    def of_weights(cls, bits: int, symmetric: bool, group_size: int | None, format: str = "int") -> Grid:
+        """The grid of a weight: by groups of input channels, or by output channels where `group_size` is None."""
         granularity: Granularity = "channel" if group_size is None else "group"
-        return cls(bits=bits, symmetric=symmetric, granularity=granularity, group_size=group_size)
+        return cls(bits=bits, format=format, symmetric=symmetric, granularity=granularity, group_size=group_size)
+
+    @property
+    def table(self) -> formats.Format | None:
+        """The values that codes stand for; None for integers, which stand for themselves."""
+        return None if self.format == "int" else formats.FORMATS[self.format]
 
     @property
     def levels(self) -> int:
@@ -65,11 +77,11 @@ class Grid:
 
     @property
     def qmin(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return -(2 ** (self.bits - 1)) if self.table is None else self.table.lowest
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return 2 ** (self.bits - 1) - 1 if self.table is None else self.table.highest
 
     def groups(self, in_features: int) -> int:
         """How many scales one output channel has. ValueError if the group size does not divide `in_features`."""
@@ -87,7 +99,8 @@ class QuantWeight:
     Attributes:
         codes: int8 [out, in], within [grid.qmin, grid.qmax].
         scale: [R, G], positive, each entry serving a block of out / R by in / G weights; its dtype is the one it is stored
-            in. Groups along `in` have R = out; a layer that keeps its weight transposed has groups along `out`, G = in.
+            in, or float32 where the format has scales of its own, which are exact in it. Groups along `in` have R = out; a
+            layer that keeps its weight transposed has groups along `out`, G = in.
         zero_point: int8 [R, G], or None for a symmetric grid.
         group_index: int32 [in], the group of each input channel, or None where channel j lies in group j // (in / G).
         grid: the grid the codes live on.
@@ -100,15 +113,16 @@ class QuantWeight:
     group_index: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The real weight, float32 [out, in]: scale * (code - zero_point)."""
+        """The real weight, float32 [out, in]: scale * (code - zero_point), or scale * value[code]."""
         scale, zero_point = per_element(self.scale, self.zero_point, self.codes.shape, self.group_index)
-        codes = self.codes.float()
-        return codes.sub_(zero_point).mul_(scale) if zero_point is not None else codes.mul_(scale)
+        values = self.codes.float() if self.grid.table is None else self.grid.table.decode(self.codes)
+        return values.sub_(zero_point).mul_(scale) if zero_point is not None else values.mul_(scale)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits in storage per weight: codes, scales and zero points."""
-        scale_bits = self.scale.numel() * self.scale.element_size() * 8
+        own = None if self.grid.table is None else self.grid.table.scale_bits
+        scale_bits = self.scale.numel() * (own or self.scale.element_size() * 8)
         zero_bits = 0 if self.zero_point is None else self.zero_point.numel() * self.grid.bits
         index_bits = 0 if self.group_index is None else self.group_index.numel() * 32
         return self.grid.bits + (scale_bits + zero_bits + index_bits) / self.codes.numel()
@@ -137,9 +151,12 @@ def fit_range(low: Tensor, high: Tensor, grid: Grid, scale_dtype: torch.dtype) -
     know the scale they will meet again on load.
 
     Returns:
-        scale in `scale_dtype`, and zero_point int8 (None for a symmetric grid), each of the shape of `low`.
+        scale in `scale_dtype` (float32 where the format has scales of its own), and zero_point int8 (None for a symmetric
+        grid), each of the shape of `low`.
     """
     low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
+    if grid.table is not None:
+        return grid.table.scale_for(torch.maximum(-low, high), scale_dtype), None
     tiny = torch.finfo(torch.float32).tiny if scale_dtype != torch.float16 else 2.0**-24
     if grid.symmetric:
         # (levels - 1) / 2 = 7.5 at 4 bits: the range is shared between -8 and 7, as compressed-tensors does it.
@@ -178,10 +195,12 @@ def quantize(
 ) -> QuantWeight:
     """Round W [out, in] to the nearest point of a grid whose scales [R, G] are given."""
     scales, zeros = per_element(scale, zero_point, weight.shape, group_index)
-    codes = (weight.float() / scales).round_()
-    if zeros is not None:
-        codes.add_(zeros)
-    codes = codes.clamp_(grid.qmin, grid.qmax).to(torch.int8)
+    scaled = weight.float() / scales
+    if grid.table is not None:
+        codes = grid.table.encode(scaled)
+    else:
+        rounded = scaled.round_() if zeros is None else scaled.round_().add_(zeros)
+        codes = rounded.clamp_(grid.qmin, grid.qmax).to(torch.int8)
     return QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid, group_index=group_index)
 
 

@@ -13,10 +13,43 @@ import numba
 import numpy as np
 
 LANES = 64
+COUNTED = 16  # thresholds up to here are compared one by one, which vector units do faster than they search
+
+
+@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
+def find_nearest(lane, thresholds, values, place, nearest):
+    """For every x of a lane, the place of the nearest value of a table: how many thresholds are below x.
+
+    Args:
+        lane: float32 [LANES], x.
+        thresholds, values: float32 [n - 1] and [n], rising.
+        place, nearest: int32 and float32 [LANES], written: the place, and the value there.
+    """
+    if len(thresholds) <= COUNTED:
+        for r in range(LANES):
+            place[r], nearest[r] = 0, values[0]
+        for i in range(len(thresholds)):
+            threshold, value = thresholds[i], values[i + 1]
+            for r in range(LANES):
+                above = lane[r] > threshold
+                place[r] += above
+                nearest[r] = value if above else nearest[r]
+    else:
+        for r in range(LANES):
+            low, high = 0, len(thresholds)
+            while low < high:
+                middle = (low + high) // 2
+                if lane[r] > thresholds[middle]:
+                    low = middle + 1
+                else:
+                    high = middle
+            place[r], nearest[r] = low, values[low]
 
 
 @numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
-def round_block_with_feedback(target, feedback, columns, group_of, scale, zero, qmin, qmax, codes, error):
+def round_block_with_feedback(
+    target, feedback, columns, group_of, scale, zero, qmin, qmax, thresholds, values, codes, error
+):
     """Round one block of B columns, in order, feeding every column's error into the later ones. All is transposed.
 
     Args:
@@ -26,15 +59,17 @@ def round_block_with_feedback(target, feedback, columns, group_of, scale, zero, 
         group_of: int64 [in], where in `scale` each column of W finds its grid.
         scale, zero: float32 [G, out], the grids, fixed beforehand.
         qmin, qmax: float32, the least and the largest code.
+        thresholds, values: float32 [n - 1] and [n], the table of a format (formats.py); of length 0 for integers.
         codes: int8 [in, out], written at `columns`.
         error: float32 [B, out]; on entry W itself, on exit W - Q.
     """
     width, rows = target.shape
+    lowest = np.int32(qmin)
     for chunk in numba.prange((rows + LANES - 1) // LANES):
         first = chunk * LANES
         n = min(LANES, rows - first)
         wanted = np.zeros((width, LANES), np.float32)
-        e = np.zeros(LANES, np.float32)
+        e, nearest, place = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.int32)
         for k in range(width):
             here, lane = target[k, first : first + n], wanted[k]
             for r in range(n):
@@ -43,10 +78,18 @@ def round_block_with_feedback(target, feedback, columns, group_of, scale, zero, 
             column, g = columns[k], group_of[columns[k]]
             s, z, lane = scale[g, first : first + n], zero[g, first : first + n], wanted[k]
             left, out = error[k, first : first + n], codes[column, first : first + n]
-            for r in range(n):
-                code = min(max(np.rint(lane[r] / s[r]) + z[r], qmin), qmax)
-                out[r] = np.int8(code)
-                e[r] = left[r] - s[r] * (code - z[r])
+            if len(values) == 0:
+                for r in range(n):
+                    code = min(max(np.rint(lane[r] / s[r]) + z[r], qmin), qmax)
+                    out[r] = np.int8(code)
+                    e[r] = left[r] - s[r] * (code - z[r])
+            else:
+                for r in range(n):
+                    lane[r] /= s[r]
+                find_nearest(lane, thresholds, values, place, nearest)
+                for r in range(n):
+                    out[r] = np.int8(place[r] + lowest)
+                    e[r] = left[r] - s[r] * nearest[r]
             for r in range(n):
                 left[r] = e[r]
             for j in range(k + 1, width):
@@ -154,3 +197,47 @@ def shrink_ranges(weight, importance, low, high, shrinks, levels, symmetric, out
                     best[r] = total[r]
                     out_low[first + r, g] = low[first + r, g] * shrink
                     out_high[first + r, g] = high[first + r, g] * shrink
+
+
+@numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
+def choose_scales(weight, importance, candidates, thresholds, values, chosen):
+    """For every group, the scale that rounds it to a table of values with the least weighted squared error.
+
+    Args:
+        weight: float32 [out, in].
+        importance: float32 [in], weight of a column's squared error (diag(H)).
+        candidates: float32 [S, out, G], positive; of two with the same error the first one is taken.
+        thresholds, values: float32 [n - 1] and [n], the table (formats.py).
+        chosen: float32 [out, G], written.
+    """
+    rows, columns = weight.shape
+    groups = candidates.shape[2]
+    size = columns // groups
+    for task in numba.prange((rows + LANES - 1) // LANES * groups):
+        first, g = task // groups * LANES, task % groups
+        n = min(LANES, rows - first)
+        w = np.zeros((size, LANES), np.float32)
+        for c in range(size):
+            lane = w[c]
+            for r in range(n):
+                lane[r] = weight[first + r, g * size + c]
+        scale, inverse, scaled = np.ones(LANES, np.float32), np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
+        nearest, place = np.zeros(LANES, np.float32), np.zeros(LANES, np.int32)
+        best = np.full(LANES, np.inf, np.float32)
+        for candidate in candidates:
+            for r in range(n):
+                scale[r] = candidate[first + r, g]
+                inverse[r] = np.float32(1) / scale[r]
+            total = np.zeros(LANES, np.float32)
+            for c in range(size):
+                lane, weighs = w[c], importance[g * size + c]
+                for r in range(LANES):
+                    scaled[r] = lane[r] * inverse[r]
+                find_nearest(scaled, thresholds, values, place, nearest)
+                for r in range(LANES):
+                    e = lane[r] - nearest[r] * scale[r]
+                    total[r] += weighs * e * e
+            for r in range(n):
+                if total[r] < best[r]:
+                    best[r] = total[r]
+                    chosen[first + r, g] = scale[r]

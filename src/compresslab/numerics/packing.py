@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits packed without gaps into 32-bit words."""
+"""Codes of 1 to 8 bits packed without gaps into 32-bit words; codes of floats as their bit patterns, two to a byte."""
 
 from __future__ import annotations
 
@@ -54,3 +54,34 @@ def unpack_int32(words: Tensor, bits: int, length: int, dim: int = 1) -> Tensor:
     flags = np.unpackbits(stream, axis=1, bitorder="little")[:, : length * bits].reshape(len(stream), length, bits)
     unsigned = np.packbits(flags, axis=2, bitorder="little")[:, :, 0]
     return torch.from_numpy((unsigned.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8))
+
+
+def to_patterns(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes as sign and magnitude in `bits` bits, uint8: the bit pattern of a float (formats.py). Zero is +0.
+
+    >>> to_patterns(torch.tensor([3, 0, -3], dtype=torch.int8), 4).tolist()
+    [3, 0, 11]
+    """
+    return (codes.abs().to(torch.uint8) + (codes < 0).to(torch.uint8) * 2 ** (bits - 1)).contiguous()
+
+
+def to_signed(patterns: Tensor, bits: int) -> Tensor:
+    """The inverse of `to_patterns`, int8; -0 becomes 0."""
+    sign = 2 ** (bits - 1)
+    magnitude = (patterns & (sign - 1)).to(torch.int8)
+    return torch.where((patterns & sign) != 0, -magnitude, magnitude)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes [rows, columns] of 4-bit floats, two to a byte, the even column in the low half; uint8 [rows, columns / 2].
+
+    >>> pack_nibbles(torch.tensor([[1, 2, -1, 0]], dtype=torch.int8)).tolist()
+    [[33, 9]]
+    """
+    patterns = to_patterns(codes, 4)
+    return patterns[:, 0::2] | (patterns[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`."""
+    return to_signed(torch.stack([packed & 15, packed >> 4], dim=2).flatten(1), 4)

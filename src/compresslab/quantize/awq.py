@@ -66,6 +66,7 @@ class AWQ:
         bits: width of a weight code, 2 to 8.
         group_size: input channels that share a scale; None for one scale per output channel.
         symmetric: fix the zero point at 0.
+        format: int, nf4, fp8-e4m3, fp8-e5m2, mxfp4 or nvfp4 (numerics/formats.py); all but int are symmetric.
         steps: how many exponents are tried.
     """
 
@@ -82,6 +83,7 @@ class AWQ:
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = False
+    format: str = "int"
     steps: int = 20
 
     def __post_init__(self) -> None:
@@ -89,7 +91,7 @@ class AWQ:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
     def grid(self) -> Grid:
-        return Grid.of_weights(self.bits, self.symmetric, self.group_size)
+        return Grid.of_weights(self.bits, self.symmetric, self.group_size, self.format)
 
     def activation_grid(self) -> Grid | None:
         return None

@@ -43,6 +43,7 @@ from compresslab.numerics.linalg import feedback_factor
 from compresslab.numerics.ranges import fit_search_along
 
 BLOCK = 64
+EMPTY = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class GPTQ:
         bits: width of a weight code, 2 to 8.
         group_size: input channels that share a scale; None for one scale per output channel.
         symmetric: fix the zero point at 0.
+        format: int, nf4, fp8-e4m3, fp8-e5m2, mxfp4 or nvfp4 (numerics/formats.py); all but int are symmetric.
         damp_frac: added to diag(H), as a fraction of its mean; raised, and reported, where H cannot be factorised.
         activation_order: round columns in the order of falling diag(H) rather than as they stand.
         range_search: shrink each group's range where that lowers the error.
@@ -71,6 +73,7 @@ class GPTQ:
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = False
+    format: str = "int"
     damp_frac: float = 0.01
     activation_order: bool = True
     range_search: bool = True
@@ -80,7 +83,7 @@ class GPTQ:
             raise ValueError(f"damp_frac is a fraction from 0 to 1, not {self.damp_frac}")
 
     def grid(self) -> Grid:
-        return Grid.of_weights(self.bits, self.symmetric, self.group_size)
+        return Grid.of_weights(self.bits, self.symmetric, self.group_size, self.format)
 
     def activation_grid(self) -> Grid | None:
         return None
@@ -124,12 +127,14 @@ def round_with_feedback(
     zeros = torch.zeros_like(scales) if zeros is None else zeros.t().contiguous().cpu()
     error = weight.cpu().t().contiguous().index_select(0, order)  # W^T, turned into (W - Q)^T block by block
     codes = torch.empty(error.shape, dtype=torch.int8)
+    table = (EMPTY, EMPTY) if grid.table is None else (grid.table.thresholds.numpy(), grid.table.values.numpy())
     for start in range(0, in_features, BLOCK):
         block = slice(start, min(start + BLOCK, in_features))
         target = torch.addmm(error[block], feedback[:start, block].t(), error[:start])
         kernels.round_block_with_feedback(
             target.numpy(), feedback[block, block].contiguous().numpy(), order[block].numpy(), group_of.numpy(),
-            scales.numpy(), zeros.numpy(), np.float32(grid.qmin), np.float32(grid.qmax), codes.numpy(), error[block].numpy(),
+            scales.numpy(), zeros.numpy(), np.float32(grid.qmin), np.float32(grid.qmax), *table, codes.numpy(),
+            error[block].numpy(),
         )  # fmt: skip
     return codes.t().contiguous().to(weight.device)
 

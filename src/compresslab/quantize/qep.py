@@ -43,6 +43,7 @@ class QEP(GPTQ):
         bits: width of a weight code, 2 to 8.
         group_size: input channels that share a scale; None for one scale per output channel.
         symmetric: fix the zero point at 0.
+        format: int, nf4, fp8-e4m3, fp8-e5m2, mxfp4 or nvfp4 (numerics/formats.py); all but int are symmetric.
         damp_frac: added to diag(H), as a fraction of its mean; raised, and reported, where H cannot be factorised.
         activation_order: round columns in the order of falling diag(H) rather than as they stand.
         range_search: shrink each group's range where that lowers the error.

@@ -36,6 +36,7 @@ class RTN:
         bits: width of a weight code, 2 to 8.
         group_size: input channels that share a scale; None for one scale per output channel.
         symmetric: fix the zero point at 0.
+        format: int, nf4, fp8-e4m3, fp8-e5m2, mxfp4 or nvfp4 (numerics/formats.py); all but int are symmetric.
         activation_bits: 8 for activations rounded per token at run time; None leaves them in float.
     """
 
@@ -52,10 +53,11 @@ class RTN:
     bits: int = 8
     group_size: int | None = None
     symmetric: bool = True
+    format: str = "int"
     activation_bits: int | None = None
 
     def grid(self) -> Grid:
-        return Grid.of_weights(self.bits, self.symmetric, self.group_size)
+        return Grid.of_weights(self.bits, self.symmetric, self.group_size, self.format)
 
     def activation_grid(self) -> Grid | None:
         if self.activation_bits is None:
