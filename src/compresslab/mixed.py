@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from compresslab import layerwise, methods, models
 from compresslab.contract import Along, Smoother, Solver
-from compresslab.deploy.compressed_tensors import Layout
+from compresslab.deploy.layouts import Layout, layout_of
 from compresslab.errors import CompressLabError, unknown
 from compresslab.measure import size
 from compresslab.models import Source, is_transposed
@@ -146,7 +146,7 @@ def _layout(
         name: solver if differing_settings(step.layers, name) else turns[i % len(turns)]
         for i, (name, solver) in enumerate(solvers.items())
     }
-    layout, skeleton = Layout(trial), calibration.source.skeleton()
+    layout, skeleton = layout_of(trial), calibration.source.skeleton()
     for name in trial:
         layout.check_module(name, skeleton.get_submodule(name))
     return layout

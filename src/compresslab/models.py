@@ -264,9 +264,13 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
 
 
 def decompress_(model: nn.Module) -> None:
-    """Have transformers multiply out compressed weights now that it would on the first forward."""
+    """Have transformers multiply out compressed weights now that it would on the first forward; bitsandbytes' in float32."""
     if hasattr(model, "ct_decompress_hook"):
         model.hf_quantizer.compressor.decompress_model(model)  # type: ignore[union-attr, operator]
+    elif getattr(model, "is_loaded_in_4bit", False):
+        # Opened for bitsandbytes, a model takes its config's dtype whatever was asked for, and refuses a cast until then.
+        model.dequantize(dtype=torch.float32)  # type: ignore[operator]
+        model.float()
 
 
 def load_tokenizer(folder: Path | str | None, name: str) -> Any:

@@ -27,7 +27,7 @@ from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
 from compresslab.contract import Smoother, Solver
-from compresslab.deploy.compressed_tensors import Layout, scheme_of
+from compresslab.deploy.layouts import Layout, layout_of
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
@@ -222,7 +222,7 @@ def _stages(recipe: Recipe) -> Stages:
             f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
             "that smooth (such as smoothquant)"
         )
-    scheme_of(solver)  # a grid that no format holds is refused before any model is fetched
+    layout_of({"": solver})  # a grid that no format holds is refused before any model is fetched
     if isinstance(solver, Smoother):
         smoothers.append(solver)
     return Stages(name=name, smoothers=tuple(smoothers), solver=solver)
@@ -233,7 +233,7 @@ def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, dict[str, Sol
     step = recipe.rounding
     plan = make_plan(source, recipe.ignore, step.layers)
     solvers = {layer: method for layer in plan.layers if isinstance(method := step.build(layer), Solver)}
-    layout, skeleton = Layout(solvers), source.skeleton()
+    layout, skeleton = layout_of(solvers, source.dtype), source.skeleton()
     for name in plan.layers:
         layout.check_module(name, skeleton.get_submodule(name))
     return plan, solvers, layout

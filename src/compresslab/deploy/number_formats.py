@@ -25,7 +25,7 @@ from torch import Tensor
 from compresslab.errors import CompressLabError
 from compresslab.numerics.formats import exponents, from_exponents, split_scale
 from compresslab.numerics.grid import QuantWeight
-from compresslab.numerics.packing import pack_nibbles, to_patterns, unpack_nibbles, to_signed
+from compresslab.numerics.packing import pack_nibbles, to_patterns, to_signed, unpack_nibbles
 
 Read = Callable[[str], Tensor]
 
@@ -110,7 +110,6 @@ def stored(format: str) -> Stored | None:
 INSTEAD = {
     "fp8-e5m2": "its 8-bit floats are e4m3. Set format=fp8-e4m3, which rounds twice as finely; the range that e5m2 has "
     "beyond it is of no use to weights with a scale of their own",
-    "nf4": "set format=nvfp4 with group_size=16, or format=mxfp4 with group_size=32",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import models
-from compresslab.deploy.compressed_tensors import read_weights
+from compresslab.deploy.layouts import read_weights
 from compresslab.numerics.grid import QuantWeight
 
 FEW_ROWS = 8  # up to this many input rows the packed kernel is faster than multiplying out (measured, docs/log.md)

@@ -104,9 +104,9 @@ def _run(job: Job) -> Result:
     del model
     gc.collect()
     model = models.load(job.folder, dtype=torch.float32).to(job.device)
+    models.decompress_(model)
     if windows is not None:
         found += _quality(job, model, windows)
-    models.decompress_(model)
     differing = [name for name, sha256 in job.weights_sha256.items() if _hash(model, name) != sha256]
     return Result(
         measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)

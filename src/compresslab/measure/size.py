@@ -61,9 +61,9 @@ def _kind(name: str, entry: dict, embeddings: set[str]) -> str:
     leaf = name.rpartition(".")[2]
     if leaf == "weight_zero_point":  # packed, or int8 in a mixed artifact
         return "zero points"
-    if leaf in ("weight_scale", "weight_global_scale", "weight_shape"):
+    if leaf in ("weight_scale", "weight_global_scale", "weight_shape", "absmax", "quant_map", "bitsandbytes__nf4"):
         return "scales"
-    if leaf == "weight_packed" or entry["dtype"] in ("I8", "F8_E4M3"):
+    if leaf == "weight_packed" or entry["dtype"] in ("I8", "U8", "F8_E4M3"):
         return "codes"
     if name in embeddings:
         return "embeddings"

@@ -208,4 +208,3 @@ def check(name: str, bits: int, symmetric: bool, group_size: int | None) -> None
 def _said(setting: str, value: object) -> str:
     words: dict[object, str] = {None: "null", True: "true", False: "false"}
     return f"{setting}={words[value] if value is None or isinstance(value, bool) else value}"
-

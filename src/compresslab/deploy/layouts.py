@@ -1,0 +1,46 @@
+"""Which layout an artifact is written in, and read back from: compressed-tensors, or for NF4 bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compresslab.contract import Solver
+from compresslab.deploy import bitsandbytes, compressed_tensors
+from compresslab.numerics.grid import QuantWeight
+
+
+class Layout(Protocol):
+    """How the layers of one run are written; the methods are explained at compressed_tensors.Layout."""
+
+    def check_module(self, name: str, module: nn.Module) -> None: ...
+
+    def encode(self, name: str, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]: ...
+
+    def as_opened(self, weight: QuantWeight, transposed: bool) -> Tensor: ...
+
+    def config(self, ignore: Sequence[str]) -> dict[str, Any]: ...
+
+
+def layout_of(solvers: Mapping[str, Solver], dtype: torch.dtype = torch.bfloat16) -> Layout:
+    """The layout for the solvers of every layer, by the layer's name. CompressLabError if none holds their grids.
+
+    Args:
+        dtype: the model's.
+    """
+    if any(solver.grid().format == "nf4" for solver in solvers.values()):
+        return bitsandbytes.Layout(solvers, dtype)
+    return compressed_tensors.Layout(solvers)
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
+    """The canonical form of every compressed layer of an artifact, one at a time, as it lies on disk."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    if config.get("quant_method") == "bitsandbytes":
+        return bitsandbytes.read_weights(folder)
+    return compressed_tensors.read_weights(folder)
