@@ -31,7 +31,7 @@ ROWS: list[tuple[str, ...]] = [
     ("plan",),
     ("solving",),
     ("layerwise", "smoothing"),
-    ("artifact", "measure", "preflight", "mixed"),
+    ("artifact", "measure", "preflight", "budget", "damage", "mixed"),
     ("pipeline", "evaluation", "warm"),
     ("cli",),
 ]

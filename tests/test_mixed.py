@@ -13,9 +13,11 @@ import transformers
 from torch import Tensor
 
 import tiny
-from compresslab import layerwise, methods, mixed, models, pipeline
+from compresslab import budget as budgets
+from compresslab import damage, layerwise, methods, mixed, models, pipeline
 from compresslab.artifact import Artifact, Writer
 from compresslab.contract import Smoother, Solver
+from compresslab.deploy import torch_packed
 from compresslab.deploy.compressed_tensors import read_weights
 from compresslab.errors import CompressLabError
 from compresslab.plan import make_plan
@@ -236,8 +238,9 @@ def test_no_worse_than_one_width_for_all_at_its_size(model: Path) -> None:
     solvers = dict.fromkeys(passing.plan.layers, step.build())
     widths = mixed._solvers_by_width(step)
     survey = mixed.Survey(passing, step, widths, mixed._layout(solvers, widths, passing, step),
-                          lambda name, weight, rounded, gram: output_noise(weight, rounded, gram))  # fmt: skip
-    options = survey.options(count_headers=False)
+                          lambda name, weight, rounded, gram: output_noise(weight, rounded, gram),
+                          budgets.Bits(passing))  # fmt: skip
+    options = survey.options()
     assert all([option.name for option in mine] == [*map(str, mixed.WIDTHS), FLOAT] for mine in options.values())
     for mine in options.values():
         assert [o.cost for o in mine] == sorted(o.cost for o in mine)
@@ -257,8 +260,9 @@ def test_the_survey_measures_the_uncompressed_network(model: Path) -> None:
     solvers = dict.fromkeys(passing.plan.layers, step.build())
     seen: dict[str, float] = {}
     survey = mixed.Survey(passing, step, widths, mixed._layout(solvers, widths, passing, step),
-                          lambda name, w, q, gram: seen.setdefault(name, output_noise(w, q, gram)))  # fmt: skip
-    survey.options(count_headers=False)
+                          lambda name, w, q, gram: seen.setdefault(name, output_noise(w, q, gram)),
+                          budgets.Bits(passing))  # fmt: skip
+    survey.options()
     network, inputs = models.load(model, dtype=torch.float32), {}
     for name in passing.plan.layers:
         network.get_submodule(name).register_forward_hook(
@@ -333,9 +337,9 @@ def test_a_smoothed_network_is_what_is_surveyed(
 
 def test_leaving_one_out_is_swapping_one_weight(model: Path) -> None:
     passing = calibration(models.find(model), tiny.token_batches(6, 20, size=5))
-    damage = mixed.LeaveOneOut(passing)
+    measure = damage.LeaveOneOut(passing)
     network = models.load(model, dtype=torch.float32)
-    ids = passing.batches[0]["input_ids"][: mixed.KL_WINDOWS]  # type: ignore[index]
+    ids = passing.batches[0]["input_ids"][: damage.KL_WINDOWS]  # type: ignore[index]
     with torch.inference_mode():
         before = network(ids).logits
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
@@ -346,14 +350,16 @@ def test_leaving_one_out_is_swapping_one_weight(model: Path) -> None:
             expected = kl_divergence(before, network(ids).logits)
         network.get_submodule(name).weight.data = weight
         assert expected > 1e-4
-        assert damage(name, weight, weight, None) == 0
-        assert damage(name, weight, rounded, None) == pytest.approx(expected, rel=1e-3)  # the layer before was put back
+        assert measure(name, weight, weight, None) == 0
+        assert measure(name, weight, rounded, None) == pytest.approx(
+            expected, rel=1e-3
+        )  # the layer before was put back
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2", "qwen2"])
 def test_the_whole_model_from_its_source_is_the_model(kind: str) -> None:
     original = tiny.make(kind)
-    again = mixed._whole_model(models.find(original), torch.device("cpu"))
+    again = damage.whole_model(models.find(original), torch.device("cpu"), torch.float32)
     ids = tiny.token_batches(2)[0]["input_ids"]
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, original(ids).logits)
@@ -363,15 +369,17 @@ def test_padding_does_not_count(model: Path) -> None:
     ids = tiny.token_batches(2, 12)[0]["input_ids"]
     padded, mask = torch.nn.functional.pad(ids, (0, 4)), torch.nn.functional.pad(torch.ones_like(ids), (0, 4))
     source = models.find(model)
-    plain = mixed.LeaveOneOut(calibration(source, [{"input_ids": ids}]))
-    masked = mixed.LeaveOneOut(calibration(source, [{"input_ids": padded, "attention_mask": mask}]))
+    plain = damage.LeaveOneOut(calibration(source, [{"input_ids": ids}]))
+    masked = damage.LeaveOneOut(calibration(source, [{"input_ids": padded, "attention_mask": mask}]))
     name = "model.layers.0.mlp.up_proj"
     weight = source.weights.get(f"{name}.weight")
     assert masked(name, weight, weight * 0.9, None) == pytest.approx(plain(name, weight, weight * 0.9, None), rel=1e-4)
 
 
-def test_a_budget_by_leaving_one_out(compress: Compress) -> None:
-    artifact, report = compress("6bits", sensitivity="kl")
+@pytest.mark.parametrize("sensitivity", [*damage.SENSITIVITIES, None])
+def test_a_budget_by_every_sensitivity(compress: Compress, sensitivity: str | None) -> None:
+    artifact, report = compress("6bits", sensitivity=sensitivity)
+    assert report.search is not None and report.search.sensitivity == (sensitivity or "fisher")
     assert 5.4 < bits_on_disk(artifact) <= 6
     assert len({layer.bits_per_weight for layer in report.layers}) > 1
 
@@ -380,19 +388,26 @@ def test_a_budget_by_leaving_one_out(compress: Compress) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "bits", "3.5", "-3bits", "0bits", "0.0MB", "3,5bits", "20ms", "80GB", "nanMB", "1e3MB"]
+    "text", ["", "bits", "3.5", "-3bits", "0bits", "0.0MB", "3,5bits", "20s", "80GB", "nanMB", "1e3MB"]
 )
 def test_budgets_that_make_no_sense(text: str) -> None:
-    with pytest.raises(CompressLabError, match="average bits per weight or megabytes .* such as 3.5bits or 80MB"):
-        mixed.parse_budget(text)
+    with pytest.raises(CompressLabError, match="average bits per weight, megabytes .* such as 3.5bits, 80MB or 20ms"):
+        budgets.parse_budget(text)
 
 
 @pytest.mark.parametrize(
     ("text", "meant"),
-    [("3.5bits", "3.5bits"), (" 4 Bits ", "4bits"), ("80mb", "80MB"), (".5MB", "0.5MB"), ("1.bit", "1bits")],
+    [
+        ("3.5bits", "3.5bits"),
+        (" 4 Bits ", "4bits"),
+        ("80mb", "80MB"),
+        (".5MB", "0.5MB"),
+        ("1.bit", "1bits"),
+        ("20 MS", "20ms"),
+    ],
 )
 def test_budgets_that_do(text: str, meant: str) -> None:
-    assert str(mixed.parse_budget(text)) == meant
+    assert str(budgets.parse_budget(text)) == meant
 
 
 def test_what_cannot_share_a_budget_out(compress: Compress, tmp_path: Path) -> None:
@@ -410,7 +425,7 @@ def test_what_cannot_share_a_budget_out(compress: Compress, tmp_path: Path) -> N
     ):
         compress("6bits", sensitivity="kl", recipe=tiny.recipe("rtn"))
     with pytest.raises(CompressLabError, match="BertModel has none: take sensitivity 'gram'"):
-        mixed.LeaveOneOut(calibration(models.find(tiny.make("bert")), tiny.token_batches(2)))
+        damage.damage_of("kl", calibration(models.find(tiny.make("bert")), tiny.token_batches(2)), "tiny")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -418,11 +433,11 @@ def test_a_folder_over_its_budget_is_not_published(compress: Compress, model: Pa
     artifact, report = compress("6bits")
     source, layers = models.find(model), [layer.name for layer in report.layers]
     found = bits_on_disk(artifact)
-    mixed.check(artifact.folder, mixed.Budget(amount=found, unit="bits"), source, layers)
+    budgets.check(artifact.folder, budgets.Budget(amount=found, unit="bits"), source, layers)
     with pytest.raises(CompressLabError, match="more than 5bits: please report this"):
-        mixed.check(artifact.folder, mixed.Budget(amount=5, unit="bits"), source, layers)
+        budgets.check(artifact.folder, budgets.Budget(amount=5, unit="bits"), source, layers)
     with pytest.raises(CompressLabError, match="more than 0.01MB: please report this"):
-        mixed.check(artifact.folder, mixed.Budget(amount=0.01, unit="MB"), source, layers)
+        budgets.check(artifact.folder, budgets.Budget(amount=0.01, unit="MB"), source, layers)
 
 
 def test_the_command_line(
@@ -433,10 +448,10 @@ def test_the_command_line(
     out = tmp_path / "out"
     command = ("compress", model, "--recipe", tmp_path / "tiny.yaml", "--data", text, "--out", out, "--no-measure")
     with tiny.quick():
-        code, said, err = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "20ms")
+        code, said, err = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "20s")
         assert (
             (code, said) == (2, "")
-            and err.startswith("error: budget '20ms': give average bits")
+            and err.startswith("error: budget '20s': give average bits")
             and err.count("\n") == 1
         )
         code, said, _ = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "6bits", "--dry-run")
@@ -448,3 +463,68 @@ def test_the_command_line(
     assert code == 0
     layers = json.loads(said)["recipe"]["steps"][0]["layers"]
     assert layers and all(value == FLOAT or value["bits"] in mixed.WIDTHS for value in layers.values())
+
+
+# --- milliseconds ----------------------------------------------------------------------------------------------------
+
+needs_kernels = pytest.mark.skipif(not torch_packed.is_fast_here(), reason="torch has no packed kernels for this CPU")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with layers that packed kernels take, in bfloat16."""
+    folder = tmp_path_factory.mktemp("wide")
+    tiny.make("llama", hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(folder)
+    tiny.save_tokenizer(folder)
+    return folder
+
+
+@needs_kernels
+def test_books_in_milliseconds_time_each_kind_of_layer_once(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "CACHE_BYTES", 100_000)
+    timed: list[tuple[Any, ...]] = []
+    real = budgets._layer_ms
+    monkeypatch.setattr(
+        budgets, "_layer_ms", lambda shape, solved: timed.append((shape, solved)) or real(shape, solved)
+    )
+    books = budgets.Milliseconds(calibration(models.find(wide), tiny.token_batches(2)))
+    shapes = {tuple(shape) for shape, _ in timed}
+    assert len(timed) == len(shapes) and all(solved is None for _, solved in timed)
+    name = "model.layers.0.mlp.down_proj"
+    weight = torch.randn(64, 128)
+    four, three, float_ms = (
+        None if bits is None else RTN(bits=bits, group_size=32).solve(weight, None, scale_dtype=torch.bfloat16).weight
+        for bits in (4, 3, None)
+    )
+    dense = books.cost(name, {}, float_ms)
+    assert 0 < dense == books.cost(name, {}, three)  # no kernel takes 3 bits: they are multiplied out
+    before = len(timed)
+    assert books.cost(name, {}, four) > 0 and len(timed) == before + 1
+    assert books.cost("model.layers.1.mlp.down_proj", {}, four) == books.cost(name, {}, four)
+    assert len(timed) == before + 1
+    budget = budgets.Budget(amount=5, unit="ms")
+    assert books.amount(books.left(budget)) == pytest.approx(5)
+
+
+def test_milliseconds_choose_what_the_kernels_take(
+    wide: Path, compress: Compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With times that are given: 4 bits take half of float, every other width as long as float."""
+
+    class Given(budgets.Milliseconds):
+        def __init__(self, calibration: Pass) -> None:
+            self.other_ms = 1.0
+
+        def cost(self, name: str, tensors: Any, solved: Any) -> float:
+            return 0.05 if solved is not None and solved.grid.bits == 4 else 0.1
+
+    monkeypatch.setattr(budgets, "Milliseconds", Given)
+    _, report = compress("2ms", model=wide, recipe=tiny.recipe(bits=4, group_size=32))
+    floats = [name for name, value in report.recipe["steps"][0]["layers"].items() if value == FLOAT]
+    assert report.search is not None and report.search.chosen[0] == pytest.approx(2.0)
+    assert len(floats) == 6 and len(report.layers) == 8  # 1 + 6 * 0.1 + 8 * 0.05
+
+
+def test_milliseconds_say_what_they_need(model: Path, compress: Compress) -> None:
+    with pytest.raises(CompressLabError, match="a budget in ms is measured on torch's packed kernels, which need"):
+        compress("20ms")

@@ -58,12 +58,17 @@ def compress(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(metavar="3.5bits|80MB", help="Choose each layer's bits to keep to this, per weight or in all."),
+        typer.Option(
+            metavar="3.5bits|80MB|20ms",
+            help="Choose each layer's bits to keep to this: per weight, in all, per decoded token.",
+        ),
     ] = None,
     sensitivity: Annotated[
-        str,
-        typer.Option(help="Choose them by each layer's output noise (gram), or by the logits without it (kl; slow)."),
-    ] = "gram",
+        str | None,
+        typer.Option(
+            help="What to choose them by: fisher (the default for language models), gram, hessian, kl, leave-one-out."
+        ),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
     ignore: Annotated[
@@ -81,7 +86,8 @@ def compress(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Compress a model into a folder, and measure what that changed."""
-    from compresslab import mixed, pipeline
+    from compresslab import budget as budgets
+    from compresslab import pipeline
     from compresslab.report import render
 
     settings = _settings(set_ or [], samples, sequence_length)
@@ -90,7 +96,7 @@ def compress(
 
         settings["ignore"] = [*recipes.read(recipe).ignore, *ignore]
     if dry_run:
-        wanted = None if budget is None else mixed.parse_budget(budget)
+        wanted = None if budget is None else budgets.parse_budget(budget)
         plan, estimate, chosen = pipeline.plan_only(model, recipe, settings=settings, device=device)
         _show_plan(plan, estimate, chosen, wanted, as_json)
         pipeline.preflight.check(estimate, out)

@@ -1,11 +1,12 @@
 """Mixed precision: the bits of every layer, chosen so that the model stays within a budget and suffers least.
 
-    compresslab compress MODEL --budget 3.5bits | 80MB
+    compresslab compress MODEL --budget 3.5bits | 80MB | 20ms
 
-Every layer is rounded by the recipe's own method at every candidate width, in one pass over the calibration text through the
-uncompressed network; search/sensitivity.py says what each choice does, search/allocation.py shares the budget out. What comes
-of it is the recipe with its `layers` filled in: from there on nothing is special about such a run, and the recipe in its
-report repeats it without a search. A layer for which the recipe has `layers` already keeps those settings.
+Every layer is rounded by the recipe's own method (or its draft, contract.Solver) at every candidate width, in one pass over the
+calibration text through the uncompressed network; damage.py says what each choice does, budget.py what it costs, and
+search/allocation.py shares the budget out. What comes of it is the recipe with its `layers` filled in: from there on nothing is
+special about such a run, and the recipe in its report repeats it without a search. A layer for which the recipe has `layers`
+already keeps those settings.
 
 The survey takes its layers from the uncompressed network, not one after the other as the solving does: the layers' noises are
 to be compared, and none is to be measured through another's. A run that was killed surveys again, finds the same recipe, and
@@ -15,113 +16,96 @@ goes on from there.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
 
-from compresslab import layerwise, methods, models
+from compresslab import layerwise, methods
+from compresslab.budget import Books, Budget, books_of
 from compresslab.contract import Along, Smoother, Solver
+from compresslab.damage import Damage, damage_of
 from compresslab.deploy.layouts import Layout, layout_of
-from compresslab.errors import CompressLabError, unknown
-from compresslab.measure import size
-from compresslab.models import Source, is_transposed
+from compresslab.errors import CompressLabError
+from compresslab.models import is_transposed
 from compresslab.numerics.gram import Gram
 from compresslab.recipe import FLOAT, Recipe, Step, differing_settings
-from compresslab.search.allocation import Option, allocate
-from compresslab.search.sensitivity import kl_divergence, output_noise
+from compresslab.report.schema import Search
+from compresslab.search.allocation import Allocation, Option, allocate, front
 from compresslab.smoothing import smoothed
 from compresslab.solving import Pass, read_weight
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-SENSITIVITIES = ("gram", "kl")
-# Leave-one-out runs the whole model for every layer and width: on the first few windows, and the beginnings of those.
-KL_WINDOWS, KL_TOKENS = 4, 128
-FILE_BYTES = 128  # of a weight file's header, beside its entries
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What a model may take.
-
-    Attributes:
-        unit: "bits" for the average over the weights of all layers that the recipe would compress, scales and zero points
-            included, whether or not some end up in float; "MB" for 10^6 bytes of all weight files together.
-    """
-
-    amount: float
-    unit: Literal["bits", "MB"]
-
-    def __str__(self) -> str:
-        return f"{self.amount:g}{self.unit}"
-
-
-def parse_budget(text: str) -> Budget:
-    """A budget from "3.5bits" or "80MB".
-
-    >>> str(parse_budget("3.50 bits"))
-    '3.5bits'
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
-    units: dict[str, Literal["bits", "MB"]] = {"bits": "bits", "bit": "bits", "mb": "MB"}
-    if found is None or found[2].lower() not in units or float(found[1]) == 0:
-        raise CompressLabError(
-            f"budget '{text}': give average bits per weight or megabytes of weight files, such as 3.5bits or 80MB"
-        )
-    return Budget(amount=float(found[1]), unit=units[found[2].lower()])
+AS_IT_IS = "as the recipe says"
 
 
 def share_out(
-    calibration: Pass, recipe: Recipe, solvers: Mapping[str, Solver], budget: Budget, *, sensitivity: str = "gram",
+    calibration: Pass, recipe: Recipe, solvers: Mapping[str, Solver], budget: Budget, *, sensitivity: str | None = None,
     smoothers: Sequence[Smoother] = (), on_layer: Callable[[str], None] = lambda name: None,
-) -> Recipe:  # fmt: skip
+) -> tuple[Recipe, Search]:  # fmt: skip
     """The recipe with the `layers` that do least damage within the budget.
 
     Args:
         solvers: what the recipe as it is would round every planned layer with.
-        sensitivity: "gram" for the noise of each layer's output, "kl" for what leaving one layer out does to the logits.
+        sensitivity: a row of damage.SENSITIVITIES; None for the best that this model has.
         smoothers: the recipe's own; what is surveyed is the smoothed network.
+
+    Returns:
+        The recipe, and the whole trade-off that it was chosen from.
 
     Raises:
         CompressLabError: a method without a choice of bits, a format that cannot mix them, or a budget that is too small
             for any choice or so large that there is none.
     """
-    if sensitivity not in SENSITIVITIES:
-        raise unknown("sensitivity", sensitivity, SENSITIVITIES)
     step = recipe.rounding
     widths = _solvers_by_width(step)
     if smoothers:
         calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers))
-    layout, damage = _layout(solvers, widths, calibration, step), _damage(sensitivity, calibration, recipe)
-    survey = Survey(calibration, step, widths, layout, damage)
-    books = _books(calibration, budget)
-    options = survey.options(count_headers=budget.unit == "MB", on_layer=on_layer)
+    layout, books = _layout(solvers, widths, calibration, step), books_of(budget, calibration)
+    name, damage = damage_of(sensitivity, calibration, recipe.name)
+    survey = Survey(calibration, step, widths, layout, damage, books)
+    options = survey.options(on_layer)
     least = math.fsum(min(option.cost for option in mine) for mine in options.values())
     if least > books.left(budget):
         raise CompressLabError(
             f"a budget of {budget} cannot be met: the least possible is {_rounded_up(books.amount(least))}{budget.unit}"
         )
-    chosen = allocate(options, books.left(budget)).chosen
-    if all(option.name == FLOAT for option in chosen.values()):
-        whole = books.amount(math.fsum(option.cost for option in chosen.values()))
+    chosen = allocate(options, books.left(budget))
+    if all(option.name == FLOAT for option in chosen.chosen.values()):
         raise CompressLabError(
-            f"a budget of {budget} leaves every layer in float: the model takes {_rounded_up(whole)}{budget.unit} as it is"
+            f"a budget of {budget} leaves every layer in float: the model takes {_rounded_up(books.amount(chosen.cost))}"
+            f"{budget.unit} as it is"
         )
     differing = {
         name: FLOAT if option.name == FLOAT else {"bits": int(option.name)}
-        for name, option in chosen.items()
+        for name, option in chosen.chosen.items()
         if option.name not in (AS_IT_IS, str(step.settings["bits"]))
     }
-    return recipe.override({"layers": step.layers | differing})
+    search = _describe(options, chosen, books, budget, name)
+    return recipe.override({"layers": step.layers | differing}), search
 
 
-AS_IT_IS = "as the recipe says"
+def _describe(
+    options: Mapping[str, Sequence[Option]], chosen: Allocation, books: Books, budget: Budget, sensitivity: str
+) -> Search:
+    """The search as the report shows it: every point (amount of the budget's unit, damage)."""
+
+    def point(allocation: Allocation) -> tuple[float, float]:
+        return books.amount(allocation.cost), allocation.damage
+
+    uniform = {}
+    for label in (*map(str, WIDTHS), FLOAT):
+        same = {layer: option for layer, mine in options.items() for option in mine if option.name == label}
+        if len(same) == len(options):
+            uniform[label] = point(Allocation(chosen=same))
+    return Search(
+        budget=str(budget),
+        unit=budget.unit,
+        sensitivity=sensitivity,
+        chosen=point(chosen),
+        front=tuple(point(allocation) for allocation in front(options)),
+        uniform=uniform,
+    )
 
 
 def _solvers_by_width(step: Step) -> dict[str, Solver]:
@@ -152,89 +136,21 @@ def _layout(
     return layout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Damage
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Damage(Protocol):
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float: ...
-
-
-def _damage(sensitivity: str, calibration: Pass, recipe: Recipe) -> Damage:
-    if sensitivity == "gram":
-        return lambda name, weight, rounded, gram: output_noise(weight, rounded, gram)
-    if calibration.batches is None:
-        raise CompressLabError(
-            f"sensitivity 'kl' runs the model on calibration text, which recipe '{recipe.name}' does not use: "
-            "take a recipe such as w4a16-gptq, or sensitivity 'gram'"
-        )
-    return LeaveOneOut(calibration)
-
-
-class LeaveOneOut:
-    """What rounding one layer alone does to the next-token distributions; the whole model is in memory, in float32."""
-
-    def __init__(self, calibration: Pass) -> None:
-        assert calibration.batches is not None
-        self.model = _whole_model(calibration.source, calibration.device)
-        if not models.is_language_model(self.model):
-            raise CompressLabError(
-                f"sensitivity 'kl' compares next-token distributions, and {type(self.model).__name__} has none: "
-                "take sensitivity 'gram'"
-            )
-        first = calibration.batches[0]
-        self.batch = {k: v[:KL_WINDOWS, :KL_TOKENS].to(calibration.device) for k, v in first.items()}
-        self.reference = self._logits()
-
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
-        module = self.model.get_submodule(name)
-        kept = module._parameters["weight"]
-        swapped = rounded.t() if is_transposed(module) else rounded
-        module._parameters["weight"] = nn.Parameter(swapped, requires_grad=False)
-        try:
-            return kl_divergence(self.reference, self._logits())
-        finally:
-            module._parameters["weight"] = kept
-
-    def _logits(self) -> Tensor:
-        """Of every token that is no padding, float32 [tokens, vocabulary]."""
-        with torch.inference_mode():
-            logits = self.model(**self.batch, use_cache=False).logits
-        mask = self.batch.get("attention_mask")
-        return logits.flatten(0, 1) if mask is None else logits[mask.bool()]
-
-
-def _whole_model(source: Source, device: torch.device) -> nn.Module:
-    """The model with all its weights, from the source itself: that may be an object, or smoothed, and lie in no folder."""
-    model = source.skeleton()
-    names = set(model.state_dict()) & set(source.weights.names())
-    stored = {name: source.weights.get(name).to(device) for name in names}
-    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
-    model.load_state_dict(floats, strict=False, assign=True)
-    for module in model.modules():  # tables that no checkpoint has
-        module._buffers.update({k: v.to(device) for k, v in module._buffers.items() if v is not None and not v.is_meta})
-    models.tie_weights(model)
-    return model
-
-
 class Survey:
     """The options of every planned layer, gathered layer by layer as the calibration batches pass."""
 
     def __init__(
-        self, calibration: Pass, step: Step, widths: Mapping[str, Solver], layout: Layout, damage: Damage
+        self, calibration: Pass, step: Step, widths: Mapping[str, Solver], layout: Layout, damage: Damage, books: Books
     ) -> None:
-        self.calibration, self.step, self.widths, self.layout, self.damage = calibration, step, widths, layout, damage
+        self.calibration, self.step, self.widths, self.layout = calibration, step, widths, layout
+        self.damage, self.books = damage, books
         self.skeleton = calibration.source.skeleton()
 
-    def options(
-        self, *, count_headers: bool, on_layer: Callable[[str], None] = lambda name: None
-    ) -> dict[str, list[Option]]:
-        """Cost in bytes, with or without what the file's header says of the tensors."""
+    def options(self, on_layer: Callable[[str], None] = lambda name: None) -> dict[str, list[Option]]:
         found: dict[str, list[Option]] = {}
 
         def visit(name: str, gram: Gram | None) -> None:
-            found[name] = self._options_of(name, gram, count_headers)
+            found[name] = self._options_of(name, gram)
             on_layer(name)
 
         if self.calibration.batches is not None:
@@ -244,23 +160,20 @@ class Survey:
                 visit(name, None)
         return found
 
-    def _options_of(self, name: str, gram: Gram | None, count_headers: bool) -> list[Option]:
+    def _options_of(self, name: str, gram: Gram | None) -> list[Option]:
         module = self.skeleton.get_submodule(name)
         stored = read_weight(self.calibration.source, name, module)
         weight = stored.to(self.calibration.device, torch.float32).contiguous()
         along: Along = "out" if is_transposed(module) else "in"
 
-        def cost(tensors: Mapping[str, Tensor]) -> int:
-            headers = sum(_entry_bytes(f"{name}.{suffix}", t) for suffix, t in tensors.items()) if count_headers else 0
-            return headers + sum(t.nbytes for t in tensors.values())
-
         def rounded(label: str, solver: Solver) -> Option:
             try:
-                solved = solver.solve(weight, gram, scale_dtype=stored.dtype, groups_along=along).weight
+                solved = draft_of(solver).solve(weight, gram, scale_dtype=stored.dtype, groups_along=along).weight
             except ValueError as error:
                 raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
             damage = self.damage(name, weight, solved.dequantize(), gram)
-            return Option(name=label, cost=cost(self.layout.encode(name, solved, module)), damage=damage)
+            cost = self.books.cost(name, self.layout.encode(name, solved, module), solved)
+            return Option(name=label, cost=cost, damage=damage)
 
         if differing_settings(self.step.layers, name):
             method = self.step.build(name)
@@ -268,72 +181,17 @@ class Survey:
             return [rounded(AS_IT_IS, method)]
         return [
             *(rounded(label, solver) for label, solver in self.widths.items()),
-            Option(name=FLOAT, cost=cost({"weight": stored}), damage=0.0),
+            Option(name=FLOAT, cost=self.books.cost(name, {"weight": stored}, None), damage=0.0),
         ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cost
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Books:
-    """A budget in bytes of the planned layers: one unit buys `unit_bytes`, and `other_bytes` are spent already."""
-
-    unit_bytes: float
-    other_bytes: float
-
-    def left(self, budget: Budget) -> float:
-        return budget.amount * self.unit_bytes - self.other_bytes
-
-    def amount(self, layer_bytes: float) -> float:
-        """What the planned layers and all else come to, in the budget's unit."""
-        return (layer_bytes + self.other_bytes) / self.unit_bytes
-
-
-def _books(calibration: Pass, budget: Budget) -> Books:
-    weights, plan = calibration.source.weights, calibration.plan
-    if budget.unit == "bits":
-        return Books(unit_bytes=sum(math.prod(weights.shape(f"{n}.weight")) for n in plan.layers) / 8, other_bytes=0)
-    planned = {f"{name}.weight" for name in plan.layers}
-    others = [(name, weights.get(name)) for unit in plan.units for name in unit.tensors if name not in planned]
-    spent = sum(tensor.nbytes + _entry_bytes(name, tensor) for name, tensor in others)
-    return Books(unit_bytes=1e6, other_bytes=spent + FILE_BYTES * len(plan.units))
-
-
-def _entry_bytes(name: str, tensor: Tensor) -> int:
-    """What a safetensors header takes for one tensor, at most: offsets are taken to be long."""
-    entry = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [10**12, 10**12]}
-    return len(json.dumps({name: entry}, separators=(",", ":")))
+def draft_of(solver: Solver) -> Solver:
+    """A quicker solver on the same grid whose errors compare alike, if the method has one."""
+    draft = getattr(solver, "draft", None)
+    return solver if draft is None else draft()
 
 
 def _rounded_up(amount: float) -> str:
     """To four digits, so that what is named can be had."""
     unit = 10 ** (3 - math.floor(math.log10(amount)))
     return f"{math.ceil(amount * unit) / unit:g}"
-
-
-def check(folder: Path, budget: Budget, source: Source, layers: Sequence[str]) -> None:
-    """That a finished folder keeps to its budget, by its files.
-
-    Args:
-        layers: those that the budget in bits is about.
-
-    Raises:
-        CompressLabError: if it does not.
-    """
-    files = size.weight_files(folder)
-    if budget.unit == "MB":
-        found = sum(path.stat().st_size for path in files) / 1e6
-    else:
-        ours = set(layers)
-        entries = [(name, e) for path in files for name, e in size.read_header(path)[1].items()]
-        used = sum(
-            entry["data_offsets"][1] - entry["data_offsets"][0]
-            for name, entry in entries
-            if name.rpartition(".")[0] in ours and name.rpartition(".")[2].startswith("weight")
-        )
-        found = 8 * used / sum(math.prod(source.weights.shape(f"{name}.weight")) for name in layers)
-    if found > budget.amount * (1 + 1e-9):
-        raise CompressLabError(f"the artifact takes {found:.4g}{budget.unit}, more than {budget}: please report this")

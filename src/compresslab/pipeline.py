@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from compresslab import budget as budgets
 from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
@@ -56,7 +57,7 @@ def compress(
     out: str | Path,
     settings: dict[str, Any] | None = None,
     budget: str | None = None,
-    sensitivity: str = "gram",
+    sensitivity: str | None = None,
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
@@ -73,8 +74,9 @@ def compress(
             for the evaluation only. None leaves both out.
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
-        budget: "3.5bits" per weight or "80MB" of weight files: choose the bits of every layer to stay within it.
-        sensitivity: what to choose them by, "gram" or "kl" (see mixed.py).
+        budget: "3.5bits" per weight, "80MB" of weight files or "20ms" per decoded token: choose the bits of every layer to
+            stay within it.
+        sensitivity: what to choose them by, a row of damage.SENSITIVITIES; None for the best that the model has.
         measure: measure size, speed and quality before and after; otherwise only size and parity.
 
     Returns:
@@ -85,7 +87,8 @@ def compress(
     """
     progress, out, clock = progress or Progress(), Path(out), Clock()
     where = pick_device(device)
-    wanted = None if budget is None else mixed.parse_budget(budget)
+    wanted = None if budget is None else budgets.parse_budget(budget)
+    search = None
 
     with clock("read"):
         check_output(out, force)
@@ -105,7 +108,7 @@ def compress(
     if wanted is not None:
         with clock("share out"):
             progress.stage("survey", len(eligible))
-            chosen = mixed.share_out(
+            chosen, search = mixed.share_out(
                 _pass(source, plan, calibration, where), chosen, solvers, wanted, sensitivity=sensitivity,
                 smoothers=stages.smoothers, on_layer=progress.step,
             )  # fmt: skip
@@ -127,7 +130,7 @@ def compress(
         with clock("write"):
             folder = writer.assemble(source, layout.config(list(plan.skipped)))
             if wanted is not None:
-                mixed.check(folder, wanted, source, eligible)
+                budgets.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
             before, after = _measure(original, folder, writer, windows, data, measure, where, progress)
@@ -146,6 +149,7 @@ def compress(
             layers=tuple(Layer(**dataclasses.asdict(record)) for record in writer.records()),
             skipped=plan.skipped,
             bytes=kinds,
+            search=search,
             parity=Parity(runtime="transformers", tensors=after.weights_compared, max_abs_difference=0.0),
         )
         report.save(folder)

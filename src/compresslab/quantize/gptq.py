@@ -28,6 +28,7 @@ Oracle. tests/oracles/gptq.py: after each column, a float64 least-squares refit 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -104,7 +105,13 @@ class GPTQ:
         )
         codes = round_with_feedback(weight, scale, zero_point, grid, order, feedback)
         solved = QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
-        return Solution(weight=solved, note=_remarks(gram, self.damp_frac, damp_frac))
+        return Solution(
+            weight=self._refine(solved, weight, gram, order), note=_remarks(gram, self.damp_frac, damp_frac)
+        )
+
+    def _refine(self, solved: QuantWeight, weight: Tensor, gram: Gram, order: Tensor) -> QuantWeight:
+        """What a method that builds on this one makes of its solution; `order` [in] is the order of the columns."""
+        return solved
 
     def _factor(self, gram: Gram) -> tuple[Tensor, Tensor, float]:
         if self.activation_order:
@@ -119,24 +126,45 @@ def round_with_feedback(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, order: Tensor, feedback: Tensor
 ) -> Tensor:
     """Codes int8 [out, in] of W under the recurrence above; `feedback` [in, in] has its columns in `order`."""
-    in_features = weight.shape[1]
     order, feedback = order.cpu(), feedback.cpu()
-    group_of = torch.arange(in_features) // (in_features // scale.shape[1])
-    scales, zeros = per_element(scale, zero_point, (weight.shape[0], scale.shape[1]))
-    scales = scales.t().contiguous().cpu()
-    zeros = torch.zeros_like(scales) if zeros is None else zeros.t().contiguous().cpu()
     error = weight.cpu().t().contiguous().index_select(0, order)  # W^T, turned into (W - Q)^T block by block
     codes = torch.empty(error.shape, dtype=torch.int8)
-    table = (EMPTY, EMPTY) if grid.table is None else (grid.table.thresholds.numpy(), grid.table.values.numpy())
-    for start in range(0, in_features, BLOCK):
-        block = slice(start, min(start + BLOCK, in_features))
-        target = torch.addmm(error[block], feedback[:start, block].t(), error[:start])
-        kernels.round_block_with_feedback(
-            target.numpy(), feedback[block, block].contiguous().numpy(), order[block].numpy(), group_of.numpy(),
-            scales.numpy(), zeros.numpy(), np.float32(grid.qmin), np.float32(grid.qmax), *table, codes.numpy(),
-            error[block].numpy(),
-        )  # fmt: skip
+    round_block = block_rounder(scale, zero_point, grid, codes, order)
+    for block in blocks_of(weight.shape[1]):
+        target = torch.addmm(error[block], feedback[: block.start, block].t(), error[: block.start])
+        round_block(target, feedback[block, block].contiguous(), block, error[block])
     return codes.t().contiguous().to(weight.device)
+
+
+def blocks_of(in_features: int) -> list[slice]:
+    """The columns in blocks that a processor's cache holds."""
+    return [slice(start, min(start + BLOCK, in_features)) for start in range(0, in_features, BLOCK)]
+
+
+def block_rounder(
+    scale: Tensor, zero_point: Tensor | None, grid: Grid, codes: Tensor, order: Tensor
+) -> Callable[[Tensor, Tensor, slice, Tensor], None]:
+    """The compiled kernel for one weight: rounds a block of columns, given (target, feedback, block, error).
+
+    Args:
+        codes: int8 [in, out], in the original order; the kernel writes it.
+        order: int64 [in], the column of W that stands at each place.
+    """
+    in_features, out_features = codes.shape
+    group_of = torch.arange(in_features) // (in_features // scale.shape[1])
+    scales, zeros = per_element(scale, zero_point, (out_features, scale.shape[1]))
+    scales = scales.t().contiguous().cpu()
+    zeros = torch.zeros_like(scales) if zeros is None else zeros.t().contiguous().cpu()
+    thresholds = EMPTY if grid.table is None else grid.table.thresholds.numpy()
+    values = EMPTY if grid.table is None else grid.table.values.numpy()
+
+    def round_block(target: Tensor, feedback: Tensor, block: slice, error: Tensor) -> None:
+        kernels.round_block_with_feedback(
+            target.numpy(), feedback.numpy(), order[block].numpy(), group_of.numpy(), scales.numpy(), zeros.numpy(),
+            np.float32(grid.qmin), np.float32(grid.qmax), thresholds, values, codes.numpy(), error.numpy(),
+        )  # fmt: skip
+
+    return round_block
 
 
 def _remarks(gram: Gram, asked_frac: float, used_frac: float) -> str:

@@ -100,7 +100,7 @@ def worst(layers: Iterable[Layer], count: int) -> list[Layer]:
     return sorted(noisy, key=lambda layer: -math.inf if math.isnan(layer.sqnr_db) else layer.sqnr_db)[:count]
 
 
-def _el(tag: str, text: str = "", **attributes: str | float) -> Markup:
+def el(tag: str, text: str = "", **attributes: str | float) -> Markup:
     """One SVG element; text and attributes are escaped unless they are Markup."""
     pairs = [
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), f"{v:.1f}" if isinstance(v, float) else v)
@@ -109,14 +109,14 @@ def _el(tag: str, text: str = "", **attributes: str | float) -> Markup:
     return Markup("<{}{}>{}</{}>").format(tag, Markup("").join(pairs), text, tag)
 
 
-def _svg(width: int, height: int, label: str, parts: Iterable[Markup], css: str) -> Markup:
-    return _el("svg", Markup("").join(parts), class_=css, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
+def svg(width: int, height: int, label: str, parts: Iterable[Markup], css: str) -> Markup:
+    return el("svg", Markup("").join(parts), class_=css, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
 
 
-def _glyph(colour: int, x: float, y: float, radius: float, *, title: str = "", css: str = "dot") -> Markup:
-    return _el(
+def glyph(colour: int, x: float, y: float, radius: float, *, title: str = "", css: str = "dot") -> Markup:
+    return el(
         "path",
-        _el("title", title) if title else "",
+        el("title", title) if title else "",
         class_=f"{css} k{colour}",
         d=_UNIT_SHAPES[colour],
         transform=f"translate({x:.1f},{y:.1f})scale({radius})",
@@ -125,7 +125,7 @@ def _glyph(colour: int, x: float, y: float, radius: float, *, title: str = "", c
 
 def icon(colour: int) -> Markup:
     """The marker of a colour on its own, for a legend."""
-    return _el("svg", _glyph(colour, 7, 7, 4.6), class_="icon", viewBox="0 0 14 14", aria_hidden="true")
+    return el("svg", glyph(colour, 7, 7, 4.6), class_="icon", viewBox="0 0 14 14", aria_hidden="true")
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -136,7 +136,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [step * i for i in range(first, last + 1)]
 
 
-def _labels(wanted: Sequence[tuple[float, float, str]], width: float, height: float) -> list[Markup]:
+def labels(wanted: Sequence[tuple[float, float, str]], width: float, height: float) -> list[Markup]:
     """Texts beside their points, each in the first free place; one that finds none is left out."""
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in wanted]  # no label over a point that has one
     made: list[Markup] = []
@@ -151,15 +151,15 @@ def _labels(wanted: Sequence[tuple[float, float, str]], width: float, height: fl
             if free and box[0] >= 0 and box[2] <= width and box[1] >= 0 and box[3] <= height:
                 taken.append(box)
                 anchor = {0.0: "", 0.5: " mid", 1.0: " end"}[side]
-                made.append(_el("text", text, class_=f"label{anchor}", x=x + dx, y=base))
+                made.append(el("text", text, class_=f"label{anchor}", x=x + dx, y=base))
                 break
     return made
 
 
-def _across(y: float, left: float, right: float, text: str) -> Markup:
+def across(y: float, left: float, right: float, text: str) -> Markup:
     """A grid line and its value."""
-    line = _el("line", class_="grid", x1=left, x2=right, y1=y, y2=y)
-    return line + _el("text", text, class_="tick end", x=left - 8, y=y + 4)
+    line = el("line", class_="grid", x1=left, x2=right, y1=y, y2=y)
+    return line + el("text", text, class_="tick end", x=left - 8, y=y + 4)
 
 
 def _blocks(layers: Sequence[Layer], count: int) -> tuple[str, list[tuple[int, str]]]:
@@ -192,28 +192,28 @@ def layer_plot(layers: Sequence[Layer], *, width: int = 960, height: int = 380, 
 
     of = " or ".join(f"the layer's {plain(kind)}" for kind in dict.fromkeys(layer.sqnr_of for layer in layers))
     axis, starts = _blocks(layers, 16 if width > 600 else 7)
-    parts = [_el("text", f"SQNR of {of}, dB (higher is better)", class_="axis", x=0, y=13)]
-    parts += [_across(at(0, mark)[1], left, right, f"{mark:g}") for mark in marks]
-    parts += [_across(top - 24.0, left, right, "exact")] if exact else []
-    parts += [_across(bottom + 26.0, left, right, "undefined")] if lost else []
+    parts = [el("text", f"SQNR of {of}, dB (higher is better)", class_="axis", x=0, y=13)]
+    parts += [across(at(0, mark)[1], left, right, f"{mark:g}") for mark in marks]
+    parts += [across(top - 24.0, left, right, "exact")] if exact else []
+    parts += [across(bottom + 26.0, left, right, "undefined")] if lost else []
     floor = height - 44
     for i, text in starts:
-        parts.append(_el("text", text, class_="tick mid", x=at(i, 0)[0], y=floor + 26))
-        parts.append(_el("line", class_="grid", x1=at(i, 0)[0], x2=at(i, 0)[0], y1=floor + 10, y2=floor + 14))
-    parts.append(_el("text", f"{axis}, in network order", class_="axis end", x=right, y=height - 3))
+        parts.append(el("text", text, class_="tick mid", x=at(i, 0)[0], y=floor + 26))
+        parts.append(el("line", class_="grid", x1=at(i, 0)[0], x2=at(i, 0)[0], y1=floor + 10, y2=floor + 14))
+    parts.append(el("text", f"{axis}, in network order", class_="axis end", x=right, y=height - 3))
     colours = roles(layers)
     points = [(layer, *at(i, layer.sqnr_db)) for i, layer in enumerate(layers)]
     for name, colour in colours.items():
         own = [(x, y) for layer, x, y in points if role(layer.name) == name and math.isfinite(layer.sqnr_db)]
-        parts.append(_el("polyline", class_=f"trace k{colour}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in own)))
+        parts.append(el("polyline", class_=f"trace k{colour}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in own)))
     radius = 3.7 if width > 600 else 2.7
     for layer, x, y in points:
         title = f"{plain(layer.name)}\n{decibel(layer)}, {layer.bits_per_weight:.2f} bits per weight"
-        parts.append(_glyph(colours[role(layer.name)], x, y, radius, title=title))
+        parts.append(glyph(colours[role(layer.name)], x, y, radius, title=title))
     places = {id(layer): (x, y) for layer, x, y in points}
     named = [(*places[id(layer)], _short(plain(layer.name))) for layer in worst(layers, labelled)]
-    parts += _labels(named, width, floor + 12)
-    return _svg(width, height, "Signal to quantisation-noise ratio of every layer", parts, "plot")
+    parts += labels(named, width, floor + 12)
+    return svg(width, height, "Signal to quantisation-noise ratio of every layer", parts, "plot")
 
 
 def _short(name: str) -> str:
@@ -229,12 +229,12 @@ def byte_bar(parts: Sequence[Bytes], side: str, label: str) -> Markup:
     start, rects = 0, []
     for i, part in enumerate(parts):
         size = part.before_bytes if side == "before" else part.after_bytes
-        title = _el("title", f"{plain(part.kind)}: {human(size, 'bytes')}")
+        title = el("title", f"{plain(part.kind)}: {human(size, 'bytes')}")
         x, wide = f"{100 * start / total:.4f}%", f"{100 * size / total:.4f}%"
         css = f"seg k{min(i, COLOURS - 1)}"
-        rects.append(_el("rect", title, class_=css, data_bytes=size, x=x, y=0, width=wide, height=36))
+        rects.append(el("rect", title, class_=css, data_bytes=size, x=x, y=0, width=wide, height=36))
         start += size
-    return _el("svg", Markup("").join(rects), class_="bar", role="img", aria_label=label)
+    return el("svg", Markup("").join(rects), class_="bar", role="img", aria_label=label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,20 +280,20 @@ def size_plot(points: Sequence[Point], *, width: int = 960, height: int = 400) -
         share = (lift(perplexity) - lift(ys[0])) / (lift(ys[-1]) - lift(ys[0]))
         return left + size / xs[-1] * (right - left), bottom - share * (bottom - top)
 
-    parts = [_el("text", f"perplexity{word} (lower is better)", class_="axis", x=0, y=13)]
-    parts += [_across(at(0, y)[1], left, right, f"{y:,g}") for y in ys]
+    parts = [el("text", f"perplexity{word} (lower is better)", class_="axis", x=0, y=13)]
+    parts += [across(at(0, y)[1], left, right, f"{y:,g}") for y in ys]
     for x in xs[:: 1 if width > 600 else 2]:
         place = "tick end" if x == xs[-1] else "tick mid"
         value = human(x, "bytes").replace(".0 ", " ") if x else "0"
-        parts.append(_el("text", value, class_=place, x=at(x, ys[0])[0], y=bottom + 20))
-    parts.append(_el("text", "bytes of the weights (smaller is better)", class_="axis end", x=right, y=height - 6))
+        parts.append(el("text", value, class_=place, x=at(x, ys[0])[0], y=bottom + 20))
+    parts.append(el("text", "bytes of the weights (smaller is better)", class_="axis end", x=right, y=height - 6))
     wanted = []
     for p in points:
         x, y = at(p.size, p.perplexity)
-        parts.append(_glyph(p.group % COLOURS, x, y, 6, title=p.title, css="dot float" if p.baseline else "dot"))
+        parts.append(glyph(p.group % COLOURS, x, y, 6, title=p.title, css="dot float" if p.baseline else "dot"))
         wanted.append((x, y, p.label if width > 600 and len(p.label) <= 40 else p.mark))
-    parts += _labels(wanted, width, bottom + 12)
-    return _svg(width, height, "Perplexity against the bytes of the weights", parts, "plot")
+    parts += labels(wanted, width, bottom + 12)
+    return svg(width, height, "Perplexity against the bytes of the weights", parts, "plot")
 
 
 def size_text(points: Sequence[Point], *, width: int = 58, height: int = 12) -> str:

@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from compresslab.report import plots
+from compresslab.report.front import front_plot
 from compresslab.report.compare import compare_html, compare_markdown, compare_terminal
 from compresslab.report.pieces import markdown_table, md, page_template, terminal_table
 from compresslab.report.plots import decibel, human, plain
@@ -169,6 +170,8 @@ def to_html(report: Report) -> str:
         bars=[plots.byte_bar(parts, side, f"bytes {side}") for side in ("before", "after")],
         icons=[(role, plots.icon(colour)) for role, colour in plots.roles(report.layers).items()],
         plots=[plots.layer_plot(report.layers, width=w, height=h, labelled=n) for w, h, n in _SIZES],
+        search=report.search,
+        fronts=[front_plot(report.search, width=w, height=h) for w, h, _ in _SIZES],
         notes=[(note, listed(names, 8)) for note, names in notes(report)],
         parity=parity_line(report),
         recipe=recipe_yaml(report),

@@ -73,6 +73,17 @@ class Parity(Frozen):
     max_abs_difference: float  # over de-quantised weights, in-memory against reloaded; 0 means bit-equal
 
 
+class Search(Frozen):
+    """How a budget was shared out. A point is (what the whole takes in `unit`, damage predicted by `sensitivity`)."""
+
+    budget: str  # as asked for, e.g. "3.5bits"
+    unit: str  # "bits" per weight, "MB" or "ms" per decoded token
+    sensitivity: str
+    chosen: tuple[float, float]
+    front: tuple[tuple[float, float], ...]  # every allocation on the lower convex hull, from the cheapest
+    uniform: dict[str, tuple[float, float]]  # the same choice for every layer, where each has it
+
+
 class Report(Frozen):
     """One run: what was compressed, how, on what, and what changed."""
 
@@ -90,6 +101,7 @@ class Report(Frozen):
     skipped: dict[str, str]  # linear layers left in float, and why
     bytes: tuple[Bytes, ...]
     parity: Parity
+    search: Search | None = None
 
     @model_validator(mode="after")
     def _version(self) -> Self:
