@@ -15,8 +15,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from compresslab.report import plots
-from compresslab.report.front import front_plot
 from compresslab.report.compare import compare_html, compare_markdown, compare_terminal
+from compresslab.report.front import front_plot
 from compresslab.report.pieces import markdown_table, md, page_template, terminal_table
 from compresslab.report.plots import decibel, human, plain
 from compresslab.report.schema import Report
