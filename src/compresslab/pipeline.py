@@ -37,6 +37,7 @@ from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
 from compresslab.smoothing import smoothed
 
+PASSAGES = 8  # an encoder embeds for every evaluation window
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 
@@ -95,7 +96,7 @@ def compress(
         source = models.find(model)
         check_output(out, force, source.folder)
         plan, methods, layout = _planned(source, chosen)
-        windows = _windows(source, data, evaluation_windows) if measure else None
+        texts = _texts(source, data, evaluation_windows) if measure else None
         calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
         surveys = len(stages.smoothers) + (wanted is not None)
@@ -133,7 +134,7 @@ def compress(
                 mixed.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, windows, data, measure, where, progress)
+            before, after = _measure(original, folder, writer, texts, data, measure, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -343,13 +344,19 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _windows(source: models.Source, data: Any, count: int) -> torch.Tensor | None:
-    """Token windows [n, length] of the text's test split, or None without a text or a tokenizer to measure with."""
+def _texts(source: models.Source, data: Any, count: int) -> dict[str, torch.Tensor] | None:
+    """Token windows [n, length] of the text's test split, and for an encoder what it embeds; None without a text or a
+    tokenizer to measure with.
+    """
     if not isinstance(data, str) or not source.has_tokenizer():
         return None
-    windows = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
+    tokenizer, length = source.tokenizer(), _window_length(source)
+    windows = datasets.windows(data, tokenizer, length=length, count=count)
     _check_tokens(source, windows)
-    return windows
+    if not models.is_encoder(source.config):
+        return {"input_ids": windows}
+    passages = datasets.encoder_texts(data, tokenizer, count=PASSAGES * count, longest=length)
+    return {"input_ids": windows} | passages
 
 
 def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
@@ -368,7 +375,7 @@ def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, tokens: torch.Tensor | None, data: Any, everything: bool,
+    original: Path, folder: Path, writer: Writer, texts: dict[str, torch.Tensor] | None, data: Any, everything: bool,
     device: torch.device, progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
@@ -378,9 +385,9 @@ def _measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         windows, said = None, ""
-        if tokens is not None:
+        if texts is not None:
             windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
-            save_file({"input_ids": tokens}, windows)
+            save_file(texts, windows)
         job = fresh.Job(
             folder=original, windows=windows, reference=Path(scratch) / "reference.safetensors", source=said,
             device=str(device), threads=torch.get_num_threads(), speed=everything,
