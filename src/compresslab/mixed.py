@@ -23,7 +23,7 @@ import torch
 
 from compresslab import layerwise, methods
 from compresslab.budget import Books, Budget, books_of
-from compresslab.contract import Along, Smoother, Solver
+from compresslab.contract import ActivationQuantizer, Along, Smoother, Solver
 from compresslab.damage import Damage, damage_of
 from compresslab.deploy.layouts import Layout, layout_of
 from compresslab.errors import CompressLabError
@@ -41,7 +41,8 @@ AS_IT_IS = "as the recipe says"
 
 def share_out(
     calibration: Pass, recipe: Recipe, solvers: Mapping[str, Solver], budget: Budget, *, sensitivity: str | None = None,
-    smoothers: Sequence[Smoother] = (), on_layer: Callable[[str], None] = lambda name: None,
+    smoothers: Sequence[Smoother] = (), activations: Mapping[str, ActivationQuantizer] | None = None,
+    on_layer: Callable[[str], None] = lambda name: None,
 ) -> tuple[Recipe, Search]:  # fmt: skip
     """The recipe with the `layers` that do least damage within the budget.
 
@@ -49,6 +50,7 @@ def share_out(
         solvers: what the recipe as it is would round every planned layer with.
         sensitivity: a row of damage.SENSITIVITIES; None for the best that this model has.
         smoothers: the recipe's own; what is surveyed is the smoothed network.
+        activations: what rounds the inputs of layers; the survey leaves them in float.
 
     Returns:
         The recipe, and the whole trade-off that it was chosen from.
@@ -60,8 +62,8 @@ def share_out(
     step = recipe.rounding
     widths = _solvers_by_width(step)
     if smoothers:
-        calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers))
-    layout, books = _layout(solvers, widths, calibration, step), books_of(budget, calibration)
+        calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers, activations))
+    layout, books = _layout(solvers, widths, calibration, step, activations), books_of(budget, calibration)
     name, damage = damage_of(sensitivity, calibration, recipe.name)
     survey = Survey(calibration, step, widths, layout, damage, books)
     options = survey.options(on_layer)
@@ -122,7 +124,8 @@ def _solvers_by_width(step: Step) -> dict[str, Solver]:
 
 
 def _layout(
-    solvers: Mapping[str, Solver], widths: Mapping[str, Solver], calibration: Pass, step: Step
+    solvers: Mapping[str, Solver], widths: Mapping[str, Solver], calibration: Pass, step: Step,
+    activations: Mapping[str, ActivationQuantizer] | None = None,
 ) -> Layout:  # fmt: skip
     """How an artifact of many widths is written. CompressLabError if the format cannot hold one, before any work."""
     turns = list(widths.values())
@@ -130,7 +133,7 @@ def _layout(
         name: solver if differing_settings(step.layers, name) else turns[i % len(turns)]
         for i, (name, solver) in enumerate(solvers.items())
     }
-    layout, skeleton = layout_of(trial), calibration.source.skeleton()
+    layout, skeleton = layout_of(trial, activations), calibration.source.skeleton()
     for name in trial:
         layout.check_module(name, skeleton.get_submodule(name))
     return layout

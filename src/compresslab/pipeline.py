@@ -27,17 +27,18 @@ from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import Smoother, Solver
+from compresslab.contract import ActivationQuantizer, Smoother, Solver
 from compresslab.deploy.layouts import Layout, layout_of
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
-from compresslab.plan import Plan, make_plan
-from compresslab.recipe import Recipe
+from compresslab.plan import Plan, check_patterns, make_plan
+from compresslab.recipe import FLOAT, Recipe, differing_settings
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
 from compresslab.smoothing import smoothed
 
+PASSAGES = 8  # an encoder embeds for every evaluation window
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 
@@ -97,30 +98,32 @@ def compress(
         stages = _stages(chosen)
         source = models.find(model)
         check_output(out, force, source.folder)
-        plan, solvers, layout = _planned(source, chosen)
-        windows = _windows(source, data, evaluation_windows) if measure else None
+        plan, methods, layout = _planned(source, chosen)
+        texts = _texts(source, data, evaluation_windows) if measure else None
         calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
         surveys = len(stages.smoothers) + (wanted is not None)
-        preflight.check(preflight.estimate(source, plan, solvers, *tokens, where, surveys), out)
+        preflight.check(preflight.estimate(source, plan, methods.solvers, *tokens, where, surveys), out)
 
     eligible = plan.layers
     if wanted is not None:
         with clock("share out"):
             progress.stage("survey", len(eligible))
             chosen, search = mixed.share_out(
-                _pass(source, plan, calibration, where), chosen, solvers, wanted, sensitivity=sensitivity,
-                smoothers=stages.smoothers, on_layer=progress.step,
+                _pass(source, plan, calibration, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
+                smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
             )  # fmt: skip
-            plan, solvers, layout = _planned(source, chosen)
+            plan, methods, layout = _planned(source, chosen)
 
     key = _key(source, chosen, calibration, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
-        job = _job(_pass(source, plan, calibration, where), stages, solvers, layout, writer, progress)
+        job = _job(_pass(source, plan, calibration, where), stages, methods, layout, writer, progress)
         if stages.smoothers:
             with clock("smooth"):
                 progress.stage("smooth", 1)
-                job = dataclasses.replace(job, source=smoothed(job, stages.smoothers, solvers))
+                job = dataclasses.replace(
+                    job, source=smoothed(job, stages.smoothers, methods.solvers, methods.activations)
+                )
                 progress.step("the inputs of layers")
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
@@ -128,12 +131,13 @@ def compress(
                 progress.step(record.name)
             layerwise.run(job)
         with clock("write"):
-            folder = writer.assemble(source, layout.config(list(plan.skipped)))
+            in_float = [record.name for record in writer.records() if record.activation_bits is None]
+            folder = writer.assemble(source, layout.config(list(plan.skipped), in_float))
             if wanted is not None:
                 budgets.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, windows, data, measure, where, progress)
+            before, after = _measure(original, folder, writer, texts, data, measure, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -170,9 +174,9 @@ def plan_only(
     chosen = chosen.override(settings) if settings else chosen
     stages = _stages(chosen)
     source = models.find(model)
-    plan, solvers, _ = _planned(source, chosen)
+    plan, methods, _ = _planned(source, chosen)
     tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if stages.needs_data else (0, 0)
-    estimate = preflight.estimate(source, plan, solvers, *tokens, pick_device(device), len(stages.smoothers))
+    estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
     return plan, estimate, chosen
 
 
@@ -209,38 +213,57 @@ class Stages:
 
     name: str
     smoothers: tuple[Smoother, ...]
+    activations: ActivationQuantizer | None
     solver: Solver
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.smoothers) or self.solver.needs_data
+        rounding = [method for method in (self.activations, self.solver) if method is not None]
+        return bool(self.smoothers) or any(method.needs_data for method in rounding)
 
 
 def _stages(recipe: Recipe) -> Stages:
-    """CompressLabError unless the steps are any number of smoothers and then one solver."""
+    """CompressLabError unless the steps are any number of smoothers, at most one activation quantizer, and one solver."""
     *before, (name, solver) = [(step.method, step.build()) for step in recipe.steps]
     smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
-    if not isinstance(solver, Solver) or len(smoothers) < len(before):
+    quantizers = [method for _, method in before if isinstance(method, ActivationQuantizer)]
+    in_order = all(isinstance(method, Smoother) for _, method in before[: len(smoothers)])
+    known = in_order and len(quantizers) < 2 and len(smoothers) + len(quantizers) == len(before)
+    if not isinstance(solver, Solver) or not known:
         names = ", ".join([*(name for name, _ in before), name])
         raise CompressLabError(
             f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
-            "that smooth (such as smoothquant)"
+            "that smooth (such as smoothquant), with at most one for activations (such as dynamic) between them"
         )
-    layout_of({"": solver})  # a grid that no format holds is refused before any model is fetched
+    activations = quantizers[0] if quantizers else None
+    layout_of({"": solver}, {"": activations} if activations else {})  # what no format holds is refused at once
     if isinstance(solver, Smoother):
         smoothers.append(solver)
-    return Stages(name=name, smoothers=tuple(smoothers), solver=solver)
+    return Stages(name=name, smoothers=tuple(smoothers), activations=activations, solver=solver)
 
 
-def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, dict[str, Solver], Layout]:
-    """The plan, the solver of every layer in it, and how these layers will be written."""
-    step = recipe.rounding
+@dataclass(frozen=True, kw_only=True)
+class LayerMethods:
+    """What works on each layer, by the layer's name; layers whose inputs stay in float have no activation quantizer."""
+
+    solvers: dict[str, Solver]
+    activations: dict[str, ActivationQuantizer]
+
+
+def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]:
+    """The plan, what works on every layer in it, and how these layers will be written."""
+    step, inputs = recipe.rounding, recipe.activations
     plan = make_plan(source, recipe.ignore, step.layers)
     solvers = {layer: method for layer in plan.layers if isinstance(method := step.build(layer), Solver)}
-    layout, skeleton = layout_of(solvers, source.dtype), source.skeleton()
+    activations: dict[str, ActivationQuantizer] = {}
+    if inputs is not None:
+        check_patterns(inputs.layers, plan.layers, plan.skipped, source)
+        rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]
+        activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
+    layout, skeleton = layout_of(solvers, activations, source.dtype), source.skeleton()
     for name in plan.layers:
         layout.check_module(name, skeleton.get_submodule(name))
-    return plan, solvers, layout
+    return plan, LayerMethods(solvers=solvers, activations=activations), layout
 
 
 def _calibration(
@@ -249,9 +272,8 @@ def _calibration(
     if not stages.needs_data:
         return None
     if data is None:
-        raise CompressLabError(
-            f"method {recipe.steps[0].method} needs calibration data: name it with --data, e.g. wiki"
-        )
+        needy = next(step.method for step in recipe.steps if step.build().needs_data)
+        raise CompressLabError(f"method {needy} needs calibration data: name it with --data, e.g. wiki")
     if isinstance(data, datasets.Calibration):
         return data
     length = recipe.calibration.sequence_length
@@ -270,7 +292,7 @@ def _key(
     """All that the codes depend on: a run is only continued by the same one."""
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "order of layers": list(recipe.rounding.layers),  # two mappings are equal in any order
+        "order of layers": [list(step.layers) for step in recipe.steps],  # two mappings are equal in any order
         "model": source.weights.sha256,
         "config": source.config.to_json_string(use_diff=True),
         "data": None if calibration is None else calibration.sha256,
@@ -298,7 +320,7 @@ def _pass(
 def _job(
     calibrated: solving.Pass,
     stages: Stages,
-    solvers: dict[str, Solver],
+    methods: LayerMethods,
     layout: Layout,
     writer: Writer,
     progress: Progress,
@@ -306,7 +328,8 @@ def _job(
     return solving.Job(
         **vars(calibrated),
         method=stages.name,
-        solvers=solvers,
+        solvers=methods.solvers,
+        activations=methods.activations,
         sink=writer,
         encode=layout.encode,
         on_layer=lambda record: progress.step(record.name),
@@ -325,13 +348,19 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _windows(source: models.Source, data: Any, count: int) -> torch.Tensor | None:
-    """Token windows [n, length] of the text's test split, or None without a text or a tokenizer to measure with."""
+def _texts(source: models.Source, data: Any, count: int) -> dict[str, torch.Tensor] | None:
+    """Token windows [n, length] of the text's test split, and for an encoder what it embeds; None without a text or a
+    tokenizer to measure with.
+    """
     if not isinstance(data, str) or not source.has_tokenizer():
         return None
-    windows = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
+    tokenizer, length = source.tokenizer(), _window_length(source)
+    windows = datasets.windows(data, tokenizer, length=length, count=count)
     _check_tokens(source, windows)
-    return windows
+    if not models.is_encoder(source.config):
+        return {"input_ids": windows}
+    passages = datasets.encoder_texts(data, tokenizer, count=PASSAGES * count, longest=length)
+    return {"input_ids": windows} | passages
 
 
 def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
@@ -350,7 +379,7 @@ def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, tokens: torch.Tensor | None, data: Any, everything: bool,
+    original: Path, folder: Path, writer: Writer, texts: dict[str, torch.Tensor] | None, data: Any, everything: bool,
     device: torch.device, progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
@@ -360,9 +389,9 @@ def _measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         windows, said = None, ""
-        if tokens is not None:
+        if texts is not None:
             windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
-            save_file({"input_ids": tokens}, windows)
+            save_file(texts, windows)
         job = fresh.Job(
             folder=original, windows=windows, reference=Path(scratch) / "reference.safetensors", source=said,
             device=str(device), threads=torch.get_num_threads(), speed=everything,

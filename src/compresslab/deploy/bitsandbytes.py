@@ -20,18 +20,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compresslab.contract import Solver
+from compresslab.contract import ActivationQuantizer, Solver
 from compresslab.errors import CompressLabError
 from compresslab.models import weight_of
 from compresslab.numerics.formats import FORMATS
-from compresslab.numerics.grid import Grid, QuantWeight
+from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 from compresslab.weights import FolderWeights
 
 TABLE = FORMATS["nf4"]
@@ -50,7 +50,14 @@ class Layout:
         CompressLabError: if the layout cannot hold the grids, or the library that opens it is missing.
     """
 
-    def __init__(self, solvers: Mapping[str, Solver], compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        solvers: Mapping[str, Solver],
+        activations: Mapping[str, ActivationQuantizer] | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        if activations:
+            raise CompressLabError("nf4 weights go with inputs in float: leave out the step that rounds them")
         for solver in dict.fromkeys(solvers.values()):
             _check_grids(solver)
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -74,7 +81,9 @@ class Layout:
                 f"or leave the layer in float with --ignore '{name}'"
             )
 
-    def encode(self, name: str, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
+    def encode(
+        self, name: str, weight: QuantWeight, module: nn.Module, rounding: QuantInput | None = None
+    ) -> dict[str, Tensor]:
         places = (weight.codes.int() - TABLE.lowest).to(torch.uint8).flatten()
         state = {
             "quant_type": "nf4",
@@ -93,7 +102,7 @@ class Layout:
         """The library multiplies in float32 and rounds to the dtype that the state names."""
         return weight.dequantize().to(weight.scale.dtype)
 
-    def config(self, ignore: Sequence[str]) -> dict[str, Any]:
+    def config(self, ignore: Sequence[str], in_float: Collection[str] = ()) -> dict[str, Any]:
         """The quantization_config of config.json."""
         return {
             "quant_method": "bitsandbytes",
@@ -114,8 +123,6 @@ def _check_grids(solver: Solver) -> None:
             f"nf4 and {grid.format} layers cannot be in one artifact: nf4 is written as bitsandbytes has it, all else as "
             "compressed-tensors has it. Give all layers the same format, or leave some in float"
         )
-    if solver.activation_grid() is not None:
-        raise CompressLabError("nf4 weights go with activations in float: leave activation_bits out")
     if grid.group_size not in BLOCKS:
         allowed = ", ".join(map(str, BLOCKS))
         raise CompressLabError(f"format nf4 has groups of {allowed}, not {grid.group_size}: set group_size")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from compresslab.contract import Solver
+from compresslab.contract import ActivationQuantizer, Solver
 from compresslab.deploy import bitsandbytes, compressed_tensors
-from compresslab.numerics.grid import QuantWeight
+from compresslab.numerics.grid import QuantInput, QuantWeight
 
 
 class Layout(Protocol):
@@ -20,22 +20,29 @@ class Layout(Protocol):
 
     def check_module(self, name: str, module: nn.Module) -> None: ...
 
-    def encode(self, name: str, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]: ...
+    def encode(
+        self, name: str, weight: QuantWeight, module: nn.Module, rounding: QuantInput | None = None
+    ) -> dict[str, Tensor]: ...
 
     def as_opened(self, weight: QuantWeight, transposed: bool) -> Tensor: ...
 
-    def config(self, ignore: Sequence[str]) -> dict[str, Any]: ...
+    def config(self, ignore: Sequence[str], in_float: Collection[str] = ()) -> dict[str, Any]: ...
 
 
-def layout_of(solvers: Mapping[str, Solver], dtype: torch.dtype = torch.bfloat16) -> Layout:
-    """The layout for the solvers of every layer, by the layer's name. CompressLabError if none holds their grids.
+def layout_of(
+    solvers: Mapping[str, Solver],
+    activations: Mapping[str, ActivationQuantizer] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Layout:
+    """The layout for what works on every layer, by the layer's name. CompressLabError if none holds their grids.
 
     Args:
+        activations: how the inputs of layers are rounded; none for those left in float.
         dtype: the model's.
     """
     if any(solver.grid().format == "nf4" for solver in solvers.values()):
-        return bitsandbytes.Layout(solvers, dtype)
-    return compressed_tensors.Layout(solvers)
+        return bitsandbytes.Layout(solvers, activations, dtype)
+    return compressed_tensors.Layout(solvers, activations)
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:

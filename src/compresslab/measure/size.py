@@ -59,9 +59,11 @@ def read_header(path: Path) -> tuple[int, dict[str, dict]]:
 
 def _kind(name: str, entry: dict, embeddings: set[str]) -> str:
     leaf = name.rpartition(".")[2]
-    if leaf == "weight_zero_point":  # packed, or int8 in a mixed artifact
+    if leaf in ("weight_zero_point", "input_zero_point"):  # packed, or int8 in a mixed artifact
         return "zero points"
-    if leaf in ("weight_scale", "weight_global_scale", "weight_shape", "absmax", "quant_map", "bitsandbytes__nf4"):
+    if leaf in (
+        "weight_scale", "weight_global_scale", "weight_shape", "absmax", "quant_map", "bitsandbytes__nf4", "input_scale",
+    ):  # fmt: skip
         return "scales"
     if leaf == "weight_packed" or entry["dtype"] in ("I8", "U8", "F8_E4M3"):
         return "codes"

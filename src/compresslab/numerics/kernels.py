@@ -241,3 +241,17 @@ def choose_scales(weight, importance, candidates, thresholds, values, chosen):
                 if total[r] < best[r]:
                     best[r] = total[r]
                     chosen[first + r, g] = scale[r]
+
+
+@numba.njit(cache=True)
+def count(values, inverse, counts):
+    """counts[floor(values * inverse) + len(counts) / 2] += 1 for every value.
+
+    Args:
+        values: float32 [n].
+        inverse: float32, 1 / the width of a bin; a power of two, so that the product is exact.
+        counts: int64 [bins], changed.
+    """
+    middle = counts.shape[0] // 2
+    for v in values:
+        counts[int(np.floor(v * inverse)) + middle] += 1
