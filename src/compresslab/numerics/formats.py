@@ -194,7 +194,7 @@ def check(name: str, bits: int, symmetric: bool, group_size: int | None) -> None
     if name not in FORMATS:
         raise ValueError(f"unknown number format '{name}': choose int, {', '.join(FORMATS)}")
     chosen = FORMATS[name]
-    wanted = {"bits": (bits, chosen.bits), "symmetric": (symmetric, True)}
+    wanted: dict[str, tuple[object, object]] = {"bits": (bits, chosen.bits), "symmetric": (symmetric, True)}
     if chosen.group_size is not None:
         wanted["group_size"] = (group_size, chosen.group_size)
     wrong = [setting for setting, (asked, right) in wanted.items() if asked != right]

@@ -43,7 +43,7 @@ from compresslab.numerics.linalg import feedback_factor
 from compresslab.numerics.ranges import fit_search_along
 
 BLOCK = 64
-EMPTY = np.zeros(0, np.float32)
+NONE = torch.empty(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +127,14 @@ def round_with_feedback(
     zeros = torch.zeros_like(scales) if zeros is None else zeros.t().contiguous().cpu()
     error = weight.cpu().t().contiguous().index_select(0, order)  # W^T, turned into (W - Q)^T block by block
     codes = torch.empty(error.shape, dtype=torch.int8)
-    table = (EMPTY, EMPTY) if grid.table is None else (grid.table.thresholds.numpy(), grid.table.values.numpy())
+    thresholds, values = (NONE, NONE) if grid.table is None else (grid.table.thresholds, grid.table.values)
     for start in range(0, in_features, BLOCK):
         block = slice(start, min(start + BLOCK, in_features))
         target = torch.addmm(error[block], feedback[:start, block].t(), error[:start])
         kernels.round_block_with_feedback(
             target.numpy(), feedback[block, block].contiguous().numpy(), order[block].numpy(), group_of.numpy(),
-            scales.numpy(), zeros.numpy(), np.float32(grid.qmin), np.float32(grid.qmax), *table, codes.numpy(),
-            error[block].numpy(),
+            scales.numpy(), zeros.numpy(), np.float32(grid.qmin), np.float32(grid.qmax), thresholds.numpy(),
+            values.numpy(), codes.numpy(), error[block].numpy(),
         )  # fmt: skip
     return codes.t().contiguous().to(weight.device)
 
