@@ -22,7 +22,10 @@ def test_a_run_compiles_nothing_that_was_not_compiled_before() -> None:
     warm.compile_kernels()
     before = {name: list(getattr(kernels, name).signatures) for name in KERNELS}
     assert all(before.values())
-    formats = GPTQ(group_size=16, symmetric=True, format="nvfp4"), GPTQ(bits=8, symmetric=True, format="fp8-e4m3")
+    formats = (
+        GPTQ(group_size=16, symmetric=True, format="nvfp4"),
+        GPTQ(bits=8, group_size=None, symmetric=True, format="fp8-e4m3"),
+    )
     for solver in (GPTQ(group_size=16), QEP(group_size=16, symmetric=True), *formats):
         tiny.solve(
             tiny.make("llama"),
