@@ -39,9 +39,9 @@ scale is rounded before anything is rounded with it, and so are these:
   of two, for 7/4 * 4 = 7 would be clipped to 6, and 8 to 4 is the smaller error. That is compressed-tensors' rule; the
   specification's own, without this step, clips up to 8 to 6.
 - e4m3 under a global scale g (nvfp4): a / 6 * g in e4m3. Our g is a power of two, the largest that keeps all of them within
-  448, in the place of NVIDIA's 6 * 448 / max a. It gives up at most one of e4m3's fifteen powers of two, at the small end, and
-  0.003 dB on the weights of SmolLM2-135M; for it the weight has six significant bits and a power of two. It is then exact in bfloat16, in which runtimes multiply it out,
-  and scale and g can be told from their quotient, which is what a QuantWeight holds.
+  448, in the place of NVIDIA's 6 * 448 / max a. It gives up at most one of e4m3's fifteen powers of two, at the small end
+  (0.003 dB on the weights of SmolLM2-135M). For it a weight has six significant bits and a power of two, is exact in bfloat16,
+  in which runtimes multiply it out, and scale and g can be told from their quotient, which is what a QuantWeight holds.
 
 Oracle. tests/oracles/formats.py lists the values of every format from the definitions above with rational numbers, and tries
 all of them on every weight in float64; torch's casts to float8 and compressed-tensors' compressors agree on bits.
