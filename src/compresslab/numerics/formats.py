@@ -29,15 +29,16 @@ value: sign and magnitude are all that packing.py needs to know of it. Halfway b
 is what a cast to such a dtype does. The two zeros are one value; patterns of infinity and NaN are no values.
 
 NF4. With Phi^-1 the quantile function of the normal distribution and d = (1/32 + 1/30) / 2 the tail that is left out: eight
-values Phi^-1(p) for p evenly from 1 - d down to 1/2, seven of the other sign, and 0; divided by the largest. Each value is to
-be taken as often as any other where weights are normal. The table is the published one; tests derive it.
+values Phi^-1(p) for p in equal steps from 1 - d down to 1/2, which is left out; seven likewise, of the other sign; and 0; all
+divided by the largest. Where weights are normal, each is to be taken as often as any other. The table is the published one;
+tests derive it.
 
 Scales. The largest magnitude of a group goes to the largest value, as nearly as the stored scale can: a bfloat16 or float16
 scale is rounded before anything is rounded with it, and so are these:
 
-- E8M0 (mxfp4): 2^floor(log2 a) / 4 for a group whose largest magnitude is a; one step more where a is above 1.75 of its power
-  of two, for 7/4 * 4 = 7 would be clipped to 6, and 8 to 4 is the smaller error. That is compressed-tensors' rule; the
-  specification's own, without this step, clips up to 8 to 6.
+- E8M0 (mxfp4): 2^floor(log2 a) / 4 for a group whose largest magnitude is a, so that a / scale is from 4 to 8; twice that from
+  7 on, where being clipped to 6 costs more than going to 4 from 3.5 or more. That is compressed-tensors' rule; the
+  specification's own leaves the second part out, and clips up to 8 to 6.
 - e4m3 under a global scale g (nvfp4): a / 6 * g in e4m3. Our g is a power of two, the largest that keeps all of them within
   448, in the place of NVIDIA's 6 * 448 / max a. It gives up at most one of e4m3's fifteen powers of two, at the small end
   (0.003 dB on the weights of SmolLM2-135M). For it a weight has six significant bits and a power of two, is exact in bfloat16,
