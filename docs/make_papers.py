@@ -1,10 +1,11 @@
-"""Write docs/papers.md from METHODS. `tests/test_documentation.py` fails when the file is not what this makes."""
+"""Write docs/papers.md from METHODS and FORMATS. `tests/test_documentation.py` fails when the file is not what this makes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from compresslab.methods import METHODS
+from compresslab.numerics.formats import FORMATS
 
 HEAD = """# Methods and their papers
 
@@ -14,17 +15,39 @@ source in brackets; what our implementation reaches is in [results/](../results)
 | method | file | paper | figure it is known for |
 |---|---|---|---|
 """
+FORMATS_HEAD = """
+## Number formats
+
+What the setting `format` of `rtn`, `gptq`, `qep` and `awq` may be beside `int`; all are in `numerics/formats.py`.
+
+| format | bits | values | group size | paper |
+|---|---|---|---|---|
+"""
 
 
 def text() -> str:
     """The whole file."""
+    return HEAD + "\n".join(method_rows()) + "\n" + FORMATS_HEAD + "\n".join(format_rows()) + "\n"
+
+
+def method_rows() -> list[str]:
     rows = []
     for name, cls in METHODS.items():
         paper = cls.paper
         link = f", [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else ""
         file = cls.__module__.removeprefix("compresslab.").replace(".", "/") + ".py"
         rows.append(f"| `{name}` | `{file}` | {paper.authors}, *{paper.title}*, {paper.year}{link} | {paper.claim} |")
-    return HEAD + "\n".join(rows) + "\n"
+    return rows
+
+
+def format_rows() -> list[str]:
+    rows = []
+    for name, row in FORMATS.items():
+        authors, title, year, arxiv = row.paper
+        group = "any" if row.group_size is None else str(row.group_size)
+        link = f"[arXiv {arxiv}](https://arxiv.org/abs/{arxiv})"
+        rows.append(f"| `{name}` | {row.bits} | {len(row.values)} | {group} | {authors}, *{title}*, {year}, {link} |")
+    return rows
 
 
 if __name__ == "__main__":

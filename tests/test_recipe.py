@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 import tiny
 from compresslab import methods, recipe, zoo
 from compresslab.contract import ActivationQuantizer, Solver
-from compresslab.deploy.compressed_tensors import Layout
+from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
 
 SHIPPED = sorted(recipe.shipped())
@@ -28,7 +29,11 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     assert found.summary.endswith(".")
     solver = found.rounding.build()
     assert isinstance(solver, Solver)
-    Layout({"": solver})
+    if solver.grid().format == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(CompressLabError, match="pip install bitsandbytes"):
+            layout_of({"": solver})
+    else:
+        layout_of({"": solver})
 
 
 @pytest.mark.parametrize("name", SHIPPED)

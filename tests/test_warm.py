@@ -12,7 +12,7 @@ from compresslab.numerics.gram import best_precision
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.qep import QEP
 
-KERNELS = ["round_block_with_feedback", "shrink_ranges", "add_scaled", "quantize_columns_bf16"]
+KERNELS = ["round_block_with_feedback", "shrink_ranges", "choose_scales", "add_scaled", "quantize_columns_bf16"]
 
 
 @pytest.mark.skipif(
@@ -22,7 +22,11 @@ def test_a_run_compiles_nothing_that_was_not_compiled_before() -> None:
     warm.compile_kernels()
     before = {name: list(getattr(kernels, name).signatures) for name in KERNELS}
     assert all(before.values())
-    for solver in (GPTQ(group_size=16), QEP(group_size=16, symmetric=True)):
+    formats = (
+        GPTQ(group_size=16, symmetric=True, format="nvfp4"),
+        GPTQ(bits=8, group_size=None, symmetric=True, format="fp8-e4m3"),
+    )
+    for solver in (GPTQ(group_size=16), QEP(group_size=16, symmetric=True), *formats):
         tiny.solve(
             tiny.make("llama"),
             tiny.token_batches(2),

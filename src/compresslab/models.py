@@ -271,6 +271,8 @@ def decompress_(model: nn.Module) -> None:
     """Have transformers multiply out compressed weights now that it would on the first forward; bitsandbytes' in float32."""
     if hasattr(model, "ct_decompress_hook"):
         model.hf_quantizer.compressor.decompress_model(model)  # type: ignore[union-attr, operator]
+        # 4-bit floats come out as bfloat16 whatever the model's dtype.
+        model.to(model.dtype)  # type: ignore[arg-type]
     elif getattr(model, "is_loaded_in_4bit", False):
         # Opened for bitsandbytes, a model takes its config's dtype whatever was asked for, and refuses a cast until then.
         model.dequantize(dtype=torch.float32)  # type: ignore[operator]

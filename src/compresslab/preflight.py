@@ -110,7 +110,8 @@ def _packed_bytes(shape: tuple[int, int], solver: Solver, element: int) -> int:
     grid = solver.grid()
     groups = columns // grid.group_size if grid.group_size else 1
     zero_bits = 0 if grid.symmetric else grid.bits
-    return rows * columns * grid.bits // 8 + rows * groups * element + rows * groups * zero_bits // 8
+    scale_bits = (grid.table.scale_bits if grid.table else None) or 8 * element
+    return (rows * columns * grid.bits + rows * groups * (scale_bits + zero_bits)) // 8
 
 
 def _hidden_size(source: Source, shapes: dict[str, tuple[int, int]]) -> int:

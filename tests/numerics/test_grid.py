@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # tiny matrices: threads that wait for each other woul
         ({"bits": 4, "group_size": 8}, "goes with granularity 'group'"),
         ({"bits": 4, "granularity": "group"}, "goes with granularity 'group'"),
         ({"bits": 4, "granularity": "group", "group_size": 0}, "at least 1, not 0"),
-        ({"bits": 4, "kind": "nf"}, "'nf' has no solver yet"),
+        ({"bits": 4, "format": "fp4"}, "unknown number format 'fp4'"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -51,6 +51,7 @@ def solve(
     order: list[int],
     damp_frac: float,
     follow: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Refit:
     """Round W [out, in] column by column, refitting what is free.
 
@@ -60,11 +61,14 @@ def solve(
         damp_frac: added to the diagonal of H, as a fraction of its mean.
         follow: codes to fix instead of the nearest ones. Then `refitted` tells at what value each of *those* codes
             should have been rounded, given the ones fixed before it, and one flipped tie does not spoil the rest.
+        values: what codes stand for in units of the scale, rising, with 0 as code 0; integers of `bits` bits if None.
     """
     w = weight.double()
     features = w.shape[1]
     h = matrix.double() + damp_frac * matrix.double().diagonal().mean() * torch.eye(features, dtype=torch.float64)
-    values = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    if values is None:
+        values = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    lowest = -int((values < 0).sum())
     codes = torch.zeros_like(w, dtype=torch.int64)
     quantized, refitted = torch.zeros_like(w), torch.zeros_like(w)
     fixed: list[int] = []
@@ -82,8 +86,8 @@ def solve(
         points = scale[rows, group].double()[:, None] * (values - zero)
         index = (target[:, None] - points).abs().argmin(dim=1)
         if follow is not None:
-            index = follow[:, column].long() - int(values[0])
-        codes[:, column] = values[index]
+            index = follow[:, column].long() - lowest
+        codes[:, column] = index + lowest
         quantized[:, column] = points.gather(1, index[:, None])[:, 0]
         refitted[:, column] = target
         fixed.append(free.pop(0))

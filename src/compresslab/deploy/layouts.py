@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compresslab.contract import ActivationQuantizer, Solver
 from compresslab.deploy import bitsandbytes, compressed_tensors
+from compresslab.errors import CompressLabError
 from compresslab.numerics.grid import QuantInput, QuantWeight
 
 
@@ -40,9 +41,17 @@ def layout_of(
         activations: how the inputs of layers are rounded; none for those left in float.
         dtype: the model's.
     """
-    if any(solver.grid().format == "nf4" for solver in solvers.values()):
+    formats = {solver.grid().format for solver in solvers.values()}
+    if "nf4" in formats:
         return bitsandbytes.Layout(solvers, activations, dtype)
-    return compressed_tensors.Layout(solvers, activations)
+    layout = compressed_tensors.Layout(solvers, activations)
+    halves = sorted(formats & {"mxfp4", "nvfp4"})
+    if layout.is_mixed and halves and dtype != torch.bfloat16:
+        raise CompressLabError(
+            f"transformers opens {halves[0]} beside other grids in bfloat16 only, and this model is in "
+            f"{str(dtype).removeprefix('torch.')}: give all layers the same settings, or leave some in float"
+        )
+    return layout
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:

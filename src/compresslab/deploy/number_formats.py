@@ -15,7 +15,7 @@ Source: the compressed-tensors library (its compressors are the oracle in tests/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,14 +113,14 @@ INSTEAD = {
 }
 
 
-def format_of(args: dict[str, Any]) -> str:
+def format_of(args: Mapping[str, Any]) -> str:
     """The number format that a group's quantisation arguments mean."""
     if args.get("type", "int") == "int":
         return "int"
     if args["num_bits"] == 8 and "scale_dtype" not in args:
         return "fp8-e4m3"
-    found = {(4, 32): "mxfp4", (4, 16): "nvfp4"}.get((args["num_bits"], args.get("group_size")))
-    if found is None:
+    found = {32: "mxfp4", 16: "nvfp4"}.get(args.get("group_size") or 0)
+    if found is None or args["num_bits"] != 4:
         raise CompressLabError(
             f"weights of {args['num_bits']}-bit floats in groups of {args.get('group_size')} are in no format known here"
         )

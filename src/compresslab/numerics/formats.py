@@ -29,19 +29,20 @@ value: sign and magnitude are all that packing.py needs to know of it. Halfway b
 is what a cast to such a dtype does. The two zeros are one value; patterns of infinity and NaN are no values.
 
 NF4. With Phi^-1 the quantile function of the normal distribution and d = (1/32 + 1/30) / 2 the tail that is left out: eight
-values Phi^-1(p) for p evenly from 1 - d down to 1/2, seven of the other sign, and 0; divided by the largest. Each value is to
-be taken as often as any other where weights are normal. The table is the published one; tests derive it.
+values Phi^-1(p) for p in equal steps from 1 - d down to 1/2, which is left out; seven likewise, of the other sign; and 0; all
+divided by the largest. Where weights are normal, each is to be taken as often as any other. The table is the published one;
+tests derive it.
 
 Scales. The largest magnitude of a group goes to the largest value, as nearly as the stored scale can: a bfloat16 or float16
 scale is rounded before anything is rounded with it, and so are these:
 
-- E8M0 (mxfp4): 2^floor(log2 a) / 4 for a group whose largest magnitude is a; one step more where a is above 1.75 of its power
-  of two, for 7/4 * 4 = 7 would be clipped to 6, and 8 to 4 is the smaller error. That is compressed-tensors' rule; the
-  specification's own, without this step, clips up to 8 to 6.
+- E8M0 (mxfp4): 2^floor(log2 a) / 4 for a group whose largest magnitude is a, so that a / scale is from 4 to 8; twice that from
+  7 on, where being clipped to 6 costs more than going to 4 from 3.5 or more. That is compressed-tensors' rule; the
+  specification's own leaves the second part out, and clips up to 8 to 6.
 - e4m3 under a global scale g (nvfp4): a / 6 * g in e4m3. Our g is a power of two, the largest that keeps all of them within
-  448, in the place of NVIDIA's 6 * 448 / max a. It gives up at most one of e4m3's fifteen powers of two, at the small end; for
-  it the weight has six significant bits and a power of two. It is then exact in bfloat16, in which runtimes multiply it out,
-  and scale and g can be told from their quotient, which is what a QuantWeight holds.
+  448, in the place of NVIDIA's 6 * 448 / max a. It gives up at most one of e4m3's fifteen powers of two, at the small end
+  (0.003 dB on the weights of SmolLM2-135M). For it a weight has six significant bits and a power of two, is exact in bfloat16,
+  in which runtimes multiply it out, and scale and g can be told from their quotient, which is what a QuantWeight holds.
 
 Oracle. tests/oracles/formats.py lists the values of every format from the definitions above with rational numbers, and tries
 all of them on every weight in float64; torch's casts to float8 and compressed-tensors' compressors agree on bits.
@@ -72,6 +73,7 @@ class Format:
 
     Attributes:
         bits: width of a code in storage.
+        paper: author, title, year and arXiv number.
         values: float32 [n], rising; 0 is one of them.
         thresholds: float32 [n - 1]; x rounds to values[i] where i of them are below x. Midpoints, moved by one unit in the
             last place where halfway goes up.
@@ -80,6 +82,7 @@ class Format:
     """
 
     bits: int
+    paper: tuple[str, str, int, str]
     values: Tensor
     thresholds: Tensor
     group_size: int | None = None
@@ -179,13 +182,17 @@ def _floats(exponent_bits: int, mantissa_bits: int, bias: int, patterns: int) ->
 
 
 E2M1 = _floats(2, 1, bias=1, patterns=8)
+QLORA = ("Dettmers et al.", "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, "2305.14314")
+FP8 = ("Micikevicius et al.", "FP8 Formats for Deep Learning", 2022, "2209.05433")
+MX = ("Rouhani et al.", "Microscaling Data Formats for Deep Learning", 2023, "2310.10537")
+NVIDIA = ("NVIDIA", "Pretraining Large Language Models with NVFP4", 2025, "2509.25149")
 
 FORMATS: dict[str, Format] = {
-    "nf4": _format(torch.tensor(NF4), bits=4),
-    "fp8-e4m3": _format(_floats(4, 3, bias=7, patterns=127), bits=8),  # the 128th pattern is NaN
-    "fp8-e5m2": _format(_floats(5, 2, bias=15, patterns=124), bits=8),  # infinity and three NaN
-    "mxfp4": _format(E2M1, bits=4, group_size=32, scales="e8m0"),
-    "nvfp4": _format(E2M1, bits=4, group_size=16, scales="e4m3"),
+    "nf4": _format(torch.tensor(NF4), bits=4, paper=QLORA),
+    "fp8-e4m3": _format(_floats(4, 3, bias=7, patterns=127), bits=8, paper=FP8),  # the 128th pattern is NaN
+    "fp8-e5m2": _format(_floats(5, 2, bias=15, patterns=124), bits=8, paper=FP8),  # infinity and three NaN
+    "mxfp4": _format(E2M1, bits=4, group_size=32, scales="e8m0", paper=MX),
+    "nvfp4": _format(E2M1, bits=4, group_size=16, scales="e4m3", paper=NVIDIA),
 }
 
 
@@ -194,7 +201,7 @@ def check(name: str, bits: int, symmetric: bool, group_size: int | None) -> None
     if name not in FORMATS:
         raise ValueError(f"unknown number format '{name}': choose int, {', '.join(FORMATS)}")
     chosen = FORMATS[name]
-    wanted = {"bits": (bits, chosen.bits), "symmetric": (symmetric, True)}
+    wanted: dict[str, tuple[object, object]] = {"bits": (bits, chosen.bits), "symmetric": (symmetric, True)}
     if chosen.group_size is not None:
         wanted["group_size"] = (group_size, chosen.group_size)
     wrong = [setting for setting, (asked, right) in wanted.items() if asked != right]

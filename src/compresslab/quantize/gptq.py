@@ -44,7 +44,7 @@ from compresslab.numerics.linalg import feedback_factor
 from compresslab.numerics.ranges import fit_search_along
 
 BLOCK = 64
-EMPTY = np.zeros(0, np.float32)
+NONE = torch.empty(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +152,13 @@ def block_rounder(
     scales, zeros = per_element(scale, zero_point, (out_features, scale.shape[1]))
     scales = scales.t().contiguous().cpu()
     zeros = torch.zeros_like(scales) if zeros is None else zeros.t().contiguous().cpu()
-    thresholds = EMPTY if grid.table is None else grid.table.thresholds.numpy()
-    values = EMPTY if grid.table is None else grid.table.values.numpy()
+    thresholds = NONE if grid.table is None else grid.table.thresholds
+    values = NONE if grid.table is None else grid.table.values
 
     def round_block(target: Tensor, feedback: Tensor, block: slice, error: Tensor) -> None:
         kernels.round_block_with_feedback(
             target.numpy(), feedback.numpy(), order[block].numpy(), group_of.numpy(), scales.numpy(), zeros.numpy(),
-            np.float32(grid.qmin), np.float32(grid.qmax), thresholds, values, codes.numpy(), error.numpy(),
+            np.float32(grid.qmin), np.float32(grid.qmax), thresholds.numpy(), values.numpy(), codes.numpy(), error.numpy(),
         )  # fmt: skip
 
     return round_block
