@@ -277,7 +277,8 @@ def _calibration(
     if isinstance(data, datasets.Calibration):
         return data
     length = recipe.calibration.sequence_length
-    found = datasets.calibration(
+    gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
+    found = gather(
         data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
         batch_size=max(1, BATCH_TOKENS // length),
     )  # fmt: skip

@@ -18,6 +18,10 @@ Why only one scale per tensor. Tokens and their groups are not known beforehand.
 product sums over channels (numerics/integer.py), so it cannot apply one; where the input comes from a norm that nothing else
 reads, `smoothquant` with alpha = 1 multiplies exactly those scales into the norm and the weights, in the step before.
 
+Measured on MiniLM-L6 (36 layers in W8A8, weights by GPTQ, 128 x 128 calibration tokens; mean cosine to the float embeddings
+of 192 passages, and change of the correlation with human similarity): min-max 0.9944 and -0.0004; MSE 0.9952 and -0.0157, as
+it clips what only the special tokens excite; MSE after the GELU and min-max elsewhere 0.9954 and -0.0013.
+
 Cost. For each input two numbers per channel and, for three of the calibrators, 16384 counts: whatever the number of tokens.
 
 Differences from the paper. Ranges come from calibration after training.

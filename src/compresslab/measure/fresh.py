@@ -106,9 +106,9 @@ def _run(job: Job) -> Result:
     del model
     gc.collect()
     model = models.load(job.folder, dtype=torch.float32).to(job.device)
+    models.decompress_(model)  # first, for some formats come out in another dtype than the one evaluated in
     if windows is not None:
         found += _quality(job, model, texts)
-    models.decompress_(model)
     differing = [name for name, sha256 in job.weights_sha256.items() if _hash(model, name) != sha256]
     return Result(
         measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
