@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from compresslab import zoo
+from compresslab import architectures, zoo
 from compresslab.errors import CompressLabError
 from compresslab.numerics.attention import causal_attention
 from compresslab.weights import FolderWeights, MemoryWeights, Weights
@@ -148,8 +148,7 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise CompressLabError(f"'{name}' is quantised already ({method}): name the model in floating point")
     architecture = (raw.get("architectures") or [None])[0]
-    cls = getattr(transformers, str(architecture), None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    if architecture_class(architecture) is None:
         raise CompressLabError(
             f"'{name}' has the architecture {architecture or raw.get('model_type')!r}, which transformers "
             f"{transformers.__version__} cannot build without running the model's own code"
@@ -164,8 +163,20 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
     return config
 
 
+def architecture_class(name: str | None) -> type[transformers.PreTrainedModel] | None:
+    """The model class of that name, ours or transformers'; None if neither has it."""
+    found = architectures.CLASSES.get(str(name)) or getattr(transformers, str(name), None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def _class_of(config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
+    cls = architecture_class((config.architectures or [None])[0])
+    assert cls is not None
+    return cls
+
+
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
-    cls = getattr(transformers, (config.architectures or [""])[0])
+    cls = _class_of(config)
     config = copy.deepcopy(config)
     config.use_cache = False  # a skeleton only ever reads whole windows: keys and values kept would be a leak
     if attention is not None and cls._supports_sdpa:
@@ -213,7 +224,7 @@ def _missing(skeleton: nn.Module, wanted: Iterable[str], weights: Weights, tied:
 def _opened_whole(
     config: transformers.PretrainedConfig, folder: Path, name: str, tied: dict[str, str]
 ) -> MemoryWeights:
-    cls = getattr(transformers, (config.architectures or [""])[0])
+    cls = _class_of(config)
     with quiet_transformers():
         model, told = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
     missing = sorted(key for key in told["missing_keys"] if not _is_optional(model, key))
@@ -258,7 +269,7 @@ def locate(model: str | Path) -> Path:
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
     """The whole model of a folder, float or compressed, opened by plain transformers, in eval mode."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    cls = getattr(transformers, config.architectures[0])
+    cls = _class_of(config)
     with quiet_transformers():
         return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
