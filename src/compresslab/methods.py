@@ -12,6 +12,9 @@ from typing import Any
 from compresslab.contract import Method, Solver
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.awq import AWQ
+from compresslab.quantize.batchnorm_folding import BatchNormFolding
+from compresslab.quantize.bias_correction import BiasCorrection
+from compresslab.quantize.cross_layer_equalization import CrossLayerEqualization
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.rtn import RTN
@@ -23,6 +26,9 @@ METHODS: dict[str, type] = {
     "awq": AWQ,
     "smoothquant": SmoothQuant,
     "qep": QEP,
+    "batchnorm-folding": BatchNormFolding,
+    "cross-layer-equalization": CrossLayerEqualization,
+    "bias-correction": BiasCorrection,
 }
 
 

@@ -17,7 +17,7 @@ import torch
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
-from compresslab.models import Source, is_transposed, weight_of
+from compresslab.models import Source, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
 from compresslab.solving import best_compute_dtype, want_references
@@ -61,7 +61,7 @@ def estimate(
     shapes = {}
     for name in plan.layers:
         module = skeleton.get_submodule(name)
-        rows, columns = weight_of(module).shape
+        rows, columns = matrix_shape(module)
         shapes[name] = (columns, rows) if is_transposed(module) else (rows, columns)
     all_bytes = sum(numel(source, name) * element for unit in plan.units for name in unit.tensors)
     layer_bytes = sum(rows * columns * element for rows, columns in shapes.values())

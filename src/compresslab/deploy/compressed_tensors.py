@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
-from compresslab.models import weight_of
+from compresslab.models import is_transposed, matrix_shape
 from compresslab.numerics.grid import Grid, QuantWeight
 from compresslab.numerics.packing import pack_int32, unpack_int32
 from compresslab.weights import FolderWeights
@@ -99,7 +99,7 @@ class Layout:
 
     def check_module(self, name: str, module: nn.Module) -> None:
         """CompressLabError if the format cannot hold this layer."""
-        rows, columns = weight_of(module).shape
+        rows, columns = matrix_shape(module)
         kind = type(module).__name__
         if self.schemes[name].activations is not None and not isinstance(module, nn.Linear):
             raise CompressLabError(
@@ -120,7 +120,7 @@ class Layout:
 
     def encode(self, name: str, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of one layer, by the suffix that replaces ".weight"; transposed for a module that keeps [in, out]."""
-        if not isinstance(module, nn.Linear):
+        if is_transposed(module):
             zero_point = None if weight.zero_point is None else weight.zero_point.t().contiguous()
             weight = dataclasses.replace(
                 weight, codes=weight.codes.t().contiguous(), scale=weight.scale.t().contiguous(), zero_point=zero_point
