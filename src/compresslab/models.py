@@ -293,6 +293,11 @@ def locate(model: str | Path) -> Path:
     return _folder(str(model), None)[0]
 
 
+def reads_images(folder: Path) -> bool:
+    """Whether the model of a folder, float or compressed, reads pictures."""
+    return main_input(transformers.AutoConfig.from_pretrained(folder)) == "pixel_values"
+
+
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
     """The whole model of a folder, float or compressed, opened by plain transformers, in eval mode."""
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -352,6 +357,13 @@ def is_language_model(model: nn.Module) -> bool:
 def is_image_classifier(model: nn.Module) -> bool:
     """Whether a model sorts pictures into classes, so that top-1 accuracy makes sense of it."""
     return type(model).__name__.endswith("ForImageClassification")
+
+
+def classes(model: nn.Module) -> tuple[dict[str, int], int]:
+    """The classes that an image classifier names, and how many it has."""
+    config = model.config
+    assert isinstance(config, transformers.PretrainedConfig)
+    return dict(config.label2id or {}), int(config.num_labels)
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -123,7 +123,7 @@ class Pair:
     """Two layers, the second of which is the only reader of the first, through functions that leave channels alone.
 
     Attributes:
-        clips: names of the ReLU6 modules, and of the ChannelClips of an earlier equalization, on the way.
+        clips: names of the ReLU6 modules on the way.
     """
 
     first: str
@@ -144,7 +144,7 @@ def equalized(source: Source, method: Equalizer) -> Source:
     weights = {name: read_finite(source, f"{name}.weight").float() for name in names}
     stored = set(source.weights.names())
     biases = {name: read_finite(source, f"{name}.bias").float() for name in names if f"{name}.bias" in stored}
-    total = {pair.first: torch.ones(_outputs(weights[pair.first])) for pair in found}
+    total = {pair.first: torch.ones(len(weights[pair.first])) for pair in found}
     for _ in range(method.sweeps):
         furthest = 0.0
         for pair in found:
@@ -185,10 +185,6 @@ def _times_by_input(weight: Tensor, s: Tensor, module: nn.Module) -> Tensor:
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     grouped = weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
     return (grouped * s.view(groups, 1, weight.shape[1], 1)).view(weight.shape)
-
-
-def _outputs(weight: Tensor) -> int:
-    return weight.shape[0]
 
 
 def pairs(source: Source) -> list[Pair]:
