@@ -36,7 +36,14 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from compresslab.errors import CompressLabError
-from compresslab.models import CALIBRATION_ATTENTION, groups_of, input_rows, tie_weights, way_of_reading
+from compresslab.models import (
+    CALIBRATION_ATTENTION,
+    channels_last,
+    groups_of,
+    input_rows,
+    tie_weights,
+    way_of_reading,
+)
 from compresslab.numerics.gram import Gram, GroupedGram
 from compresslab.plan import Unit, unit_of
 from compresslab.solving import (
@@ -220,6 +227,10 @@ class Forward(ABC):
         """What the last of these blocks returned in an earlier run."""
         return None
 
+    def _observers(self, features: int) -> dict[Any, Any]:
+        """What shall watch an input of this width beside its Gram matrix, by who asked for it."""
+        return {}
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
@@ -279,13 +290,15 @@ class Forward(ABC):
         if walk.stopped_with(x, way) and walk.last_gram is not None:
             self._solve(stop.layer, walk.last_gram)
             return
-        rows = input_rows(module, _real_tokens(x, walk.batch.get("attention_mask")))
+        real = _real_tokens(x, walk.batch.get("attention_mask"))
+        rows, watched = input_rows(module, real), channels_last(module, real)
         gram = self.grams.get(stop.layer)
         if gram is None:
             gram = self._statistic(rows.shape[-1], groups_of(module))
+            gram.observers = self._observers(watched.shape[-1])
             self.grams[stop.layer] = gram
         try:
-            gram.add_(rows)
+            gram.add_(rows, watched)
         except ValueError as error:
             raise CompressLabError(f"layer {stop.layer}, batch {walk.index}: {error}") from error
         walk.remember(x, way, gram)
@@ -355,6 +368,10 @@ class Compression(Forward):
 
     def _state(self, done: Sequence[str]) -> BlockState | None:
         return self.job.sink.last_state(done)
+
+    def _observers(self, features: int) -> dict[Any, Any]:
+        asked = dict.fromkeys(self.job.activations.values())
+        return {quantizer: seen for quantizer in asked if (seen := quantizer.observer(features)) is not None}
 
     def _solve(self, layer: str, gram: Statistic | None) -> None:
         solved = solve_layer(self.job, layer, self.layers[layer][1], gram)

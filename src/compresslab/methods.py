@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from compresslab.contract import Method, Solver
+from compresslab.activations.dynamic import Dynamic
+from compresslab.activations.static import Static
+from compresslab.contract import ActivationQuantizer, Method, Solver
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.batchnorm_folding import BatchNormFolding
@@ -29,6 +31,8 @@ METHODS: dict[str, type] = {
     "batchnorm-folding": BatchNormFolding,
     "cross-layer-equalization": CrossLayerEqualization,
     "bias-correction": BiasCorrection,
+    "static": Static,
+    "dynamic": Dynamic,
 }
 
 
@@ -50,6 +54,7 @@ def build(name: str, settings: dict[str, Any]) -> Method:
         method = cls(**settings)
         if isinstance(method, Solver):
             method.grid()
+        if isinstance(method, ActivationQuantizer):
             method.activation_grid()
     except ValueError as error:
         raise CompressLabError(f"method {name}: {error}") from None

@@ -27,17 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import layerwise, methods, models
-from compresslab.contract import Along, Smoother, Solver
+from compresslab.contract import ActivationQuantizer, Along, Smoother, Solver
 from compresslab.deploy.compressed_tensors import Layout
+from compresslab.deploy.native import layout_for
 from compresslab.errors import CompressLabError, unknown
 from compresslab.measure import size
 from compresslab.models import Source, is_transposed
-from compresslab.numerics.gram import Gram
 from compresslab.recipe import FLOAT, Recipe, Step, differing_settings
 from compresslab.search.allocation import Option, allocate
 from compresslab.search.sensitivity import kl_divergence, output_noise
 from compresslab.smoothing import smoothed
-from compresslab.solving import Pass, read_weight
+from compresslab.solving import Pass, Statistic, read_weight, solve_parts
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SENSITIVITIES = ("gram", "kl")
@@ -79,7 +79,8 @@ def parse_budget(text: str) -> Budget:
 
 def share_out(
     calibration: Pass, recipe: Recipe, solvers: Mapping[str, Solver], budget: Budget, *, sensitivity: str = "gram",
-    smoothers: Sequence[Smoother] = (), on_layer: Callable[[str], None] = lambda name: None,
+    smoothers: Sequence[Smoother] = (), activations: Mapping[str, ActivationQuantizer] | None = None,
+    on_layer: Callable[[str], None] = lambda name: None,
 ) -> Recipe:  # fmt: skip
     """The recipe with the `layers` that do least damage within the budget.
 
@@ -87,6 +88,7 @@ def share_out(
         solvers: what the recipe as it is would round every planned layer with.
         sensitivity: "gram" for the noise of each layer's output, "kl" for what leaving one layer out does to the logits.
         smoothers: the recipe's own; what is surveyed is the smoothed network.
+        activations: what rounds the inputs of layers; the survey leaves them in float.
 
     Raises:
         CompressLabError: a method without a choice of bits, a format that cannot mix them, or a budget that is too small
@@ -97,8 +99,9 @@ def share_out(
     step = recipe.rounding
     widths = _solvers_by_width(step)
     if smoothers:
-        calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers))
-    layout, damage = _layout(solvers, widths, calibration, step), _damage(sensitivity, calibration, recipe)
+        calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers, activations))
+    layout = _layout(solvers, activations, widths, calibration, step)
+    damage = _damage(sensitivity, calibration, recipe)
     survey = Survey(calibration, step, widths, layout, damage)
     books = _books(calibration, budget)
     options = survey.options(count_headers=budget.unit == "MB", on_layer=on_layer)
@@ -132,7 +135,8 @@ def _solvers_by_width(step: Step) -> dict[str, Solver]:
 
 
 def _layout(
-    solvers: Mapping[str, Solver], widths: Mapping[str, Solver], calibration: Pass, step: Step
+    solvers: Mapping[str, Solver], activations: Mapping[str, ActivationQuantizer] | None,
+    widths: Mapping[str, Solver], calibration: Pass, step: Step,
 ) -> Layout:  # fmt: skip
     """How an artifact of many widths is written. CompressLabError if the format cannot hold one, before any work."""
     turns = list(widths.values())
@@ -140,10 +144,7 @@ def _layout(
         name: solver if differing_settings(step.layers, name) else turns[i % len(turns)]
         for i, (name, solver) in enumerate(solvers.items())
     }
-    layout, skeleton = Layout(trial), calibration.source.skeleton()
-    for name in trial:
-        layout.check_module(name, skeleton.get_submodule(name))
-    return layout
+    return layout_for(calibration.source, trial, activations)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def _layout(
 
 
 class Damage(Protocol):
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float: ...
+    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Statistic | None) -> float: ...
 
 
 def _damage(sensitivity: str, calibration: Pass, recipe: Recipe) -> Damage:
@@ -181,7 +182,7 @@ class LeaveOneOut:
         self.batch = {k: v[:KL_WINDOWS, :KL_TOKENS].to(calibration.device) for k, v in first.items()}
         self.reference = self._logits()
 
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Statistic | None) -> float:
         module = self.model.get_submodule(name)
         kept = module._parameters["weight"]
         swapped = rounded.t() if is_transposed(module) else rounded
@@ -227,7 +228,7 @@ class Survey:
         """Cost in bytes, with or without what the file's header says of the tensors."""
         found: dict[str, list[Option]] = {}
 
-        def visit(name: str, gram: Gram | None) -> None:
+        def visit(name: str, gram: Statistic | None) -> None:
             found[name] = self._options_of(name, gram, count_headers)
             on_layer(name)
 
@@ -238,7 +239,7 @@ class Survey:
                 visit(name, None)
         return found
 
-    def _options_of(self, name: str, gram: Gram | None, count_headers: bool) -> list[Option]:
+    def _options_of(self, name: str, gram: Statistic | None, count_headers: bool) -> list[Option]:
         module = self.skeleton.get_submodule(name)
         stored = read_weight(self.calibration.source, name, module)
         weight = stored.to(self.calibration.device, torch.float32).contiguous()
@@ -250,7 +251,7 @@ class Survey:
 
         def rounded(label: str, solver: Solver) -> Option:
             try:
-                solved = solver.solve(weight, gram, scale_dtype=stored.dtype, groups_along=along).weight
+                solved = solve_parts(solver, weight, gram, scale_dtype=stored.dtype, groups_along=along).weight
             except ValueError as error:
                 raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
             damage = self.damage(name, weight, solved.dequantize(), gram)

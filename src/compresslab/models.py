@@ -196,10 +196,15 @@ def main_input(config: transformers.PretrainedConfig) -> str:
     return str(_class_of(config).main_input_name)
 
 
-def _class_of(config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
-    cls = architecture_class((config.architectures or [None])[0])
+def _class_of(config: transformers.PretrainedConfig) -> Any:
+    cls = architecture_class((config.architectures or [""])[0])
     assert cls is not None
     return cls
+
+
+def build(config: transformers.PretrainedConfig) -> nn.Module:
+    """The architecture of a config with parameters on the meta device, real buffers, in eval mode."""
+    return _skeleton(config)
 
 
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
@@ -299,7 +304,11 @@ def reads_images(folder: Path) -> bool:
 
 
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The whole model of a folder, float or compressed, opened by plain transformers, in eval mode."""
+    """The whole model of a folder, float or compressed, in eval mode; opened by plain transformers, but for our own layout."""
+    from compresslab.deploy import native  # it builds on this module
+
+    if native.is_ours(Path(folder)):
+        return native.load(Path(folder), dtype=dtype)
     config = transformers.AutoConfig.from_pretrained(folder)
     cls = _class_of(config)
     with quiet_transformers():
@@ -363,7 +372,8 @@ def classes(model: nn.Module) -> tuple[dict[str, int], int]:
     """The classes that an image classifier names, and how many it has."""
     config = model.config
     assert isinstance(config, transformers.PretrainedConfig)
-    return dict(config.label2id or {}), int(config.num_labels)
+    names = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    return names, len(config.id2label or ())
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -420,6 +430,11 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
         return x[:, :, ::down, ::across].permute(0, 2, 3, 1).flatten(1, 2)
     patches = nn.functional.unfold(x, module.kernel_size, module.dilation, stride=module.stride)
     return patches.transpose(1, 2)
+
+
+def channels_last(module: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input with one vector for each token or pixel, [..., channels]."""
+    return x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
 
 
 def tie_weights(model: nn.Module) -> None:

@@ -104,7 +104,7 @@ class EfficientNetLiteForImageClassification(PreTrainedModel):
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
-    _no_split_modules = ("InvertedBottleneck",)
+    _no_split_modules = ["InvertedBottleneck"]  # noqa: RUF012 - as transformers has it
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
@@ -123,7 +123,7 @@ class EfficientNetLiteForImageClassification(PreTrainedModel):
         self._relu1 = nn.ReLU6()
         self._pool = nn.AdaptiveAvgPool2d(1)
         self._dropout = nn.Dropout(config.dropout)
-        self._fc = nn.Linear(config.head_channels, config.num_labels)
+        self._fc = nn.Linear(config.head_channels, len(config.id2label or ()))
         self.post_init()
 
     @torch.no_grad()

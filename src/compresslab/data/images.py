@@ -161,7 +161,9 @@ def _opened(found: Pictures, index: int) -> Any:
         raise CompressLabError(f"picture {index} of the {found.split} split of {found.name}: {one_line(error)}") from None
 
 
-def image_calibration(source: str, processor: Any, *, samples: int, seed: int = 0, size: int = BATCH) -> Calibration:
+def image_calibration(
+    source: str, processor: Any, *, samples: int, seed: int = 0, batch_size: int = BATCH
+) -> Calibration:
     """`samples` pictures of the calibration split, picked without repetition. CompressLabError if there are fewer."""
     found = pictures(source, "calibration")
     if len(found.labels) < samples:
@@ -169,7 +171,7 @@ def image_calibration(source: str, processor: Any, *, samples: int, seed: int = 
             f"the calibration split of {source} has {len(found.labels)} pictures: use at most --samples {len(found.labels)}"
         )
     order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    made = list(image_batches(found, processor, indices=order, size=size))
+    made = list(image_batches(found, processor, indices=order, size=batch_size))
     digest = hashlib.sha256()
     for batch in made:
         digest.update(batch.contiguous().numpy().tobytes())

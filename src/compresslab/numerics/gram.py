@@ -45,6 +45,7 @@ class Gram:
         tokens: how many rows of X have been added.
         largest: max |X| of every channel, float32 [in].
         total: the sum of every channel over the tokens, float32 [in].
+        observers: what else watches X, by whoever asked for it (activations/); fed with the same tokens.
         drift: (X* - X)^T X, float32 [in, in], where X* is what the uncompressed network has in the place of X; or None.
     """
 
@@ -56,10 +57,14 @@ class Gram:
         self.largest = torch.zeros(features, dtype=torch.float32, device=device)
         self.total = torch.zeros(features, dtype=torch.float32, device=device)
         self.drift: Tensor | None = None
+        self.observers: dict[Any, Any] = {}
         self._cache: dict[Any, Any] = {}
 
-    def add_(self, x: Tensor) -> None:
+    def add_(self, x: Tensor, watched: Tensor | None = None) -> None:
         """Add the tokens x [..., in], of any float dtype.
+
+        Args:
+            watched: what the observers shall see in place of x, of which these tokens were made.
 
         Raises:
             ValueError: if x holds a NaN or an infinity.
@@ -73,6 +78,8 @@ class Gram:
                 self._add_int8_(part)
             else:
                 self._add_float_(part)
+        for observer in self.observers.values():
+            observer.add_(x if watched is None else watched)
         self.tokens += x.shape[0]
         self._cache.clear()
 
@@ -154,6 +161,7 @@ class GroupedGram:
     Attributes:
         features: in, the width of one group.
         parts: one Gram for each group, in order.
+        observers: as of a Gram.
     """
 
     def __init__(self, features: int, groups: int, *, device: torch.device | str = "cpu") -> None:
@@ -161,6 +169,7 @@ class GroupedGram:
         self._sum = torch.zeros(groups, features, features, dtype=torch.float32, device=device)
         self._largest = torch.zeros(groups, features, dtype=torch.float32, device=device)
         self._total = torch.zeros(groups, features, dtype=torch.float32, device=device)
+        self.observers: dict[Any, Any] = {}
         self.parts = tuple(Gram(features, device=device) for _ in range(groups))
         for part, own, largest, total in zip(self.parts, self._sum, self._largest, self._total, strict=True):
             part._sum, part.largest, part.total = own, largest, total  # views: all groups are added to in one product
@@ -169,8 +178,8 @@ class GroupedGram:
     def tokens(self) -> int:
         return self.parts[0].tokens
 
-    def add_(self, x: Tensor) -> None:
-        """Add the tokens x [..., groups * in]. ValueError if it holds a NaN or an infinity."""
+    def add_(self, x: Tensor, watched: Tensor | None = None) -> None:
+        """`Gram.add_` of the tokens x [..., groups * in]. ValueError if it holds a NaN or an infinity."""
         grouped = x.reshape(-1, len(self.parts), self.features).float()
         if len(grouped) == 0:
             return
@@ -180,6 +189,8 @@ class GroupedGram:
         self._total += grouped.sum(dim=0)
         by_group = grouped.transpose(0, 1)
         self._sum.baddbmm_(by_group.transpose(1, 2), by_group)
+        for observer in self.observers.values():
+            observer.add_(x if watched is None else watched)
         for part in self.parts:
             part.tokens += len(grouped)
             part._cache.clear()

@@ -28,11 +28,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compresslab.numerics.gram import Gram
+from compresslab.numerics.gram import Gram, GroupedGram
 from compresslab.numerics.linalg import quadratic_error
 
 
-def output_noise(weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+def output_noise(weight: Tensor, rounded: Tensor, gram: Gram | GroupedGram | None) -> float:
     """The energy of the output's error relative to the output's.
 
     Args:
@@ -41,13 +41,19 @@ def output_noise(weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
         gram: H of the layer's input; None (no data, or no token reached the layer) counts every input channel alike.
     """
     difference = weight - rounded
-    if gram is None or not gram.diagonal.any():
+    if gram is None or not any(bool(part.diagonal.any()) for part in gram.parts):
         noise, signal = difference.square().sum(dtype=torch.float64), weight.square().sum(dtype=torch.float64)
     else:
-        noise, signal = quadratic_error(difference, gram.matrix), quadratic_error(weight, gram.matrix)
+        noise, signal = (_energy(matrix, gram) for matrix in (difference, weight))
     if float(signal) <= 0:  # a layer that returns nothing, which any grid holds exactly
         return 0.0
     return max(float(noise / signal), 0.0)
+
+
+def _energy(matrix: Tensor, gram: Gram | GroupedGram) -> Tensor:
+    """tr(D H D^T), group by group."""
+    rows = matrix.chunk(len(gram.parts))
+    return torch.stack([quadratic_error(d, part.matrix) for d, part in zip(rows, gram.parts, strict=True)]).sum()
 
 
 def kl_divergence(reference: Tensor, logits: Tensor) -> float:
