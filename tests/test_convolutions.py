@@ -183,8 +183,14 @@ def test_a_depthwise_convolution_is_solved_channel_by_channel() -> None:
     assert not torch.equal(rounded.codes, solved.codes)
 
 
-@pytest.mark.parametrize("kind", tiny.CONVNETS)
-@pytest.mark.parametrize("solver", [SOLVER, QEP(group_size=None), RTN(bits=4)], ids=["gptq", "qep", "rtn"])
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [
+        *((kind, solver) for kind in tiny.CONVNETS for solver in (SOLVER, RTN(bits=4))),
+        ("resnet", QEP(group_size=None)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_every_convolution_and_linear_layer_is_solved(kind: str, solver: Solver) -> None:
     model = tiny.make_convnet(kind)
     sink = tiny.solve(model, tiny.picture_batches(4, size=2), solver=solver, ignore=())

@@ -1,4 +1,7 @@
-"""Every shipped recipe on a real small model stays within the band that it promises in its `expect` block."""
+"""Every shipped recipe on a real small model stays within the band that it promises in its `expect` block.
+
+The bands of recipes for pictures are measured by hand (docs/log.md): no set of labelled photographs may be handed on.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def uncompressed(windows: Path) -> float:
     return perplexity(models.locate(MODEL), windows)
 
 
-@pytest.mark.parametrize("name", sorted(recipe.shipped()))
+@pytest.mark.parametrize("name", [name for name in sorted(recipe.shipped()) if MODEL in recipe.read(name).expect])
 def test_perplexity_ratio_lies_in_the_recipes_band(
     name: str, windows: Path, uncompressed: float, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from compresslab.contract import ActivationQuantizer, Solver
 from compresslab.deploy.compressed_tensors import Layout, Scheme, grid_of, read_weights
 from compresslab.edits import Edit, apply_
 from compresslab.errors import CompressLabError
-from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
+from compresslab.numerics.grid import QuantInput, QuantWeight
 from compresslab.weights import FolderWeights
 
 QUANT_METHOD = "compresslab"
@@ -144,7 +144,7 @@ def load(folder: Path, *, dtype: torch.dtype | str = "auto") -> nn.Module:
     models.tie_weights(model)
     wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
     model = model.to(wanted)  # before the scales of inputs are there, which stay as they are
-    for name, rounding in _inputs(stored, weights):
+    for name, rounding in read_inputs(folder):
         _round_input_(model.get_submodule(name), rounding)
     return model.eval().requires_grad_(False)
 
@@ -159,18 +159,17 @@ def _quantization(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
 
 
-def _inputs(stored: Mapping[str, Any], weights: FolderWeights) -> list[tuple[str, QuantInput]]:
-    """How the input of every layer is rounded that is."""
-    found = []
-    for group in stored["config_groups"].values():
+def read_inputs(folder: Path) -> Iterator[tuple[str, QuantInput]]:
+    """How the input of every layer is rounded that is, as it lies on disk."""
+    weights = FolderWeights(folder)
+    for group in _quantization(folder)["config_groups"].values():
         args = group["input_activations"]
         for name in group["targets"] if args is not None else ():
-            grid: Grid = grid_of(args)
+            grid = grid_of(args)
             scale = None if args["dynamic"] else weights.get(f"{name}.input_scale")
             asymmetric = scale is not None and not grid.symmetric
             zero_point = weights.get(f"{name}.input_zero_point") if asymmetric else None
-            found.append((name, QuantInput(grid=grid, scale=scale, zero_point=zero_point)))
-    return found
+            yield name, QuantInput(grid=grid, scale=scale, zero_point=zero_point)
 
 
 def _round_input_(module: nn.Module, rounding: QuantInput) -> None:
