@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
+import tiny
 from compresslab import layerwise, models
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
@@ -74,7 +74,12 @@ def test_rows_times_the_weight_matrix_are_the_convolution(kind: str) -> None:
 def test_layers_that_read_one_picture_differently_have_no_rows_in_common() -> None:
     one, same = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
     assert way_of_reading(one) == way_of_reading(same)
-    for other in (nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3, 2, 1), nn.Conv2d(4, 8, 3, padding=1, groups=2)):
+    for other in (
+        nn.Conv2d(4, 8, 1),
+        nn.Conv2d(4, 8, 3),
+        nn.Conv2d(4, 8, 3, 2, 1),
+        nn.Conv2d(4, 8, 3, padding=1, groups=2),
+    ):
         assert way_of_reading(one) != way_of_reading(other)
     assert (groups_of(one), groups_of(nn.Conv2d(4, 8, 1, groups=4)), groups_of(nn.Linear(2, 2))) == (1, 4, 1)
 
@@ -229,7 +234,9 @@ def test_a_sequential_of_layers_is_no_list_of_blocks() -> None:
 
 def test_a_group_size_that_does_not_divide_names_the_convolution() -> None:
     with pytest.raises(CompressLabError, match=r"_conv_stem.*group size 16 does not divide 27"):
-        tiny.solve(tiny.make_convnet("efficientnet-lite"), tiny.picture_batches(4), solver=GPTQ(group_size=16), ignore=())
+        tiny.solve(
+            tiny.make_convnet("efficientnet-lite"), tiny.picture_batches(4), solver=GPTQ(group_size=16), ignore=()
+        )
 
 
 def test_a_survey_visits_convolutions_too() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tiny
 from compresslab import models
 from compresslab.contract import BatchNorm
 from compresslab.edits import ChannelClip
@@ -179,7 +179,9 @@ def test_linear_layers_are_equalised_through_a_relu() -> None:
     batch = {"input_ids": torch.randint(3, 50, (2, 8))}
     before, after = (_whole_model(s, torch.device("cpu"))(**batch).logits for s in (source, equalized))
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
-    assert not torch.equal(equalized.weights.get(f"{found[0].first}.weight"), source.weights.get(f"{found[0].first}.weight"))
+    assert not torch.equal(
+        equalized.weights.get(f"{found[0].first}.weight"), source.weights.get(f"{found[0].first}.weight")
+    )
 
 
 class Tapped(nn.Module):

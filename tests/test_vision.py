@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
+import tiny
 from compresslab import compress, data, evaluation, models
 from compresslab.deploy import native
 from compresslab.errors import CompressLabError
@@ -249,9 +249,7 @@ def test_weights_alone_are_packed(bits: int, network: Path, pictures: Path, tmp_
 
 @pytest.mark.usefixtures("no_process")
 def test_a_model_without_convolutions_in_the_plan_stays_in_compressed_tensors(pictures: Path, tmp_path: Path) -> None:
-    artifact, report = compress(
-        tiny.make("vit"), tiny.recipe("rtn"), data=None, out=tmp_path / "out", measure=False
-    )
+    artifact, report = compress(tiny.make("vit"), tiny.recipe("rtn"), data=None, out=tmp_path / "out", measure=False)
     config = json.loads((artifact.folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert report.parity.runtime == "transformers"
@@ -292,7 +290,12 @@ def test_a_layer_without_a_bias_is_told(network: Path, pictures: Path, tmp_path:
 def test_linear_layers_of_an_encoder_are_corrected_too(tmp_path: Path) -> None:
     folder = tiny.save("bert", tmp_path / "bert")
     text = tiny.write_text(tmp_path / "words.txt")
-    raw = {"name": "t", "version": 1, "steps": [RTN | {"bits": 3}, CORRECT], "calibration": {"samples": 4, "sequence_length": 16}}
+    raw = {
+        "name": "t",
+        "version": 1,
+        "steps": [RTN | {"bits": 3}, CORRECT],
+        "calibration": {"samples": 4, "sequence_length": 16},
+    }
     artifact, report = compress(folder, parse(raw, "t"), str(text), out=tmp_path / "out", measure=False)
     name = report.layers[0].name
     stored, corrected = (FolderWeights(f).get(f"{name}.bias") for f in (folder, artifact.folder))

@@ -175,7 +175,14 @@ PIXELS = 16
 
 def _efficientnet_lite(**more: Any) -> nn.Module:
     stages = [[1, 3, 1, 1, 10], [2, 3, 2, 2, 12], [2, 5, 1, 2, 12]]
-    settings = {"stages": stages, "stem_channels": 8, "head_channels": 16, "image_size": PIXELS, "num_labels": 5, **more}
+    settings = {
+        "stages": stages,
+        "stem_channels": 8,
+        "head_channels": 16,
+        "image_size": PIXELS,
+        "num_labels": 5,
+        **more,
+    }
     return EfficientNetLiteForImageClassification(EfficientNetLiteConfig(**settings))
 
 

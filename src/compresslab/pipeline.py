@@ -40,7 +40,7 @@ from compresslab.report.schema import Layer, Parity, Report
 from compresslab.rewriting import rewritten
 from compresslab.smoothing import smoothed
 
-BATCH_PICTURES = 8
+BATCH_PICTURES = 2  # patches of more pictures no longer fit the caches, nor what the allocator keeps
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 

@@ -20,7 +20,10 @@ def folded(
     def both(x: Tensor) -> Tensor:
         y = weight.double() @ x + bias.double()
         return torch.stack(
-            [(y[i] - float(mean[i])) / (float(var[i]) + eps) ** 0.5 * float(gamma[i]) + float(beta[i]) for i in range(len(y))]
+            [
+                (y[i] - float(mean[i])) / (float(var[i]) + eps) ** 0.5 * float(gamma[i]) + float(beta[i])
+                for i in range(len(y))
+            ]
         )
 
     columns = weight.shape[1]

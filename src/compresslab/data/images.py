@@ -28,7 +28,7 @@ from compresslab.errors import CompressLabError, unknown
 from compresslab.wheels import file_sha256
 
 SHUFFLE = 0  # the seed of the order in which an unsplit source is cut
-BATCH = 16
+BATCH = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,9 @@ def pictures(source: str, split: str = "calibration") -> Pictures:
         found = _folder(folders[split]) if folders and split != "all" else _folder(path)
         return _part(path.name, found, split, cut=not folders)
     if path.suffix.lower() != ".parquet":
-        raise CompressLabError(f"{path} holds no pictures: name a folder with a sub-folder for each class, or a .parquet")
+        raise CompressLabError(
+            f"{path} holds no pictures: name a folder with a sub-folder for each class, or a .parquet"
+        )
     return _part(path.name, _parquet(path), split, cut=True)
 
 
@@ -158,7 +160,9 @@ def _opened(found: Pictures, index: int) -> Any:
     try:
         return Image.open(io.BytesIO(found.open(index))).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise CompressLabError(f"picture {index} of the {found.split} split of {found.name}: {one_line(error)}") from None
+        raise CompressLabError(
+            f"picture {index} of the {found.split} split of {found.name}: {one_line(error)}"
+        ) from None
 
 
 def image_calibration(

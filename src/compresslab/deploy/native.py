@@ -62,7 +62,10 @@ class NativeLayout(Layout):
     runtime = "compresslab"
 
     def __init__(
-        self, solvers: Mapping[str, Solver], activations: Mapping[str, ActivationQuantizer] | None, edits: Sequence[Edit]
+        self,
+        solvers: Mapping[str, Solver],
+        activations: Mapping[str, ActivationQuantizer] | None,
+        edits: Sequence[Edit],
     ) -> None:
         super().__init__(solvers, activations)
         self.edits = tuple(edits)
@@ -81,7 +84,9 @@ class NativeLayout(Layout):
         try:
             self.schemes[name].weights.groups(columns)
         except ValueError as error:
-            raise CompressLabError(f"layer {name}, stored as {rows} x {columns}: {error}; set another group_size") from None
+            raise CompressLabError(
+                f"layer {name}, stored as {rows} x {columns}: {error}; set another group_size"
+            ) from None
 
     def as_opened(self, weight: QuantWeight, transposed: bool) -> Tensor:
         opened = weight.dequantize()

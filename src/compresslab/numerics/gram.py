@@ -197,7 +197,9 @@ class GroupedGram:
 
     def add_drift_(self, reference: Tensor, x: Tensor) -> None:
         """`Gram.add_drift_` of every group; both [..., groups * in]."""
-        for part, there, here in zip(self.parts, *(t.split(self.features, dim=-1) for t in (reference, x)), strict=True):
+        for part, there, here in zip(
+            self.parts, *(t.split(self.features, dim=-1) for t in (reference, x)), strict=True
+        ):
             part.add_drift_(there, here)
 
 

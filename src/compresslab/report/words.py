@@ -78,7 +78,9 @@ def change_and_tone(before: Measurement, after: Measurement) -> tuple[str, str]:
         return f"{'+' if a > b else '-'}{human(abs(a - b), before.unit)}", ""
     if before.unit not in _DIRECTIONS:
         share = 100 * (a / b - 1)
-        tone = {"perplexity": "bad" if a > b else "good", "top1_accuracy": "good" if a > b else "bad"}.get(before.name, "")
+        tone = {"perplexity": "bad" if a > b else "good", "top1_accuracy": "good" if a > b else "bad"}.get(
+            before.name, ""
+        )
         return f"{share:+,.1f} %" if abs(share) >= 0.095 else f"{share:+.1g} %", tone
     good, bad, more = _DIRECTIONS[before.unit]
     well, ratio = (a > b) == more, max(a / b, b / a)
