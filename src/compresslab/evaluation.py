@@ -26,7 +26,7 @@ def evaluate(
     Raises:
         CompressLabError: if there is no such model, too little text, or no picture for a model that reads those.
     """
-    from compresslab.pipeline import pick_device
+    from compresslab.pipeline import PASSAGES, pick_device
 
     folder = models.locate(model)
     job = fresh.Job(
@@ -36,10 +36,13 @@ def evaluate(
     if models.reads_images(folder):
         datasets.pictures(data, "test")  # what is wrong with it is told here, not in the other process
         return [*size.measure(folder), *fresh.measure(job.model_copy(update={"images": data})).measurements]
-    tokens = datasets.windows(data, models.load_tokenizer(folder, str(model)), length=length, count=windows)
+    tokenizer = models.load_tokenizer(folder, str(model))
+    texts = {"input_ids": datasets.windows(data, tokenizer, length=length, count=windows)}
+    if models.is_encoder(models.read_config(folder)):
+        texts |= datasets.encoder_texts(data, tokenizer, count=PASSAGES * windows, longest=length)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "windows.safetensors"
-        save_file({"input_ids": tokens}, path)
+        save_file(texts, path)
         return [*size.measure(folder), *fresh.measure(job.model_copy(update={"windows": path})).measurements]
 
 

@@ -298,9 +298,14 @@ def locate(model: str | Path) -> Path:
     return _folder(str(model), None)[0]
 
 
+def read_config(folder: Path | str) -> transformers.PretrainedConfig:
+    """The configuration of a model or an artifact."""
+    return transformers.AutoConfig.from_pretrained(folder)
+
+
 def reads_images(folder: Path) -> bool:
     """Whether the model of a folder, float or compressed, reads pictures."""
-    return main_input(transformers.AutoConfig.from_pretrained(folder)) == "pixel_values"
+    return main_input(read_config(folder)) == "pixel_values"
 
 
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -309,8 +314,7 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
 
     if native.is_ours(Path(folder)):
         return native.load(Path(folder), dtype=dtype)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    cls = _class_of(config)
+    cls = _class_of(read_config(folder))
     with quiet_transformers():
         return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
@@ -374,6 +378,14 @@ def classes(model: nn.Module) -> tuple[dict[str, int], int]:
     assert isinstance(config, transformers.PretrainedConfig)
     names = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     return names, len(config.id2label or ())
+
+
+def is_encoder(config: transformers.PretrainedConfig) -> bool:
+    """Whether a model without a head returns a hidden state for every token, so that texts can be embedded with it."""
+    architecture = (config.architectures or [""])[0]
+    reads_text = getattr(config, "vocab_size", None) is not None
+    two_sided = getattr(config, "is_encoder_decoder", False) and not architecture.endswith("EncoderModel")
+    return architecture.endswith("Model") and reads_text and not two_sided
 
 
 def vocabulary_size(model: nn.Module) -> int:

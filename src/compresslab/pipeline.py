@@ -41,6 +41,7 @@ from compresslab.rewriting import rewritten
 from compresslab.smoothing import smoothed
 
 BATCH_PICTURES = 2  # patches of more pictures no longer fit the caches, nor what the allocator keeps
+PASSAGES = 8  # an encoder embeds for every evaluation window
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 
@@ -304,7 +305,8 @@ def _calibration(
             data, source.image_processor(), samples=recipe.calibration.samples, seed=seed, batch_size=BATCH_PICTURES
         )
     length = recipe.calibration.sequence_length
-    found = datasets.calibration(
+    gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
+    found = gather(
         data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
         batch_size=max(1, BATCH_TOKENS // length),
     )  # fmt: skip
@@ -385,23 +387,29 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
 class Questions:
     """What quality is measured on: windows of text, or a source of pictures, and in words where these come from."""
 
-    tokens: torch.Tensor | None = None
+    texts: dict[str, torch.Tensor] | None = None
     images: str | None = None
     said: str = ""
 
     @classmethod
     def of(cls, source: models.Source, data: Any, count: int) -> Questions:
         """Nothing, where there is no source of data or the model can be asked nothing."""
-        return cls(tokens=_windows(source, data, count), images=_images(source, data), said=f"{data}, test split")
+        return cls(texts=_texts(source, data, count), images=_images(source, data), said=f"{data}, test split")
 
 
-def _windows(source: models.Source, data: Any, count: int) -> torch.Tensor | None:
-    """Token windows [n, length] of the text's test split, or None without a text or a tokenizer to measure with."""
+def _texts(source: models.Source, data: Any, count: int) -> dict[str, torch.Tensor] | None:
+    """Token windows [n, length] of the text's test split, and for an encoder what it embeds; None without a text or a
+    tokenizer to measure with.
+    """
     if not isinstance(data, str) or not source.has_tokenizer():
         return None
-    windows = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
+    tokenizer, length = source.tokenizer(), _window_length(source)
+    windows = datasets.windows(data, tokenizer, length=length, count=count)
     _check_tokens(source, windows)
-    return windows
+    if not models.is_encoder(source.config):
+        return {"input_ids": windows}
+    passages = datasets.encoder_texts(data, tokenizer, count=PASSAGES * count, longest=length)
+    return {"input_ids": windows} | passages
 
 
 def _images(source: models.Source, data: Any) -> str | None:
@@ -439,9 +447,9 @@ def _measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         windows = None
-        if asked.tokens is not None:
+        if asked.texts is not None:
             windows = Path(scratch) / "windows.safetensors"
-            save_file({"input_ids": asked.tokens}, windows)
+            save_file(asked.texts, windows)
         job = fresh.Job(
             folder=original, windows=windows, images=asked.images, source=asked.said,
             reference=Path(scratch) / "reference.safetensors",

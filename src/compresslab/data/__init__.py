@@ -25,6 +25,7 @@ from compresslab.data.offline import (
     is_cached,
     word_pairs,
 )
+from compresslab.data.passages import calibration_passages, encoder_texts, passages, rated_documents
 from compresslab.data.sources import Texts, texts
 from compresslab.data.tokens import Calibration, calibration, windows
 
@@ -41,14 +42,18 @@ __all__ = [
     "Texts",
     "WordPair",
     "calibration",
+    "calibration_passages",
     "digits",
     "documents_with_similarity",
+    "encoder_texts",
     "image_batches",
     "image_calibration",
     "images",
     "is_cached",
     "label_ids",
+    "passages",
     "pictures",
+    "rated_documents",
     "texts",
     "windows",
     "word_pairs",

@@ -126,8 +126,8 @@ def claims(report: Report) -> list[tuple[str, str]]:
         b, a = pairs["top1_accuracy"]
         text = f"top-1 {100 * b.value:.1f} % -> {100 * a.value:.1f} % ({100 * (a.value - b.value):+.1f} points)"
         made.append((text, "same" if a.value == b.value else change_and_tone(b, a)[1]))
-    elif "output_cosine" in after:
-        made.append((f"output cosine {human(after['output_cosine'].value, '1')}", ""))
+    elif "embedding_cosine" in after:
+        made.append((f"embedding cosine {human(after['embedding_cosine'].value, '1')}", ""))
     return made or [("nothing was measured both before and after", "")]
 
 
@@ -220,6 +220,11 @@ def limitations(report: Report) -> list[str]:
         found.append(
             f"Top-1 accuracy went from {100 * b.value:.1f} % to {100 * a.value:.1f} % on {a.n:,} pictures, where the standard "
             f"error of one figure is {100 * (a.spread or 0):.1f} points. Pictures of another kind can lose more than that."
+        )
+    elif cosine := next((m for m in report.after if m.name == "embedding_cosine"), None):
+        found.append(
+            f"Embeddings of {cosine.n} texts have a mean cosine of {human(cosine.value, '1')} to those of the original. "
+            "Other languages, lengths and kinds of text can differ more."
         )
     else:
         found.append("Perplexity was not measured before and after: the table holds all that is known of quality.")
