@@ -458,7 +458,7 @@ def test_layers_that_read_one_tensor_share_its_gram_matrix(
             super().__init__(*args, **kwargs)
             made.append(self)
 
-        def add_(self, x: Tensor) -> None:
+        def add_(self, x: Tensor, watched: Tensor | None = None) -> None:
             added.append(x[..., 0].numel())
             add(self, x)
 
