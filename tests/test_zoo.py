@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from compresslab import zoo
 from compresslab.errors import CompressLabError
@@ -345,13 +345,10 @@ def test_minilm_finds_the_nearer_sentence() -> None:
 def test_efficientnet_folder_has_its_weights_and_settings() -> None:
     folder = zoo.model_folder("efficientnet-lite0")
     config = json.loads((folder / "config.json").read_text())
-    assert (config["architecture"], config["model_type"]) == ("efficientnet-lite0", "efficientnet_lite0")
-    assert (config["image_size"], config["mean"], config["std"], config["num_classes"]) == (
-        224,
-        [127] * 3,
-        [128] * 3,
-        1000,
-    )
+    assert (config["model_type"], config["image_size"], config["num_labels"]) == ("efficientnet_lite", 224, 1000)
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    assert [[255 * value for value in images[key]] for key in ("image_mean", "image_std")] == [[127] * 3, [128] * 3]
+    assert AutoModelForImageClassification.from_pretrained(folder).config.num_labels == 1000
     weights = load_file(folder / "model.safetensors")
     assert sum(w.numel() for name, w in weights.items() if name.endswith(("weight", "bias"))) == 4_652_008
     assert not list(folder.glob("*.pth"))

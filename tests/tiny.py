@@ -22,6 +22,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 
 from compresslab import layerwise, models, preflight
+from compresslab.architectures import EfficientNetLiteConfig, EfficientNetLiteForImageClassification
 from compresslab.contract import Solver
 from compresslab.deploy.compressed_tensors import Layout
 from compresslab.measure import fresh
@@ -165,6 +166,88 @@ def token_batches(samples: int, length: int = 16, *, size: int | None = None, se
     """Random token ids in batches of `size` (all in one if None); the same ids whatever the size."""
     ids = torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": part} for part in ids.split(size or samples)]
+
+
+# --- convolutional networks and pictures ---------------------------------------------------------------------------
+
+PIXELS = 16
+
+
+def _efficientnet_lite(**more: Any) -> nn.Module:
+    stages = [[1, 3, 1, 1, 10], [2, 3, 2, 2, 12], [2, 5, 1, 2, 12]]
+    settings = {
+        "stages": stages,
+        "stem_channels": 8,
+        "head_channels": 16,
+        "image_size": PIXELS,
+        "num_labels": 5,
+        **more,
+    }
+    return EfficientNetLiteForImageClassification(EfficientNetLiteConfig(**settings))
+
+
+def _resnet(**more: Any) -> nn.Module:
+    settings = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic", "num_labels": 5}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**{**settings, **more}))
+
+
+def _mobilenet(**more: Any) -> nn.Module:
+    settings = {"depth_multiplier": 0.25, "image_size": PIXELS, "num_labels": 5, **more}
+    return transformers.MobileNetV2ForImageClassification(transformers.MobileNetV2Config(**settings))
+
+
+_CONVNETS: dict[str, Callable[..., nn.Module]] = {
+    "efficientnet-lite": _efficientnet_lite,
+    "resnet": _resnet,
+    "mobilenet": _mobilenet,
+}
+CONVNETS = tuple(_CONVNETS)
+
+
+def make_convnet(kind: str, *, seed: int = 0, **more: Any) -> Any:
+    """A tiny random convolutional network whose batch norms have seen something, in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _CONVNETS[kind](**more)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.3, 3)
+                nn.init.uniform_(module.weight, 0.5, 2)
+                nn.init.normal_(module.bias, 0.3, 0.5)
+    return model.eval().requires_grad_(False)
+
+
+def save_convnet(kind: str, folder: Path, *, seed: int = 0, **more: Any) -> Path:
+    """Its folder, with a preprocessor_config.json."""
+    make_convnet(kind, seed=seed, **more).save_pretrained(folder)
+    size = {"height": PIXELS, "width": PIXELS}
+    settings = {"image_processor_type": "CLIPImageProcessor", "do_resize": False, "do_center_crop": True, "crop_size": size,
+                "image_mean": [0.5] * 3, "image_std": [0.25] * 3}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def picture_batches(samples: int, *, size: int = 8, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Random smooth pictures in batches."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(samples, 3, PIXELS // 4, PIXELS // 4, generator=generator)
+    pictures = nn.functional.interpolate(coarse, size=PIXELS, mode="bilinear")
+    return [{"pixel_values": part} for part in pictures.split(size)]
+
+
+def write_pictures(folder: Path, *, classes: int = 5, each: int = 8, seed: int = 0) -> Path:
+    """A folder of PNG files, one sub-folder for each class, named by its number."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(seed)
+    for label in range(classes):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(each):
+            coarse = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+            picture = Image.fromarray(coarse.numpy()).resize((PIXELS + 4, PIXELS + 4), Image.Resampling.BILINEAR)
+            picture.save(folder / str(label) / f"{number:03d}.png")
+    return folder
 
 
 # --- recipes and runs ----------------------------------------------------------------------------------------------

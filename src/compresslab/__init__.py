@@ -24,6 +24,7 @@ _HOME = {
     "read_report": "compresslab.report.schema",
     "Measurement": "compresslab.report.schema",
     "METHODS": "compresslab.methods",
+    "load": "compresslab.models",
     "CompressLabError": "compresslab.errors",
 }
 

@@ -52,7 +52,9 @@ def compress(
     recipe: Annotated[
         str, typer.Option(help="A recipe's name (see `compresslab recipes`) or a YAML file.")
     ] = "w4a16-gptq",
-    data: Annotated[str, typer.Option(help="Text: a name from `compresslab datasets`, a file, or a hub id.")] = "wiki",
+    data: Annotated[
+        str, typer.Option(help="Text (a name from `compresslab datasets`, a file, a hub id), or labelled pictures.")
+    ] = "wiki",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
     ] = None,
@@ -202,7 +204,7 @@ def _show_plan(plan: Any, estimate: Any, recipe: Any, budget: Any, as_json: bool
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model or an artifact: folder, zoo name or hub id.")],
-    data: Annotated[str, typer.Option(help="Text to predict; its test split is used.")] = "wiki",
+    data: Annotated[str, typer.Option(help="Text or labelled pictures; the test split is used.")] = "wiki",
     windows: Annotated[int, typer.Option(help="How many windows.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     device: Device = "auto",

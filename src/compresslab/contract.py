@@ -164,6 +164,66 @@ class ActivationQuantizer(Method, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchNorm:
+    """A batch norm in use: y = (x - mean) / sqrt(var + eps) * weight + bias, every tensor float32 [channels]."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
+@runtime_checkable
+class Folder(Method, Protocol):
+    """A method that takes a batch norm away by changing the layer whose output it normalises; see rewriting.py."""
+
+    def fold(self, weight: Tensor, bias: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+        """The weight, float32 [out, in], and bias [out] that give after no norm what these two gave before `norm`."""
+        ...
+
+
+@runtime_checkable
+class Equalizer(Method, Protocol):
+    """A method that shares out scales between two layers with nothing but elementwise functions between them.
+
+    Where the functions satisfy f(s x) = s f(x), channel i may leave the first layer divided by s_i if the second one
+    multiplies it by s_i. rewriting.py finds such pairs, folds s in, and goes on until no s differs from 1.
+
+    Attributes:
+        sweeps: over all pairs, at most.
+        relu6: what becomes of a ReLU6 between the two, which does not satisfy it: "rescale", "replace" or "keep".
+    """
+
+    sweeps: int
+    relu6: str
+
+    def scales(self, first: Tensor, second: Tensor) -> Tensor:
+        """s, float32 [channels], positive.
+
+        Args:
+            first: float32 [channels, m], the weights that make each channel.
+            second: float32 [channels, n], the weights that read each channel.
+        """
+        ...
+
+
+@runtime_checkable
+class Corrector(Method, Protocol):
+    """A method that changes a layer's bias after its weight was rounded."""
+
+    def correct(self, weight: Tensor, rounded: Tensor, gram: Gram) -> Tensor:
+        """What to add to the bias, float32 [out].
+
+        Args:
+            weight: float32 [out, in], before rounding.
+            rounded: float32 [out, in], after it.
+            gram: of the layer's input, with the mean of every channel.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerRecord:
     """What happened to one layer. Lengths in bytes are those of the tensors on disk.
 

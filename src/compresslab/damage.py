@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.errors import CompressLabError, unknown
 from compresslab.models import Source, is_transposed, weight_of
-from compresslab.numerics.gram import Gram
 from compresslab.search.sensitivity import fisher_noise, kl_divergence, output_noise, trace_noise
-from compresslab.solving import Pass
+from compresslab.solving import Pass, Statistic
 
 # Tokens that the measures with a model read: windows, and the beginnings of those.
 FISHER_WINDOWS, FISHER_TOKENS = 8, 512
@@ -34,7 +33,7 @@ PROBES = 8
 
 
 class Damage(Protocol):
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Statistic | None) -> float:
         """What replacing `weight` by `rounded`, both float32 [out, in], does; called from the narrowest choice to the widest."""
         ...
 
@@ -74,7 +73,7 @@ class OutputNoise:
     def __init__(self, calibration: Pass) -> None:
         pass
 
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Statistic | None) -> float:
         return output_noise(weight, rounded, gram)
 
 
@@ -89,7 +88,7 @@ class Fisher:
         reached = [found.mean() for found in self.importance.values()]
         self.usual = torch.stack(reached).mean() if reached else torch.ones(())
 
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Statistic | None) -> float:
         # An expert that these few windows did not reach is taken to matter as much as the others.
         importance = self.importance.get(name, self.usual.expand(len(weight)))
         return fisher_noise(weight, rounded, gram, importance)
@@ -155,7 +154,7 @@ class Hessian:
         batch = first_windows(calibration, KL_WINDOWS, KL_TOKENS)
         self.traces = hessian_traces(model, calibration.plan.layers, batch, PROBES)
 
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Statistic | None) -> float:
         return trace_noise(weight, rounded, self.traces[name])
 
 
@@ -199,7 +198,7 @@ class LeaveOneOut:
         self.batch = first_windows(calibration, KL_WINDOWS, KL_TOKENS)
         self.reference = self._logits()
 
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Statistic | None) -> float:
         module = self.model.get_submodule(name)
         kept = module._parameters["weight"]
         swapped = rounded.t() if is_transposed(module) else rounded
@@ -221,7 +220,7 @@ class Divergence(LeaveOneOut):
         super().__init__(calibration)
         self.coefficients: dict[str, float] = {}
 
-    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+    def __call__(self, name: str, weight: Tensor, rounded: Tensor, gram: Statistic | None) -> float:
         noise = output_noise(weight, rounded, gram)
         if name not in self.coefficients:
             self.coefficients[name] = super().__call__(name, weight, rounded, gram) / noise if noise else 0.0

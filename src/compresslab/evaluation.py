@@ -24,11 +24,18 @@ def evaluate(
     """Size, speed, peak memory and quality of a model or an artifact, opened in a fresh process.
 
     Raises:
-        CompressLabError: if there is no such model, or too little text.
+        CompressLabError: if there is no such model, too little text, or no picture for a model that reads those.
     """
     from compresslab.pipeline import PASSAGES, pick_device
 
     folder = models.locate(model)
+    job = fresh.Job(
+        folder=folder, source=f"{data}, test split", device=str(pick_device(device)), threads=torch.get_num_threads(),
+        packed=_is_artifact(folder),
+    )  # fmt: skip
+    if models.reads_images(folder):
+        datasets.pictures(data, "test")  # what is wrong with it is told here, not in the other process
+        return [*size.measure(folder), *fresh.measure(job.model_copy(update={"images": data})).measurements]
     tokenizer = models.load_tokenizer(folder, str(model))
     texts = {"input_ids": datasets.windows(data, tokenizer, length=length, count=windows)}
     if models.is_encoder(models.read_config(folder)):
@@ -36,11 +43,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "windows.safetensors"
         save_file(texts, path)
-        job = fresh.Job(
-            folder=folder, windows=path, source=f"{data}, test split", device=str(pick_device(device)),
-            threads=torch.get_num_threads(), packed=_is_artifact(folder),
-        )  # fmt: skip
-        return [*size.measure(folder), *fresh.measure(job).measurements]
+        return [*size.measure(folder), *fresh.measure(job.model_copy(update={"windows": path})).measurements]
 
 
 class Pair(Frozen):

@@ -36,14 +36,22 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from compresslab.errors import CompressLabError
-from compresslab.models import CALIBRATION_ATTENTION, tie_weights
-from compresslab.numerics.gram import Gram
+from compresslab.models import (
+    CALIBRATION_ATTENTION,
+    channels_last,
+    groups_of,
+    input_rows,
+    tie_weights,
+    way_of_reading,
+)
+from compresslab.numerics.gram import Gram, GroupedGram
 from compresslab.plan import Unit, unit_of
 from compresslab.solving import (
     BlockState,
     Job,
     Pass,
     Solved,
+    Statistic,
     float_tensors,
     read_finite,
     solve_layer,
@@ -63,7 +71,7 @@ def run(job: Job) -> None:
             Compression(job).run()
 
 
-def survey(calibration: Pass, visit: Callable[[str, Gram], None]) -> None:
+def survey(calibration: Pass, visit: Callable[[str, Statistic], None]) -> None:
     """Show every planned layer's Gram matrix to `visit`, in network order, and leave the model as it is.
 
     Layers that read one tensor are visited one after the other with the same Gram; a layer that no token reaches is not.
@@ -93,10 +101,18 @@ class Walk:
     is_reference: bool = False
     waits_at: Stop | None = None
     waits_with: Tensor | None = None  # the input of the layer it waits at
-    # The input of the layer where it stopped last, and the Gram matrix its tokens went into.
+    # The input of the layer where it stopped last, how that layer reads it, and the Gram matrix its tokens went into.
     last_input: weakref.ref[Tensor] | None = None
-    last_gram: Gram | None = None
+    last_way: tuple[Any, ...] = ()
+    last_gram: Statistic | None = None
     output: Any = None
+
+    def stopped_with(self, x: Tensor, way: tuple[Any, ...]) -> bool:
+        """Whether the layer where it stopped last reads x, and in this way."""
+        return self.last_input is not None and self.last_input() is x and self.last_way == way
+
+    def remember(self, x: Tensor, way: tuple[Any, ...], gram: Statistic | None = None) -> None:
+        self.last_input, self.last_way, self.last_gram = weakref.ref(x), way, gram
 
 
 @dataclass(frozen=True, order=True)
@@ -123,7 +139,7 @@ class Forward(ABC):
             name: (unit.name, self.model.get_submodule(name)) for unit in self.units.values() for name in unit.layers
         }
         self.solved: dict[str, Solved | None] = {}  # None where nothing is kept of it (any more)
-        self.grams: dict[str, Gram] = {}
+        self.grams: dict[str, Statistic] = {}
         self.finished = set(finished)
         self.with_references = with_references
         self.loaded: set[str] = set()
@@ -169,7 +185,7 @@ class Forward(ABC):
             elif stop.layer in self.grams:  # not if only references came here, by another way through the experts
                 gram = self.grams.pop(stop.layer)
                 for walk in here:
-                    _compare(gram, walk)
+                    _compare(gram, walk, self.layers[stop.layer][1])
                 if self.with_references:  # twice the walks leave twice the gaps; without them it would only cost time
                     give_memory_back()
                 self._solve(stop.layer, gram)
@@ -200,7 +216,7 @@ class Forward(ABC):
     # -- what a pass is for -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _solve(self, layer: str, gram: Gram) -> None:
+    def _solve(self, layer: str, gram: Statistic) -> None:
         """A layer's Gram matrix is complete; afterwards the layer is in `self.solved`."""
 
     @abstractmethod
@@ -259,31 +275,39 @@ class Forward(ABC):
         """Wait until the layer is solved; then go on with its new weight, or as a reference with the one it had."""
         walk = self._current()
         if not walk.is_reference:
-            self._before_layer(stop, walk, x)
-        elif walk.last_input is None or walk.last_input() is not x:
-            walk.last_input = weakref.ref(x)
+            self._before_layer(stop, walk, module, x)
+        elif not walk.stopped_with(x, way_of_reading(module)):
+            walk.remember(x, way_of_reading(module))
             self._wait(stop, walk, x)
         if stop.layer in self.originals:
             module._parameters["weight"] = self.originals[stop.layer] if walk.is_reference else self.rounded[stop.layer]
 
-    def _before_layer(self, stop: Stop, walk: Walk, x: Tensor) -> None:
+    def _before_layer(self, stop: Stop, walk: Walk, module: nn.Module, x: Tensor) -> None:
         """Add this walk's tokens to the layer's Gram matrix and wait; or solve at once from a neighbour's."""
         if stop.layer in self.solved:
             return
-        if walk.last_input is not None and walk.last_input() is x and walk.last_gram is not None:
+        way = way_of_reading(module)
+        if walk.stopped_with(x, way) and walk.last_gram is not None:
             self._solve(stop.layer, walk.last_gram)
             return
+        real = _real_tokens(x, walk.batch.get("attention_mask"))
+        rows, watched = input_rows(module, real), channels_last(module, real)
         gram = self.grams.get(stop.layer)
         if gram is None:
-            gram = Gram(x.shape[-1], precision=self.calibration.gram_precision, device=x.device)
-            gram.observers = self._observers(x.shape[-1])
+            gram = self._statistic(rows.shape[-1], groups_of(module))
+            gram.observers = self._observers(watched.shape[-1])
             self.grams[stop.layer] = gram
         try:
-            gram.add_(_real_tokens(x, walk.batch.get("attention_mask")))
+            gram.add_(rows, watched)
         except ValueError as error:
             raise CompressLabError(f"layer {stop.layer}, batch {walk.index}: {error}") from error
-        walk.last_input, walk.last_gram = weakref.ref(x), gram
+        walk.remember(x, way, gram)
         self._wait(stop, walk, x)
+
+    def _statistic(self, features: int, groups: int) -> Statistic:
+        if groups > 1:
+            return GroupedGram(features // groups, groups, device=self.device)
+        return Gram(features, precision=self.calibration.gram_precision, device=self.device)
 
     def _wait(self, stop: Stop, walk: Walk, x: Tensor) -> None:
         walk.waits_with = x
@@ -322,11 +346,11 @@ class Forward(ABC):
 class Survey(Forward):
     """A pass that only looks."""
 
-    def __init__(self, calibration: Pass, visit: Callable[[str, Gram], None]) -> None:
+    def __init__(self, calibration: Pass, visit: Callable[[str, Statistic], None]) -> None:
         super().__init__(calibration)
         self.visit = visit
 
-    def _solve(self, layer: str, gram: Gram) -> None:
+    def _solve(self, layer: str, gram: Statistic) -> None:
         self.visit(layer, gram)
         self.solved[layer] = None
 
@@ -349,7 +373,7 @@ class Compression(Forward):
         asked = dict.fromkeys(self.job.activations.values())
         return {quantizer: seen for quantizer in asked if (seen := quantizer.observer(features)) is not None}
 
-    def _solve(self, layer: str, gram: Gram | None) -> None:
+    def _solve(self, layer: str, gram: Statistic | None) -> None:
         solved = solve_layer(self.job, layer, self.layers[layer][1], gram)
         self._put(layer, solved)
         self.job.on_layer(solved.record)
@@ -358,7 +382,10 @@ class Compression(Forward):
         """Have the network go on with a solved weight."""
         weight, module = solved.weight.dequantize(), self.layers[layer][1]
         original = _parameter(module)
-        _place(self.model, f"{layer}.weight", weight.t() if solved.transposed else weight, self.job.compute_dtype)
+        kept = weight.t() if solved.transposed else weight.view(original.shape)
+        _place(self.model, f"{layer}.weight", kept, self.job.compute_dtype)
+        if solved.bias is not None:
+            _place(self.model, f"{layer}.bias", solved.bias, self.job.compute_dtype)
         if self.with_references:
             self.originals[layer], self.rounded[layer] = original, _parameter(module)
         self.solved[layer] = solved
@@ -393,7 +420,7 @@ def _with_first(output: Any, hidden: Tensor) -> Any:
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
-def _compare(gram: Gram, walk: Walk) -> None:
+def _compare(gram: Statistic, walk: Walk, module: nn.Module) -> None:
     """Tell the Gram matrix how far this walk's input has drifted from its reference's, if both are here."""
     twin = walk.reference
     if twin is None or twin.waits_with is None or walk.waits_with is None or twin.waits_at != walk.waits_at:
@@ -401,7 +428,7 @@ def _compare(gram: Gram, walk: Walk) -> None:
     mask = walk.batch.get("attention_mask")
     there, here = _real_tokens(twin.waits_with, mask), _real_tokens(walk.waits_with, mask)
     if there.shape == here.shape:  # experts may have got other tokens
-        gram.add_drift_(there, here)
+        gram.add_drift_(input_rows(module, there), input_rows(module, here))
 
 
 def give_memory_back() -> None:

@@ -14,6 +14,9 @@ from compresslab.activations.static import Static
 from compresslab.contract import ActivationQuantizer, Method, Solver
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.awq import AWQ
+from compresslab.quantize.batchnorm_folding import BatchNormFolding
+from compresslab.quantize.bias_correction import BiasCorrection
+from compresslab.quantize.cross_layer_equalization import CrossLayerEqualization
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.quantease import QuantEase
@@ -27,6 +30,9 @@ METHODS: dict[str, type] = {
     "smoothquant": SmoothQuant,
     "qep": QEP,
     "quantease": QuantEase,
+    "batchnorm-folding": BatchNormFolding,
+    "cross-layer-equalization": CrossLayerEqualization,
+    "bias-correction": BiasCorrection,
     "static": Static,
     "dynamic": Dynamic,
 }

@@ -25,15 +25,14 @@ from compresslab import layerwise, methods
 from compresslab.budget import Books, Budget, books_of
 from compresslab.contract import ActivationQuantizer, Along, Smoother, Solver
 from compresslab.damage import Damage, damage_of
-from compresslab.deploy.layouts import Layout, layout_of
+from compresslab.deploy.layouts import Layout, layout_for
 from compresslab.errors import CompressLabError
 from compresslab.models import is_transposed
-from compresslab.numerics.gram import Gram
 from compresslab.recipe import FLOAT, Recipe, Step, differing_settings
 from compresslab.report.schema import Search
 from compresslab.search.allocation import Allocation, Option, allocate, front
 from compresslab.smoothing import smoothed
-from compresslab.solving import Pass, read_weight
+from compresslab.solving import Pass, Statistic, read_weight, solve_parts
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 AS_IT_IS = "as the recipe says"
@@ -133,10 +132,7 @@ def _layout(
         name: solver if differing_settings(step.layers, name) else turns[i % len(turns)]
         for i, (name, solver) in enumerate(solvers.items())
     }
-    layout, skeleton = layout_of(trial, activations), calibration.source.skeleton()
-    for name in trial:
-        layout.check_module(name, skeleton.get_submodule(name))
-    return layout
+    return layout_for(calibration.source, trial, activations)
 
 
 class Survey:
@@ -152,7 +148,7 @@ class Survey:
     def options(self, on_layer: Callable[[str], None] = lambda name: None) -> dict[str, list[Option]]:
         found: dict[str, list[Option]] = {}
 
-        def visit(name: str, gram: Gram | None) -> None:
+        def visit(name: str, gram: Statistic | None) -> None:
             found[name] = self._options_of(name, gram)
             on_layer(name)
 
@@ -163,7 +159,7 @@ class Survey:
                 visit(name, None)
         return found
 
-    def _options_of(self, name: str, gram: Gram | None) -> list[Option]:
+    def _options_of(self, name: str, gram: Statistic | None) -> list[Option]:
         module = self.skeleton.get_submodule(name)
         stored = read_weight(self.calibration.source, name, module)
         weight = stored.to(self.calibration.device, torch.float32).contiguous()
@@ -171,7 +167,8 @@ class Survey:
 
         def rounded(label: str, solver: Solver) -> Option:
             try:
-                solved = draft_of(solver).solve(weight, gram, scale_dtype=stored.dtype, groups_along=along).weight
+                method = draft_of(solver)
+                solved = solve_parts(method, weight, gram, scale_dtype=stored.dtype, groups_along=along).weight
             except ValueError as error:
                 raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
             damage = self.damage(name, weight, solved.dequantize(), gram)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from compresslab import zoo
+from compresslab import architectures, zoo
+from compresslab.edits import Edit, apply_
 from compresslab.errors import CompressLabError
 from compresslab.numerics.attention import causal_attention
 from compresslab.weights import FolderWeights, MemoryWeights, Weights
@@ -49,6 +51,7 @@ class Source:
         config: its transformers configuration.
         weights: its tensors, by the parameter names of the skeleton.
         tied: parameter -> the parameter whose tensor it shares (an output head that is the embedding, say).
+        edits: what differs from the network that the config builds (see edits.py).
         unused: tensors of the files that the architecture has no place for; they are left out, and the report says so.
     """
 
@@ -57,6 +60,7 @@ class Source:
     config: transformers.PretrainedConfig
     weights: Weights
     tied: dict[str, str] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
     unused: tuple[str, ...] = ()
     licence: str = "unknown"
     revision: str | None = None
@@ -73,7 +77,25 @@ class Source:
 
     def skeleton(self, attention: str | None = None) -> nn.Module:
         """The architecture with parameters on the meta device, real buffers, in eval mode."""
-        return _skeleton(self.config, attention)
+        model = _skeleton(self.config, attention)
+        apply_(model, self.edits)
+        return model
+
+    @property
+    def reads_images(self) -> bool:
+        return main_input(self.config) == "pixel_values"
+
+    def example(self) -> dict[str, Tensor]:
+        """The smallest input that the network runs on."""
+        if not self.reads_images:
+            return {main_input(self.config): torch.zeros(1, 8, dtype=torch.long)}
+        size = getattr(self.config, "image_size", None) or 224
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": torch.zeros(1, getattr(self.config, "num_channels", 3), height, width)}
+
+    def image_processor(self) -> Any:
+        """What turns pictures into this model's pixel_values. CompressLabError if its folder does not say."""
+        return load_image_processor(self.folder, self.name)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. CompressLabError if its folder has none."""
@@ -148,8 +170,7 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise CompressLabError(f"'{name}' is quantised already ({method}): name the model in floating point")
     architecture = (raw.get("architectures") or [None])[0]
-    cls = getattr(transformers, str(architecture), None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    if architecture_class(architecture) is None:
         raise CompressLabError(
             f"'{name}' has the architecture {architecture or raw.get('model_type')!r}, which transformers "
             f"{transformers.__version__} cannot build without running the model's own code"
@@ -164,8 +185,30 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
     return config
 
 
+def architecture_class(name: str | None) -> type[transformers.PreTrainedModel] | None:
+    """The model class of that name, ours or transformers'; None if neither has it."""
+    found = architectures.CLASSES.get(str(name)) or getattr(transformers, str(name), None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def main_input(config: transformers.PretrainedConfig) -> str:
+    """The name of what a network of this config reads: "input_ids", "pixel_values" or another."""
+    return str(_class_of(config).main_input_name)
+
+
+def _class_of(config: transformers.PretrainedConfig) -> Any:
+    cls = architecture_class((config.architectures or [""])[0])
+    assert cls is not None
+    return cls
+
+
+def build(config: transformers.PretrainedConfig) -> nn.Module:
+    """The architecture of a config with parameters on the meta device, real buffers, in eval mode."""
+    return _skeleton(config)
+
+
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
-    cls = getattr(transformers, (config.architectures or [""])[0])
+    cls = _class_of(config)
     config = copy.deepcopy(config)
     config.use_cache = False  # a skeleton only ever reads whole windows: keys and values kept would be a leak
     if attention is not None and cls._supports_sdpa:
@@ -213,7 +256,7 @@ def _missing(skeleton: nn.Module, wanted: Iterable[str], weights: Weights, tied:
 def _opened_whole(
     config: transformers.PretrainedConfig, folder: Path, name: str, tied: dict[str, str]
 ) -> MemoryWeights:
-    cls = getattr(transformers, (config.architectures or [""])[0])
+    cls = _class_of(config)
     with quiet_transformers():
         model, told = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
     missing = sorted(key for key in told["missing_keys"] if not _is_optional(model, key))
@@ -260,9 +303,18 @@ def read_config(folder: Path | str) -> transformers.PretrainedConfig:
     return transformers.AutoConfig.from_pretrained(folder)
 
 
+def reads_images(folder: Path) -> bool:
+    """Whether the model of a folder, float or compressed, reads pictures."""
+    return main_input(read_config(folder)) == "pixel_values"
+
+
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The whole model of a folder, float or compressed, opened by plain transformers, in eval mode."""
-    cls = getattr(transformers, (read_config(folder).architectures or [""])[0])
+    """The whole model of a folder, float or compressed, in eval mode; opened by plain transformers, but for our own layout."""
+    from compresslab.deploy import native  # it builds on this module
+
+    if native.is_ours(Path(folder)):
+        return native.load(Path(folder), dtype=dtype)
+    cls = _class_of(read_config(folder))
     with quiet_transformers():
         return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
@@ -289,6 +341,16 @@ def load_tokenizer(folder: Path | str | None, name: str) -> Any:
         raise CompressLabError(f"'{name}' has no tokenizer that opens ({reason})") from None
 
 
+def load_image_processor(folder: Path | str | None, name: str) -> Any:
+    if folder is None:
+        raise CompressLabError(f"{name} came without an image processor: pass calibration batches made with yours")
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CompressLabError(f"'{name}' has no preprocessor_config.json that opens ({reason})") from None
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars off the terminal: ours is there."""
@@ -311,6 +373,19 @@ def is_language_model(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForCausalLM") or type(model).__name__.endswith("LMHeadModel")
 
 
+def is_image_classifier(model: nn.Module) -> bool:
+    """Whether a model sorts pictures into classes, so that top-1 accuracy makes sense of it."""
+    return type(model).__name__.endswith("ForImageClassification")
+
+
+def classes(model: nn.Module) -> tuple[dict[str, int], int]:
+    """The classes that an image classifier names, and how many it has."""
+    config = model.config
+    assert isinstance(config, transformers.PretrainedConfig)
+    names = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    return names, len(config.id2label or ())
+
+
 def is_encoder(config: transformers.PretrainedConfig) -> bool:
     """Whether a model without a head returns a hidden state for every token, so that texts can be embedded with it."""
     architecture = (config.architectures or [""])[0]
@@ -327,13 +402,57 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by a weight matrix: nn.Linear, or transformers' transposed Conv1D."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module multiplies its input by a weight matrix: nn.Linear, transformers' transposed Conv1D, nn.Conv2d.
+
+    A convolution multiplies the patches of its input by its weight as [out, in / groups * height * width].
+    """
+    return isinstance(module, nn.Linear | Conv1D | nn.Conv2d)
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is kept as [in, out] (GPT-2's Conv1D)."""
     return isinstance(module, Conv1D)
+
+
+def groups_of(module: nn.Module) -> int:
+    """Into how many groups the channels of a layer fall that never meet: 1 but for grouped convolutions."""
+    return module.groups if isinstance(module, nn.Conv2d) else 1
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """The shape of a linear layer's weight as a matrix, as it is kept: [out, in], or [in, out] if `is_transposed`."""
+    rows, *rest = weight_of(module).shape
+    return rows, math.prod(rest)
+
+
+def way_of_reading(module: nn.Module) -> tuple[Any, ...]:
+    """What `input_rows` depends on but the input: layers that read one tensor in the same way have the same rows."""
+    if not isinstance(module, nn.Conv2d):
+        return ()
+    return (module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, module.groups)
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """The vectors that a layer's weight matrix is multiplied with, [..., groups * in].
+
+    Of a convolution these are the patches of x [n, channels, height, width], one for every output pixel; each holds its
+    channels one after the other, so those of a group lie together.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return x
+    if any(module._reversed_padding_repeated_twice):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    if module.kernel_size == (1, 1):
+        down, across = module.stride
+        return x[:, :, ::down, ::across].permute(0, 2, 3, 1).flatten(1, 2)
+    patches = nn.functional.unfold(x, module.kernel_size, module.dilation, stride=module.stride)
+    return patches.transpose(1, 2)
+
+
+def channels_last(module: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input with one vector for each token or pixel, [..., channels]."""
+    return x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
 
 
 def tie_weights(model: nn.Module) -> None:
@@ -355,16 +474,23 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a network: members of the outermost module lists that hold linear layers.
+    """The repeated blocks of a network: members of the outermost lists that hold linear layers.
 
-    Works on decoders, encoders, encoder-decoders and vision transformers alike, because it asks how a network is built
-    and not what its attributes are called. Empty if there is no such list: the network is then one piece.
+    A list is a ModuleList, or a Sequential of at least two networks: one whose members are mere layers, such as a
+    classifier's, is part of something larger.
+
+    Works on decoders, encoders, encoder-decoders, vision transformers and convolutional nets alike, because it asks how a
+    network is built and not what its attributes are called. Empty if there is no such list: the network is then one piece.
     """
     found: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
-        if isinstance(module, nn.ModuleList) and any(linear_layers(child) or is_linear(child) for child in module):
-            found.update({f"{name}.{i}": child for i, child in enumerate(module)})
+        inner = [linear_layers(child) for child in module.children()]
+        networks = [layers for layers in inner if layers and "" not in layers]
+        if (isinstance(module, nn.ModuleList) and any(inner)) or (
+            isinstance(module, nn.Sequential) and len(networks) > 1
+        ):
+            found.update({f"{name}.{child_name}": child for child_name, child in module.named_children()})
             return
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child)

@@ -1,7 +1,7 @@
 """compress(): the whole data flow on one page.
 
-    read -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes -> assemble
-         -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
+    read -> (rewrite) -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes
+         -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +28,8 @@ from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import ActivationQuantizer, Smoother, Solver
-from compresslab.deploy.layouts import Layout, layout_of
+from compresslab.contract import ActivationQuantizer, Corrector, Equalizer, Folder, Smoother, Solver
+from compresslab.deploy.layouts import Layout, check_formats, layout_for
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
@@ -36,8 +37,10 @@ from compresslab.plan import Plan, check_patterns, make_plan
 from compresslab.recipe import FLOAT, Recipe, differing_settings
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
+from compresslab.rewriting import rewritten
 from compresslab.smoothing import smoothed
 
+BATCH_PICTURES = 2  # patches of more pictures no longer fit the caches, nor what the allocator keeps
 PASSAGES = 8  # an encoder embeds for every evaluation window
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
@@ -71,7 +74,7 @@ def compress(
     Args:
         model: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed.
         recipe: a shipped recipe's name, a YAML file, or a Recipe.
-        data: text for calibration and evaluation (see data/), or a ready Calibration; a method without data uses it
+        data: text or pictures for calibration and evaluation (see data/), or a ready Calibration; a method without data uses it
             for the evaluation only. None leaves both out.
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
@@ -96,12 +99,13 @@ def compress(
         chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
         chosen = chosen.override(settings) if settings else chosen
         stages = _stages(chosen)
-        source = models.find(model)
-        check_output(out, force, source.folder)
+        given = models.find(model)
+        check_output(out, force, given.folder)
+        source = rewritten(given, stages.rewriters)
         plan, methods, layout = _planned(source, chosen)
-        texts = _texts(source, data, evaluation_windows) if measure else None
+        asked = Questions.of(source, data, evaluation_windows) if measure else Questions()
         calibration = _calibration(source, stages, chosen, data, seed)
-        tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
+        tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, None)
         surveys = len(stages.smoothers) + (wanted is not None)
         preflight.check(preflight.estimate(source, plan, methods.solvers, *tokens, where, surveys), out)
 
@@ -137,14 +141,14 @@ def compress(
                 budgets.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, texts, data, measure, where, progress)
+            before, after = _measure(original, folder, writer, asked, measure, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             title=f"{source.name}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
-            model=_describe(source),
+            model=_describe(given),
             data=None if calibration is None else _data_fields(calibration),
             environment=environment.describe(where),
             seconds=clock.seconds,
@@ -154,7 +158,7 @@ def compress(
             skipped=plan.skipped,
             bytes=kinds,
             search=search,
-            parity=Parity(runtime="transformers", tensors=after.weights_compared, max_abs_difference=0.0),
+            parity=Parity(runtime=layout.runtime, tensors=after.weights_compared, max_abs_difference=0.0),
         )
         report.save(folder)
         (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
@@ -173,9 +177,10 @@ def plan_only(
     chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     chosen = chosen.override(settings) if settings else chosen
     stages = _stages(chosen)
-    source = models.find(model)
+    source = rewritten(models.find(model), stages.rewriters)
     plan, methods, _ = _planned(source, chosen)
-    tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if stages.needs_data else (0, 0)
+    length = None if source.reads_images else chosen.calibration.sequence_length
+    tokens = (chosen.calibration.samples if stages.needs_data else 0, length)
     estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
     return plan, estimate, chosen
 
@@ -212,34 +217,59 @@ class Stages:
     """The methods of a recipe, by what they do; `name` is the solver's."""
 
     name: str
+    rewriters: tuple[Folder | Equalizer, ...]
     smoothers: tuple[Smoother, ...]
     activations: ActivationQuantizer | None
     solver: Solver
+    correctors: tuple[Corrector, ...]
 
     @property
     def needs_data(self) -> bool:
-        rounding = [method for method in (self.activations, self.solver) if method is not None]
+        rounding = [method for method in (self.activations, self.solver, *self.correctors) if method is not None]
         return bool(self.smoothers) or any(method.needs_data for method in rounding)
 
 
+# What a step may be, in the order in which a recipe has them, with how many of them it may have.
+_KINDS: tuple[tuple[Any, float], ...] = (
+    (Folder | Equalizer, math.inf),
+    (Smoother, math.inf),
+    (ActivationQuantizer, 1),
+    (Solver, 1),
+    (Corrector, math.inf),
+)
+
+
 def _stages(recipe: Recipe) -> Stages:
-    """CompressLabError unless the steps are any number of smoothers, at most one activation quantizer, and one solver."""
-    *before, (name, solver) = [(step.method, step.build()) for step in recipe.steps]
-    smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
-    quantizers = [method for _, method in before if isinstance(method, ActivationQuantizer)]
-    in_order = all(isinstance(method, Smoother) for _, method in before[: len(smoothers)])
-    known = in_order and len(quantizers) < 2 and len(smoothers) + len(quantizers) == len(before)
-    if not isinstance(solver, Solver) or not known:
-        names = ", ".join([*(name for name, _ in before), name])
+    """CompressLabError unless the steps are such as _KINDS tells, with one solver."""
+    built = [(step.method, step.build()) for step in recipe.steps]
+    found: list[list[Any]] = [[] for _ in _KINDS]
+    kinds = [_kind(method) for _, method in built]
+    for kind, (_, method) in zip(kinds, built, strict=True):
+        found[kind].append(method)
+    counts = all(len(methods) <= most for methods, (_, most) in zip(found, _KINDS, strict=True))
+    rewriters, smoothers, quantizers, solvers, correctors = found
+    if kinds != sorted(kinds) or not counts or not solvers:
+        names = ", ".join(name for name, _ in built)
         raise CompressLabError(
-            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
-            "that smooth (such as smoothquant), with at most one for activations (such as dynamic) between them"
+            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), after any that rewrite "
+            "(such as batchnorm-folding), any that smooth (such as smoothquant) and at most one for activations (such as "
+            "dynamic), and before any that correct (such as bias-correction)"
         )
+    (solver,) = solvers
     activations = quantizers[0] if quantizers else None
-    layout_of({"": solver}, {"": activations} if activations else {})  # what no format holds is refused at once
+    check_formats(solver, activations)
     if isinstance(solver, Smoother):
         smoothers.append(solver)
-    return Stages(name=name, smoothers=tuple(smoothers), activations=activations, solver=solver)
+    return Stages(
+        name=recipe.rounding.method, rewriters=tuple(rewriters), smoothers=tuple(smoothers), activations=activations,
+        solver=solver, correctors=tuple(correctors),
+    )  # fmt: skip
+
+
+def _kind(method: Any) -> int:
+    """Its place in _KINDS; a solver that smooths too is a solver."""
+    places = [place for place, (protocol, _) in enumerate(_KINDS) if isinstance(method, protocol)]
+    return places[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,9 +290,7 @@ def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, LayerMethods,
         check_patterns(inputs.layers, plan.layers, plan.skipped, source)
         rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]
         activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
-    layout, skeleton = layout_of(solvers, activations, source.dtype), source.skeleton()
-    for name in plan.layers:
-        layout.check_module(name, skeleton.get_submodule(name))
+    layout = layout_for(source, solvers, activations)
     return plan, LayerMethods(solvers=solvers, activations=activations), layout
 
 
@@ -276,6 +304,10 @@ def _calibration(
         raise CompressLabError(f"method {needy} needs calibration data: name it with --data, e.g. wiki")
     if isinstance(data, datasets.Calibration):
         return data
+    if source.reads_images:
+        return datasets.image_calibration(
+            data, source.image_processor(), samples=recipe.calibration.samples, seed=seed, batch_size=BATCH_PICTURES
+        )
     length = recipe.calibration.sequence_length
     gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
     found = gather(
@@ -300,9 +332,14 @@ def _key(
         "seed": seed,
         "version": environment.version(),
         "device": device.type,
-        "compute_dtype": str(solving.best_compute_dtype(device)),
+        "compute_dtype": str(_compute_dtype(source, device)),
         "threads": torch.get_num_threads(),
     }
+
+
+def _compute_dtype(source: models.Source, device: torch.device) -> torch.dtype:
+    """float32 for pictures: so little is computed for them that bfloat16 would gain nothing but noise."""
+    return torch.float32 if source.reads_images else solving.best_compute_dtype(device)
 
 
 def _pass(
@@ -313,7 +350,7 @@ def _pass(
         plan=plan,
         batches=None if calibration is None else calibration.batches,
         device=device,
-        compute_dtype=solving.best_compute_dtype(device),
+        compute_dtype=_compute_dtype(source, device),
         gram_precision=best_precision(device),
     )
 
@@ -331,6 +368,7 @@ def _job(
         method=stages.name,
         solvers=methods.solvers,
         activations=methods.activations,
+        correctors=stages.correctors,
         sink=writer,
         encode=layout.encode,
         on_layer=lambda record: progress.step(record.name),
@@ -349,6 +387,20 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What quality is measured on: windows of text, or a source of pictures, and in words where these come from."""
+
+    texts: dict[str, torch.Tensor] | None = None
+    images: str | None = None
+    said: str = ""
+
+    @classmethod
+    def of(cls, source: models.Source, data: Any, count: int) -> Questions:
+        """Nothing, where there is no source of data or the model can be asked nothing."""
+        return cls(texts=_texts(source, data, count), images=_images(source, data), said=f"{data}, test split")
+
+
 def _texts(source: models.Source, data: Any, count: int) -> dict[str, torch.Tensor] | None:
     """Token windows [n, length] of the text's test split, and for an encoder what it embeds; None without a text or a
     tokenizer to measure with.
@@ -362,6 +414,15 @@ def _texts(source: models.Source, data: Any, count: int) -> dict[str, torch.Tens
         return {"input_ids": windows}
     passages = datasets.encoder_texts(data, tokenizer, count=PASSAGES * count, longest=length)
     return {"input_ids": windows} | passages
+
+
+def _images(source: models.Source, data: Any) -> str | None:
+    """The source of pictures to measure top-1 accuracy on, or None for another kind of model, or without a source."""
+    if not isinstance(data, str) or not models.is_image_classifier(source.skeleton()):
+        return None
+    found = datasets.pictures(data, "test")
+    datasets.label_ids(found, *models.classes(source.skeleton()))
+    return data
 
 
 def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
@@ -380,8 +441,8 @@ def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, texts: dict[str, torch.Tensor] | None, data: Any, everything: bool,
-    device: torch.device, progress: Progress,
+    original: Path, folder: Path, writer: Writer, asked: Questions, everything: bool, device: torch.device,
+    progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
 
@@ -389,12 +450,13 @@ def _measure(
         CompressLabError: if a reloaded weight is not bit-equal to the solved one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        windows, said = None, ""
-        if texts is not None:
-            windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
-            save_file(texts, windows)
+        windows = None
+        if asked.texts is not None:
+            windows = Path(scratch) / "windows.safetensors"
+            save_file(asked.texts, windows)
         job = fresh.Job(
-            folder=original, windows=windows, reference=Path(scratch) / "reference.safetensors", source=said,
+            folder=original, windows=windows, images=asked.images, source=asked.said,
+            reference=Path(scratch) / "reference.safetensors",
             device=str(device), threads=torch.get_num_threads(), speed=everything,
         )  # fmt: skip
         before = None

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
-from compresslab.models import Source, is_transposed, weight_of
+from compresslab.flow import shell_of
+from compresslab.models import Source, channels_last, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
 from compresslab.solving import best_compute_dtype, want_references
@@ -47,13 +49,14 @@ class Estimate:
 
 
 def estimate(
-    source: Source, plan: Plan, solvers: Mapping[str, Solver], samples: int, sequence_length: int, device: torch.device,
-    surveys: int = 0,
+    source: Source, plan: Plan, solvers: Mapping[str, Solver], samples: int, sequence_length: int | None,
+    device: torch.device, surveys: int = 0,
 ) -> Estimate:  # fmt: skip
     """Predict a run's needs from the model's shapes and this machine's rates.
 
     Args:
         samples: 0 without data.
+        sequence_length: None for pictures, of which every layer reads as many rows as it makes pixels.
         surveys: passes over the calibration batches before the one that solves.
     """
     skeleton = source.skeleton()
@@ -61,7 +64,7 @@ def estimate(
     shapes = {}
     for name in plan.layers:
         module = skeleton.get_submodule(name)
-        rows, columns = weight_of(module).shape
+        rows, columns = matrix_shape(module)
         shapes[name] = (columns, rows) if is_transposed(module) else (rows, columns)
     all_bytes = sum(numel(source, name) * element for unit in plan.units for name in unit.tensors)
     layer_bytes = sum(rows * columns * element for rows, columns in shapes.values())
@@ -78,14 +81,20 @@ def estimate(
     )
     states = 0
     if samples:
-        tokens = samples * sequence_length
         compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
-        widest = max(columns for _, columns in shapes.values())
-        hidden = _hidden_size(source, shapes)
-        states = tokens * hidden * compute
         walks = 2 if want_references(solvers) else 1  # of each batch, at the same time
-        memory += walks * (4 * states + tokens * widest * compute + 4 * 4 * widest**2)
-        parts |= _work(shapes, tokens, sequence_length, hidden, device)
+        widest = max(columns for _, columns in shapes.values())
+        if sequence_length is None:
+            rows_of = pixels(source, plan)
+            states = 4 * samples * max(rows_of[name] * shapes[name][0] for name in shapes)
+            memory += walks * (4 * states + 4 * 4 * widest**2)
+            parts |= _work(shapes, {name: samples * rows_of[name] for name in shapes}, device)
+        else:
+            tokens, hidden = samples * sequence_length, _hidden_size(source, shapes)
+            states = tokens * hidden * compute
+            memory += walks * (4 * states + tokens * widest * compute + 4 * 4 * widest**2)
+            attention = len(shapes) / 7 * 2 * 2 * tokens * sequence_length * hidden * 0.6
+            parts |= _work(shapes, dict.fromkeys(shapes, tokens), device, attention)
         parts["forward"] *= walks + surveys
         parts["gram"] *= 2 * walks - 1 + surveys  # the drift of a reference is not symmetric: twice a Gram matrix
     parts["solve"] = parts.get("solve", 0) + sum(r * c for r, c in shapes.values()) / 60e6
@@ -118,19 +127,41 @@ def _hidden_size(source: Source, shapes: dict[str, tuple[int, int]]) -> int:
     return int(getattr(source.config, "hidden_size", 0) or min(columns for _, columns in shapes.values()))
 
 
+def pixels(source: Source, plan: Plan) -> dict[str, int]:
+    """How many rows every planned layer multiplies for one picture, found by running a shell of the network."""
+    shell = shell_of(source)
+    found: dict[str, int] = {}
+
+    def watch(name: str) -> None:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] = found.get(name, 0) + channels_last(module, output)[..., 0].numel()
+
+        shell.get_submodule(name).register_forward_hook(hook)
+
+    for name in plan.layers:
+        watch(name)
+    with torch.no_grad():
+        shell(**source.example())
+    return dict.fromkeys(plan.layers, 0) | found
+
+
 def _work(
-    shapes: dict[str, tuple[int, int]], tokens: int, length: int, hidden: int, device: torch.device
+    shapes: dict[str, tuple[int, int]], rows_of: Mapping[str, int], device: torch.device, attention: float = 0
 ) -> dict[str, float]:
-    """Seconds of forward, Gram matrices and solving."""
+    """Seconds of forward, Gram matrices and solving.
+
+    Args:
+        rows_of: how many rows each layer multiplies: the tokens, or the pixels of all pictures.
+        attention: operations of it.
+    """
     forward_rate, gram_rate, solve_rate = rates(device)
-    linear = sum(2 * tokens * rows * columns for rows, columns in shapes.values())
+    linear = sum(2 * rows_of[name] * rows * columns for name, (rows, columns) in shapes.items())
     # Layers that read one tensor have one width and follow each other: count each run of equal widths once.
-    widths = [columns for _, columns in shapes.values()]
-    inputs = [w for i, w in enumerate(widths) if i == 0 or w != widths[i - 1] or shapes_differ(list(shapes), i)]
-    attention = len(shapes) / 7 * 2 * 2 * tokens * length * hidden * 0.6
+    names, widths = list(shapes), [columns for _, columns in shapes.values()]
+    first = [n for i, n in enumerate(names) if i == 0 or widths[i] != widths[i - 1] or shapes_differ(names, i)]
     return {
         "forward": 1.35 * (linear + attention) / forward_rate,
-        "gram": 1.3 * sum(2 * tokens * w * w for w in inputs) / gram_rate,
+        "gram": 1.3 * sum(2 * rows_of[name] * shapes[name][1] ** 2 for name in first) / gram_rate,
         "solve": sum(3 * rows * columns * columns for rows, columns in shapes.values()) / solve_rate,
     }
 

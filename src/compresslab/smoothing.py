@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,10 +34,11 @@ from torch.utils._pytree import tree_leaves
 from compresslab import layerwise
 from compresslab.contract import ActivationQuantizer, Smoother, Solver
 from compresslab.errors import CompressLabError
+from compresslab.flow import shell_of
 from compresslab.models import Source, is_transposed, linear_layers, weight_of
 from compresslab.numerics.gram import Gram
 from compresslab.plan import Plan
-from compresslab.solving import Pass, read_weight
+from compresslab.solving import Pass, Statistic, read_weight
 from compresslab.weights import Rescale, TransformedWeights
 
 TRACED_TOKENS = 8
@@ -108,9 +108,9 @@ def _survey(
     place_of = {layer: place for place in found for layer in place.layers}
     scales: dict[str, Tensor] = {}
 
-    def visit(layer: str, gram: Gram) -> None:
+    def visit(layer: str, gram: Statistic) -> None:
         place = place_of.get(layer)
-        if place is None or place.norm in scales:
+        if place is None or place.norm in scales or not isinstance(gram, Gram):
             return
         planned = [name for name in place.layers if name in solvers]
         weights = [
@@ -147,7 +147,7 @@ def places(source: Source, plan: Plan, batch: Mapping[str, Tensor]) -> list[Plac
     Args:
         batch: one input of the network, for its shapes; a few tokens of its first sample are looked at.
     """
-    shell = _shell(source)
+    shell = shell_of(source)
     constants = {name: c for name, module in shell.named_modules() if (c := fold_constant(module)) is not None}
     trace = Trace(shell, constants)
     trace.run({k: v[:1, :TRACED_TOKENS] if v.dim() == 2 else v[:1] for k, v in batch.items()})
@@ -189,20 +189,6 @@ def fold_constant(module: nn.Module) -> float | None:
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(recurse=False))
-
-
-def _shell(source: Source) -> nn.Module:
-    """The network with parameters that are there, and zero, and all share one piece of memory."""
-    model = source.skeleton()
-    size = max(parameter.numel() for parameter in model.parameters())
-    zeros = torch.from_numpy(
-        np.zeros(size, np.float32)
-    )  # torch would write the zeros; these are mapped when they are read
-    for module in model.modules():
-        for leaf, parameter in _own(module).items():
-            view = zeros[: parameter.numel()].view(parameter.shape)
-            module.register_parameter(leaf, nn.Parameter(view, requires_grad=False))
-    return model
 
 
 class Trace(TorchDispatchMode):

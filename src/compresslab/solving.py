@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,11 +13,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compresslab.contract import ActivationQuantizer, Along, Batches, InputSolution, LayerRecord, Solution, Solver
+from compresslab.contract import (
+    ActivationQuantizer,
+    Along,
+    Batches,
+    Corrector,
+    InputSolution,
+    LayerRecord,
+    Solution,
+    Solver,
+)
 from compresslab.errors import CompressLabError
-from compresslab.models import Source, is_transposed
-from compresslab.numerics.gram import Gram, Precision
-from compresslab.numerics.grid import QuantInput, QuantWeight
+from compresslab.models import Source, is_transposed, weight_of
+from compresslab.numerics.gram import Gram, GroupedGram, Precision
+from compresslab.numerics.grid import QuantInput, QuantWeight, stacked
 from compresslab.numerics.linalg import quadratic_error
 from compresslab.plan import Plan, Unit
 
@@ -28,6 +39,7 @@ class Solved:
     transposed: bool  # the module keeps its weight as [in, out]
     tensors: dict[str, Tensor]
     record: LayerRecord
+    bias: Tensor | None = None  # in place of the one that was read; None if that stays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +69,7 @@ class Sink(Protocol):
         ...
 
 
+Statistic = Gram | GroupedGram
 Encode = Callable[[str, QuantWeight, nn.Module, QuantInput | None], dict[str, Tensor]]
 
 
@@ -86,6 +99,7 @@ class Job(Pass):
         encode: layer, QuantWeight, module, QuantInput -> the tensors that stand for these on disk, by the suffix of their
             names.
         activations: how the runtime shall round the input of a layer, by the layer's name; none for those left in float.
+        correctors: what changes the biases of rounded layers, in this order.
         on_layer: told of every finished layer, for progress bars.
     """
 
@@ -94,6 +108,7 @@ class Job(Pass):
     sink: Sink
     encode: Encode
     activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    correctors: Sequence[Corrector] = ()
     on_layer: Callable[[LayerRecord], None] = lambda record: None
 
     @property
@@ -134,25 +149,62 @@ def read_finite(source: Source, name: str) -> Tensor:
 
 def read_weight(source: Source, name: str, module: nn.Module) -> Tensor:
     """The weight of a linear layer as stored, but always [out, in]."""
-    stored = read_finite(source, f"{name}.weight")
+    stored = read_finite(source, f"{name}.weight").flatten(1)
     return stored.t() if is_transposed(module) else stored
 
 
-def solve_layer(job: Job, name: str, module: nn.Module, gram: Gram | None) -> Solved:
+def solve_layer(job: Job, name: str, module: nn.Module, gram: Statistic | None) -> Solved:
     """Read one weight, hand it to the solver, and say what came of it."""
     stored = read_weight(job.source, name, module)
     weight = stored.to(job.device, torch.float32).contiguous()
     started = time.perf_counter()
     try:
         along: Along = "out" if is_transposed(module) else "in"
-        solution = job.solvers[name].solve(weight, gram, scale_dtype=stored.dtype, groups_along=along)
+        solution = solve_parts(job.solvers[name], weight, gram, scale_dtype=stored.dtype, groups_along=along)
         rounding = solve_input(job, name, gram, stored.dtype)
     except ValueError as error:
         raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
-    return describe(job, name, module, stored, solution, rounding, gram, time.perf_counter() - started)
+    bias, note = corrected_bias(job, name, weight, solution.weight, gram)
+    solution = dataclasses.replace(solution, note="; ".join(filter(None, (solution.note, note))))
+    solved = describe(job, name, module, stored, solution, rounding, gram, time.perf_counter() - started)
+    return solved if bias is None else dataclasses.replace(solved, bias=bias, tensors=solved.tensors | {"bias": bias})
 
 
-def solve_input(job: Job, name: str, gram: Gram | None, scale_dtype: torch.dtype) -> InputSolution:
+def corrected_bias(
+    job: Job, name: str, weight: Tensor, solved: QuantWeight, gram: Statistic | None
+) -> tuple[Tensor | None, str]:
+    """A layer's new bias, in the dtype it is stored in, or None with a note where it cannot have one."""
+    if not job.correctors:
+        return None, ""
+    if f"{name}.bias" not in job.source.weights.names():
+        return None, "no bias to correct"
+    if gram is None:
+        return None, "no calibration token reached this layer: bias not corrected"
+    stored = read_finite(job.source, f"{name}.bias")
+    bias, rounded = stored.to(job.device, torch.float32), solved.dequantize()
+    for corrector in job.correctors:
+        rows = (matrix.chunk(len(gram.parts)) for matrix in (weight, rounded))
+        bias = bias + torch.cat([corrector.correct(w, q, part) for w, q, part in zip(*rows, gram.parts, strict=True)])
+    return bias.to(stored.dtype), ""
+
+
+def solve_parts(
+    solver: Solver, weight: Tensor, gram: Statistic | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
+) -> Solution:
+    """`solver.solve` of a weight [out, in], or of the rows of each group with the group's own Gram matrix."""
+    if gram is None or isinstance(gram, Gram) or not solver.needs_data:
+        one = gram if isinstance(gram, Gram) else None
+        return solver.solve(weight, one, scale_dtype=scale_dtype, groups_along=groups_along)
+    found = [
+        solver.solve(rows, part, scale_dtype=scale_dtype, groups_along=groups_along)
+        for rows, part in zip(weight.chunk(len(gram.parts)), gram.parts, strict=True)
+    ]
+    notes = Counter(solution.note for solution in found if solution.note)
+    said = [f"{note} (in {count} of {len(found)} groups)" for note, count in notes.items()]
+    return Solution(weight=stacked([solution.weight for solution in found]), note="; ".join(said))
+
+
+def solve_input(job: Job, name: str, gram: Statistic | None, scale_dtype: torch.dtype) -> InputSolution:
     """How the runtime shall round a layer's input."""
     quantizer = job.activations.get(name)
     if quantizer is None:
@@ -162,7 +214,7 @@ def solve_input(job: Job, name: str, gram: Gram | None, scale_dtype: torch.dtype
 
 def describe(
     job: Job, name: str, module: nn.Module, stored: Tensor, solution: Solution, rounding: InputSolution,
-    gram: Gram | None, seconds: float,
+    gram: Statistic | None, seconds: float,
 ) -> Solved:  # fmt: skip
     """A solution with its tensors on disk and its record; `stored` [out, in] is the weight as it was read."""
     tensors = job.encode(name, solution.weight, module, rounding.input)
@@ -175,7 +227,7 @@ def describe(
         record=LayerRecord(
             name=name,
             method=job.method,
-            shape=tuple(stored.t().shape if transposed else stored.shape),
+            shape=tuple(weight_of(module).shape),
             bits_per_weight=8 * bytes_after / stored.numel(),
             nonzero_frac=nonzero_frac(solution.weight),
             bytes_before=stored.numel() * stored.element_size(),
@@ -201,16 +253,19 @@ def nonzero_frac(weight: QuantWeight) -> float:
     return float(weight.dequantize().count_nonzero()) / weight.codes.numel()
 
 
-def sqnr_db(weight: Tensor, solved: QuantWeight, gram: Gram | None) -> float:
+def sqnr_db(weight: Tensor, solved: QuantWeight, gram: Statistic | None) -> float:
     """10 log10(signal / noise) of the layer's output over the calibration tokens, or of the weight without data."""
     difference = weight - solved.dequantize()
     if gram is None:
         signal, noise = weight.square().sum(dtype=torch.float64), difference.square().sum(dtype=torch.float64)
     else:
-        # The signal needs no more than bfloat16 (0.01 dB); the noise is a small difference and does.
-        low = gram.cached("bfloat16", gram.matrix.bfloat16)
-        signal = quadratic_error(weight.bfloat16(), low)
-        noise = quadratic_error(difference, gram.matrix)
+        signal = noise = torch.zeros((), dtype=torch.float64, device=weight.device)
+        rows = (matrix.chunk(len(gram.parts)) for matrix in (weight, difference))
+        for part, whole, error in zip(gram.parts, *rows, strict=True):
+            # The signal needs no more than bfloat16 (0.01 dB); the noise is a small difference and does.
+            low = part.cached("bfloat16", part.matrix.bfloat16)
+            signal = signal + quadratic_error(whole.bfloat16(), low)
+            noise = noise + quadratic_error(error, part.matrix)
     if float(noise) <= 0:
         return math.inf
     return 10 * math.log10(max(float(signal / noise), 1e-30))

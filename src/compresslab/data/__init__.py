@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: offline data sets, local files, and data sets of the hub.
+"""Text and pictures for calibration and evaluation: offline data sets, local files, and data sets of the hub.
 
 A *source* is a name of :data:`DATASETS`, a local file or folder, or a data set id of the hub (``name`` or
 ``name:config``). Every source has the splits ``calibration``, ``validation`` and ``test``, which never overlap:
@@ -7,12 +7,15 @@ A *source* is a name of :data:`DATASETS`, a local file or folder, or a data set 
 - a single file (.txt by lines, .tsv, .csv and .parquet by rows) is cut at 80 % and at 90 %; ``all`` is the whole file;
 - a folder holds one file per split, named train, valid and test (or what :data:`SPLIT_NAMES` lists);
 - of a hub data set they are its train, validation and test.
+
+Models that read pictures take a folder of them or a parquet file; see images.py.
 """
 
 from __future__ import annotations
 
 from compresslab.data.catalogue import DATASETS, SPLIT_NAMES, Dataset, Kind, Labels
 from compresslab.data.files import images
+from compresslab.data.images import Pictures, image_batches, image_calibration, label_ids, pictures
 from compresslab.data.offline import (
     LabelledImages,
     RatedDocuments,
@@ -34,6 +37,7 @@ __all__ = [
     "Kind",
     "LabelledImages",
     "Labels",
+    "Pictures",
     "RatedDocuments",
     "Texts",
     "WordPair",
@@ -42,9 +46,13 @@ __all__ = [
     "digits",
     "documents_with_similarity",
     "encoder_texts",
+    "image_batches",
+    "image_calibration",
     "images",
     "is_cached",
+    "label_ids",
     "passages",
+    "pictures",
     "rated_documents",
     "texts",
     "windows",

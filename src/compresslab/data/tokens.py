@@ -14,9 +14,10 @@ from compresslab.errors import CompressLabError
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Token windows to calibrate on.
+    """Token windows or pictures to calibrate on.
 
-    ``batches`` are dicts with ``input_ids``, int64 [b, sequence_length]; every window is full, so there is no padding
+    Of pictures (data/images.py) ``batches`` are dicts with ``pixel_values``, and there is no length and no count of tokens. Of
+    text ``batches`` are dicts with ``input_ids``, int64 [b, sequence_length]; every window is full, so there is no padding
     and no mask. ``tokens`` is samples x sequence_length; ``sha256`` is that of the token ids in the order of the
     batches, as little-endian int64.
     """
@@ -25,8 +26,8 @@ class Calibration:
     revision: str
     split: str
     samples: int
-    sequence_length: int
-    tokens: int
+    sequence_length: int | None
+    tokens: int | None
     seed: int
     sha256: str
     batches: list[dict[str, torch.Tensor]]

@@ -50,6 +50,8 @@ class Layout:
         CompressLabError: if the layout cannot hold the grids, or the library that opens it is missing.
     """
 
+    runtime = "transformers"
+
     def __init__(
         self,
         solvers: Mapping[str, Solver],

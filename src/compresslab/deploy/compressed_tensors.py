@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from compresslab.contract import ActivationQuantizer, Solver
 from compresslab.deploy.number_formats import format_of, stored
 from compresslab.errors import CompressLabError
-from compresslab.models import weight_of
+from compresslab.models import is_transposed, matrix_shape
 from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 from compresslab.numerics.packing import pack_int32, unpack_int32
 from compresslab.weights import FolderWeights
@@ -100,6 +100,8 @@ class Layout:
         CompressLabError: if the format cannot hold the grids; before any work is done.
     """
 
+    runtime = "transformers"  # what opens the folder
+
     def __init__(
         self, solvers: Mapping[str, Solver], activations: Mapping[str, ActivationQuantizer] | None = None
     ) -> None:
@@ -108,16 +110,20 @@ class Layout:
         self.is_mixed = len(distinct) > 1
         self.is_multiplied_on_reading = not self.is_mixed and all(s.activations is None for s in distinct)
         for scheme in distinct:
-            packed = not self.is_multiplied_on_reading and scheme.format == "pack-quantized"
-            if packed and not scheme.weights.symmetric and scheme.weights.group_size is None:
-                raise CompressLabError(
-                    "transformers opens no asymmetric grid per output channel beside other grids, nor one below 8 bits "
-                    "with rounded activations: set symmetric=true or a group_size"
-                )
+            self.check_scheme(scheme)
+
+    def check_scheme(self, scheme: Scheme) -> None:
+        """CompressLabError if no folder of this layout can hold these grids."""
+        packed = not self.is_multiplied_on_reading and scheme.format == "pack-quantized"
+        if packed and not scheme.weights.symmetric and scheme.weights.group_size is None:
+            raise CompressLabError(
+                "transformers opens no asymmetric grid per output channel beside other grids, nor one below 8 bits "
+                "with rounded activations: set symmetric=true or a group_size"
+            )
 
     def check_module(self, name: str, module: nn.Module) -> None:
         """CompressLabError if the format cannot hold this layer."""
-        rows, columns = weight_of(module).shape
+        rows, columns = matrix_shape(module)
         kind = type(module).__name__
         if self.schemes[name].activations is not None and not isinstance(module, nn.Linear):
             raise CompressLabError(
@@ -153,7 +159,7 @@ class Layout:
         return self._weight_tensors(name, weight, module) | _input_tensors(rounding)
 
     def _weight_tensors(self, name: str, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
-        if not isinstance(module, nn.Linear):
+        if is_transposed(module):
             zero_point = None if weight.zero_point is None else weight.zero_point.t().contiguous()
             weight = dataclasses.replace(
                 weight, codes=weight.codes.t().contiguous(), scale=weight.scale.t().contiguous(), zero_point=zero_point
@@ -220,10 +226,10 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
         CompressLabError: if the folder is not a compressed-tensors artifact, or is damaged.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    if config.get("quant_method") != "compressed-tensors":
+    if config.get("quant_method") not in ("compressed-tensors", "compresslab"):  # our own layout has the same tensors
         raise CompressLabError(f"{folder} holds no compressed-tensors weights")
     groups = config["config_groups"].values()
-    grids = {target: _grid(group["weights"]) for group in groups for target in group["targets"]}
+    grids = {target: grid_of(group["weights"]) for group in groups for target in group["targets"]}
     weights = FolderWeights(folder)
     for name in weights.names():
         layer, _, suffix = name.rpartition(".")
@@ -269,8 +275,8 @@ def _args(grid: Grid) -> dict[str, Any]:
     } | ({} if own is None else own.args)
 
 
-def _grid(args: Mapping[str, Any]) -> Grid:
-    """The grid of a group's weights; blocks of one row are groups."""
+def grid_of(args: Mapping[str, Any]) -> Grid:
+    """The grid of a group's weights or activations; blocks of one row are groups."""
     is_blocks = args["strategy"] == "block"
     return Grid(
         bits=args["num_bits"],

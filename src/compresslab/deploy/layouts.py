@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from compresslab.contract import ActivationQuantizer, Solver
-from compresslab.deploy import bitsandbytes, compressed_tensors
+from compresslab.deploy import bitsandbytes, compressed_tensors, native
 from compresslab.errors import CompressLabError
+from compresslab.models import Source
 from compresslab.numerics.grid import QuantInput, QuantWeight
 
 
 class Layout(Protocol):
     """How the layers of one run are written; the methods are explained at compressed_tensors.Layout."""
+
+    runtime: str
 
     def check_module(self, name: str, module: nn.Module) -> None: ...
 
@@ -35,7 +38,7 @@ def layout_of(
     activations: Mapping[str, ActivationQuantizer] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Layout:
-    """The layout for what works on every layer, by the layer's name. CompressLabError if none holds their grids.
+    """The layout for what works on every linear layer, by the layer's name. CompressLabError if none holds their grids.
 
     Args:
         activations: how the inputs of layers are rounded; none for those left in float.
@@ -52,6 +55,33 @@ def layout_of(
             f"{str(dtype).removeprefix('torch.')}: give all layers the same settings, or leave some in float"
         )
     return layout
+
+
+def layout_for(
+    source: Source, solvers: Mapping[str, Solver], activations: Mapping[str, ActivationQuantizer] | None = None
+) -> Layout:
+    """The layout for these layers of a network: one that transformers opens if there is one that holds them, else our own.
+
+    Raises:
+        CompressLabError: if the layout cannot hold one of the layers; before any work is done.
+    """
+    skeleton = source.skeleton()
+    modules = {name: skeleton.get_submodule(name) for name in solvers}
+    ours = bool(source.edits) or any(isinstance(module, nn.Conv2d) for module in modules.values())
+    layout: Layout = (
+        native.NativeLayout(solvers, activations, source.edits)
+        if ours
+        else layout_of(solvers, activations, source.dtype)
+    )
+    for name, module in modules.items():
+        layout.check_module(name, module)
+    return layout
+
+
+def check_formats(solver: Solver, activations: ActivationQuantizer | None) -> None:
+    """CompressLabError for a number format that no layout holds, so that no model is fetched for it."""
+    if solver.grid().format != "int":
+        layout_of({"": solver}, {"": activations} if activations else {})
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -23,6 +25,9 @@ from torch import Tensor
 
 from compresslab.errors import CompressLabError
 from compresslab.report.schema import Frozen, Measurement
+
+if TYPE_CHECKING:
+    from compresslab import data
 
 # What a speed is called that plain transformers reached, where packed kernels reach another.
 PLAIN = {"prefill_ms": "prefill_transformers_ms", "decode_tokens_per_s": "decode_transformers_tokens_per_s"}
@@ -35,7 +40,8 @@ class Job(Frozen):
         folder: the model.
         windows: safetensors file with "input_ids" [n, L], or None to leave quality and speed out. For an encoder also with
             "passages." and perhaps "rated.", as data.encoder_texts makes them.
-        reference: file for the embeddings of the uncompressed encoder; written if absent, compared with if there.
+        images: a source of labelled pictures (data/images.py) whose test split is measured on, in place of windows.
+        reference: file for what the uncompressed encoder or classifier gives; written if absent, compared with if there.
         weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
         source: where the windows come from, in words.
         packed: whether the folder is an artifact whose layers may also run on torch's packed kernels.
@@ -43,6 +49,7 @@ class Job(Frozen):
 
     folder: Path
     windows: Path | None = None
+    images: str | None = None
     reference: Path | None = None
     weights_sha256: dict[str, str] = Field(default_factory=dict)
     source: str = ""
@@ -93,7 +100,9 @@ def _run(job: Job) -> Result:
         if models.is_language_model(model):
             found += speed.language_model_speed(model, windows[:1, :128], conditions="transformers")
         else:
-            found += speed.encoder_speed(model, windows[:1, :128], conditions="transformers")
+            found += speed.forward_speed(model, {"input_ids": windows[:1, :128]}, conditions="transformers")
+    if job.images is not None and job.speed:
+        found += speed.forward_speed(model, {"pixel_values": next(_pictures(job, job.images)[1])[:1]})
     where = device_label(job.device)
     found.append(Measurement(name="load_ms", value=load_ms, unit="ms", n=1, device=where, conditions=opened))
     peak = peak_memory_bytes()
@@ -109,6 +118,8 @@ def _run(job: Job) -> Result:
     models.decompress_(model)  # first, for some formats come out in another dtype than the one evaluated in
     if windows is not None:
         found += _quality(job, model, texts)
+    if job.images is not None and models.is_image_classifier(model):
+        found += _accuracy(job, job.images, model)
     differing = [name for name, sha256 in job.weights_sha256.items() if _hash(model, name) != sha256]
     return Result(
         measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
@@ -147,6 +158,30 @@ def _quality(job: Job, model: torch.nn.Module, texts: dict[str, Tensor]) -> list
         documents = quality.embeddings(model, texts["rated.input_ids"], texts["rated.attention_mask"])
         measured += quality.document_similarity(documents, texts["rated.similarity"], conditions="lee")
     return measured
+
+
+def _pictures(job: Job, source: str) -> tuple[data.Pictures, Iterator[Tensor]]:
+    from compresslab import data, models
+
+    found = data.pictures(source, "test")
+    return found, data.image_batches(found, models.load_image_processor(job.folder, str(job.folder)))
+
+
+def _accuracy(job: Job, source: str, model: torch.nn.Module) -> list[Measurement]:
+    from compresslab import data, models
+    from compresslab.measure import quality
+
+    found, batches = _pictures(job, source)
+    labels = data.label_ids(found, *models.classes(model))
+    given = quality.classify(model, batches)
+    measured = [quality.top1_accuracy(given, labels, device=job.device, conditions=job.source)]
+    if job.reference is None:
+        return measured
+    if not job.reference.exists():
+        save_file({"classes": given}, job.reference)
+        return measured
+    reference = load_file(job.reference)["classes"]
+    return [*measured, quality.top1_agreement(reference, given, device=job.device, conditions=job.source)]
 
 
 def _hash(model: torch.nn.Module, layer: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,41 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 2, condit
         conditions=f"{len(loss)} windows of {length} tokens, {next(model.parameters()).dtype}".replace("torch.", "")
         + (f", {conditions}" if conditions else ""),
     )
+
+
+def classify(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """The class that an image classifier gives to each picture, int64 [n].
+
+    Args:
+        model: returns logits [batch, classes].
+        batches: pixel_values [b, channels, height, width].
+    """
+    first = next(model.parameters())
+    with torch.inference_mode():
+        parts = [model(pixel_values=b.to(first.device, first.dtype)).logits.argmax(dim=1).cpu() for b in batches]
+    return torch.cat(parts)
+
+
+def top1_accuracy(classes: Tensor, labels: Tensor, *, device: torch.device | str, conditions: str = "") -> Measurement:
+    """Share of pictures put into the right class; the spread is the standard error of a share."""
+    return _share("top1_accuracy", classes == labels, device, f"top-1{', ' + conditions if conditions else ''}")
+
+
+def top1_agreement(
+    reference: Tensor, classes: Tensor, *, device: torch.device | str, conditions: str = ""
+) -> Measurement:
+    """Share of pictures put into the class that the uncompressed model puts them into, right or wrong."""
+    said = f"against the uncompressed model's class{', ' + conditions if conditions else ''}"
+    return _share("top1_agreement", classes == reference, device, said)
+
+
+def _share(name: str, hits: Tensor, device: torch.device | str, conditions: str) -> Measurement:
+    share = float(hits.double().mean())
+    error = math.sqrt(share * (1 - share) / len(hits))
+    return Measurement(
+        name=name, value=share, unit="1", n=len(hits), spread=error if len(hits) > 1 else None,
+        device=device_label(device), conditions=conditions,
+    )  # fmt: skip
 
 
 def embeddings(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, batch_size: int = 16) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +79,15 @@ def language_model_speed(
     ]
 
 
-def encoder_speed(model: nn.Module, batch: Tensor, *, repeats: int = 10, conditions: str = "") -> list[Measurement]:
-    """Latency of one forward over a batch [n, tokens]."""
-    device = next(model.parameters()).device
+def forward_speed(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, repeats: int = 10, conditions: str = ""
+) -> list[Measurement]:
+    """Latency of one forward over one batch of tokens [n, tokens] or pictures [n, channels, height, width]."""
+    first = next(model.parameters())
+    batch = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
     with torch.inference_mode():
-        times = time_ms(lambda: model(input_ids=batch.to(device)), repeats, warm_up=2)
-    said = f"batch {batch.shape[0]}, {batch.shape[1]} tokens" + (f", {conditions}" if conditions else "")
-    return [summary("forward_ms", times, "ms", device, said)]
+        times = time_ms(lambda: model(**batch), repeats, warm_up=2)
+    shape = next(iter(batch.values())).shape
+    what = f"{shape[1]} tokens" if len(shape) == 2 else f"pictures of {shape[2]} x {shape[3]} pixels"
+    said = f"batch {shape[0]}, {what}" + (f", {conditions}" if conditions else "")
+    return [summary("forward_ms", times, "ms", first.device, said)]

@@ -44,6 +44,7 @@ class Gram:
         features: in, the width of X.
         tokens: how many rows of X have been added.
         largest: max |X| of every channel, float32 [in].
+        total: the sum of every channel over the tokens, float32 [in].
         observers: what else watches X, by whoever asked for it (activations/); fed with the same tokens.
         drift: (X* - X)^T X, float32 [in, in], where X* is what the uncompressed network has in the place of X; or None.
     """
@@ -54,12 +55,16 @@ class Gram:
         self.precision: Precision = precision
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.largest = torch.zeros(features, dtype=torch.float32, device=device)
+        self.total = torch.zeros(features, dtype=torch.float32, device=device)
         self.drift: Tensor | None = None
         self.observers: dict[Any, Any] = {}
         self._cache: dict[Any, Any] = {}
 
-    def add_(self, x: Tensor) -> None:
+    def add_(self, x: Tensor, watched: Tensor | None = None) -> None:
         """Add the tokens x [..., in], of any float dtype.
+
+        Args:
+            watched: what the observers shall see in place of x, of which these tokens were made.
 
         Raises:
             ValueError: if x holds a NaN or an infinity.
@@ -68,12 +73,13 @@ class Gram:
         for part in x.split(MAX_TOKENS_PER_PRODUCT):
             if part.shape[0] == 0:  # a batch that is all padding, an expert that got no token
                 continue
+            self.total += part.sum(dim=0, dtype=torch.float32)
             if self.precision == "int8" and self.features >= NARROWEST_INT8:
                 self._add_int8_(part)
             else:
                 self._add_float_(part)
         for observer in self.observers.values():
-            observer.add_(x)
+            observer.add_(x if watched is None else watched)
         self.tokens += x.shape[0]
         self._cache.clear()
 
@@ -130,11 +136,71 @@ class Gram:
         """diag(H), float32 [in]: the squared norm of every input channel."""
         return self._sum.diagonal()
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean of every input channel, float32 [in]."""
+        return self.total / max(self.tokens, 1)
+
+    @property
+    def parts(self) -> tuple[Gram, ...]:
+        """Itself: all of its channels meet in every output (see GroupedGram)."""
+        return (self,)
+
     def cached(self, key: Any, compute: Callable[[], Any]) -> Any:
         """`compute()`, once per key for all the layers that read this input; dropped when tokens are added."""
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
+
+
+class GroupedGram:
+    """The Gram matrices of an input whose channels fall into groups that never meet: a grouped convolution's.
+
+    Output channels of group g see the channels of group g only, so each group is a layer of its own with H_g = X_g^T X_g.
+
+    Attributes:
+        features: in, the width of one group.
+        parts: one Gram for each group, in order.
+        observers: as of a Gram.
+    """
+
+    def __init__(self, features: int, groups: int, *, device: torch.device | str = "cpu") -> None:
+        self.features = features
+        self._sum = torch.zeros(groups, features, features, dtype=torch.float32, device=device)
+        self._largest = torch.zeros(groups, features, dtype=torch.float32, device=device)
+        self._total = torch.zeros(groups, features, dtype=torch.float32, device=device)
+        self.observers: dict[Any, Any] = {}
+        self.parts = tuple(Gram(features, device=device) for _ in range(groups))
+        for part, own, largest, total in zip(self.parts, self._sum, self._largest, self._total, strict=True):
+            part._sum, part.largest, part.total = own, largest, total  # views: all groups are added to in one product
+
+    @property
+    def tokens(self) -> int:
+        return self.parts[0].tokens
+
+    def add_(self, x: Tensor, watched: Tensor | None = None) -> None:
+        """`Gram.add_` of the tokens x [..., groups * in]. ValueError if it holds a NaN or an infinity."""
+        grouped = x.reshape(-1, len(self.parts), self.features).float()
+        if len(grouped) == 0:
+            return
+        largest = grouped.abs().amax(dim=0)
+        _check_finite(largest.flatten())
+        torch.maximum(self._largest, largest, out=self._largest)
+        self._total += grouped.sum(dim=0)
+        by_group = grouped.transpose(0, 1)
+        self._sum.baddbmm_(by_group.transpose(1, 2), by_group)
+        for observer in self.observers.values():
+            observer.add_(x if watched is None else watched)
+        for part in self.parts:
+            part.tokens += len(grouped)
+            part._cache.clear()
+
+    def add_drift_(self, reference: Tensor, x: Tensor) -> None:
+        """`Gram.add_drift_` of every group; both [..., groups * in]."""
+        for part, there, here in zip(
+            self.parts, *(t.split(self.features, dim=-1) for t in (reference, x)), strict=True
+        ):
+            part.add_drift_(there, here)
 
 
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -163,6 +163,17 @@ class QuantInput:
         return codes.flatten(-2), scale, zero_point
 
 
+def stacked(parts: Sequence[QuantWeight]) -> QuantWeight:
+    """One weight of the rows of several on the same grid, which must have no group_index and groups along `in`."""
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return QuantWeight(
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero_point=torch.cat(zeros) if zeros else None,
+        grid=parts[0].grid,
+    )
+
+
 def per_element(
     scale: Tensor, zero_point: Tensor | None, shape: Sequence[int], group_index: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:

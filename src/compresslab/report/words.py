@@ -26,6 +26,8 @@ LABELS = {
     "decode_transformers_tokens_per_s": "decode, plain transformers",
     "forward_ms": "forward",
     "peak_memory_bytes": "peak memory",
+    "top1_accuracy": "top-1 accuracy",
+    "top1_agreement": "same class as before",
 }
 # unit -> (word when it went well, word when not, whether more is better)
 _DIRECTIONS = {
@@ -76,7 +78,9 @@ def change_and_tone(before: Measurement, after: Measurement) -> tuple[str, str]:
         return f"{'+' if a > b else '-'}{human(abs(a - b), before.unit)}", ""
     if before.unit not in _DIRECTIONS:
         share = 100 * (a / b - 1)
-        tone = ("bad" if a > b else "good") if before.name == "perplexity" else ""
+        tone = {"perplexity": "bad" if a > b else "good", "top1_accuracy": "good" if a > b else "bad"}.get(
+            before.name, ""
+        )
         return f"{share:+,.1f} %" if abs(share) >= 0.095 else f"{share:+.1g} %", tone
     good, bad, more = _DIRECTIONS[before.unit]
     well, ratio = (a > b) == more, max(a / b, b / a)
@@ -118,6 +122,10 @@ def claims(report: Report) -> list[tuple[str, str]]:
         b, a = pairs["perplexity"]
         text, tone = change_and_tone(b, a)
         made.append((f"perplexity {human(b.value, '1')} -> {human(a.value, '1')} ({text})", tone))
+    elif "top1_accuracy" in pairs:
+        b, a = pairs["top1_accuracy"]
+        text = f"top-1 {100 * b.value:.1f} % -> {100 * a.value:.1f} % ({100 * (a.value - b.value):+.1f} points)"
+        made.append((text, "same" if a.value == b.value else change_and_tone(b, a)[1]))
     elif "embedding_cosine" in after:
         made.append((f"embedding cosine {human(after['embedding_cosine'].value, '1')}", ""))
     return made or [("nothing was measured both before and after", "")]
@@ -207,6 +215,12 @@ def limitations(report: Report) -> list[str]:
         )
         if (b.conditions, b.n) != (a.conditions, a.n):
             found.append("Perplexity was measured under different conditions before and after (see the table).")
+    elif "top1_accuracy" in pairs:
+        b, a = pairs["top1_accuracy"]
+        found.append(
+            f"Top-1 accuracy went from {100 * b.value:.1f} % to {100 * a.value:.1f} % on {a.n:,} pictures, where the standard "
+            f"error of one figure is {100 * (a.spread or 0):.1f} points. Pictures of another kind can lose more than that."
+        )
     elif cosine := next((m for m in report.after if m.name == "embedding_cosine"), None):
         found.append(
             f"Embeddings of {cosine.n} texts have a mean cosine of {human(cosine.value, '1')} to those of the original. "

@@ -40,11 +40,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compresslab.numerics.gram import Gram
+from compresslab.numerics.gram import Gram, GroupedGram
 from compresslab.numerics.linalg import quadratic_error
 
 
-def output_noise(weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
+def output_noise(weight: Tensor, rounded: Tensor, gram: Gram | GroupedGram | None) -> float:
     """The energy of the output's error relative to the output's.
 
     Args:
@@ -58,13 +58,13 @@ def output_noise(weight: Tensor, rounded: Tensor, gram: Gram | None) -> float:
     return max(noise / signal, 0.0)
 
 
-def fisher_noise(weight: Tensor, rounded: Tensor, gram: Gram | None, importance: Tensor) -> float:
+def fisher_noise(weight: Tensor, rounded: Tensor, gram: Gram | GroupedGram | None, importance: Tensor) -> float:
     """The divergence per token, in nats, that the output's error causes.
 
     Args:
         importance: E[g_o^2], float32 [out].
     """
-    tokens = 1 if gram is None or not gram.diagonal.any() else gram.tokens
+    tokens = gram.tokens if gram is not None and _was_excited(gram) else 1
     return max(0.5 * _energy((weight - rounded) * importance.sqrt()[:, None], gram) / tokens, 0.0)
 
 
@@ -74,11 +74,16 @@ def trace_noise(weight: Tensor, rounded: Tensor, trace: float) -> float:
     return max(float(trace / weight.numel() * squared), 0.0)
 
 
-def _energy(difference: Tensor, gram: Gram | None) -> float:
-    """tr(D H D^T), with H = I where nothing is known of the input."""
-    if gram is None or not gram.diagonal.any():
-        return float(difference.square().sum(dtype=torch.float64))
-    return float(quadratic_error(difference, gram.matrix))
+def _was_excited(gram: Gram | GroupedGram) -> bool:
+    return any(bool(part.diagonal.any()) for part in gram.parts)
+
+
+def _energy(matrix: Tensor, gram: Gram | GroupedGram | None) -> float:
+    """tr(D H D^T), group by group, with H = I where nothing is known of the input."""
+    if gram is None or not _was_excited(gram):
+        return float(matrix.square().sum(dtype=torch.float64))
+    rows = matrix.chunk(len(gram.parts))
+    return sum(float(quadratic_error(d, part.matrix)) for d, part in zip(rows, gram.parts, strict=True))
 
 
 def kl_divergence(reference: Tensor, logits: Tensor) -> float:

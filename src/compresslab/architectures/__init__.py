@@ -1,0 +1,17 @@
+"""Architectures of the offline zoo that transformers does not have, registered with its Auto classes.
+
+One file each. They are ordinary transformers models: a config, a PreTrainedModel, `from_pretrained` and `save_pretrained`.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+
+from compresslab.architectures.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteForImageClassification
+
+CLASSES: dict[str, type[PreTrainedModel]] = {
+    "EfficientNetLiteForImageClassification": EfficientNetLiteForImageClassification,
+}
+
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
+AutoModelForImageClassification.register(EfficientNetLiteConfig, EfficientNetLiteForImageClassification)
