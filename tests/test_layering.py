@@ -31,6 +31,7 @@ ROWS: list[tuple[str, ...]] = [
     ("plan",),
     ("solving",),
     ("layerwise", "smoothing"),
+    ("rotating",),
     ("artifact", "measure", "preflight", "mixed"),
     ("pipeline", "evaluation", "warm"),
     ("cli",),

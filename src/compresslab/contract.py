@@ -4,7 +4,7 @@ A *method* is one paper in one file: a frozen dataclass whose fields are its set
 and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
 recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
 
-There are two kinds, in the order in which a recipe's steps may name them: any number of *smoothers*, and one *solver*. Most
+There are three kinds, in the order in which a recipe's steps may name them: *rotations*, *smoothers*, and one *solver*. Most
 methods are solvers: they see one linear layer at a time, and all they learn of the data is the
 Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
 
@@ -113,6 +113,26 @@ class Smoother(Method, Protocol):
         Returns:
             s, float32 [in], positive and finite.
         """
+        ...
+
+
+@runtime_checkable
+class Rotation(Method, Protocol):
+    """A method that turns the axes of the network's hidden spaces without changing what the network computes.
+
+    rotating.py finds the spaces and folds the rotations into the weights that write them and read them.
+    """
+
+    def residual(self, size: int, *, keeps_mean: bool) -> Tensor:
+        """Q of the residual stream x, which becomes x Q: float64 [size, size], Q Q^T = I.
+
+        Args:
+            keeps_mean: the network's norms subtract the mean over the channels, so 1 Q must be 1.
+        """
+        ...
+
+    def head(self, size: int) -> Tensor | None:
+        """Q of every attention head's values, float64 [size, size]; None to leave them as they are."""
         ...
 
 

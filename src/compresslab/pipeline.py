@@ -1,6 +1,6 @@
 """compress(): the whole data flow on one page.
 
-    read -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes -> assemble
+    read -> rotate -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes -> assemble
          -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
@@ -26,7 +26,7 @@ from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import Smoother, Solver
+from compresslab.contract import Rotation, Smoother, Solver
 from compresslab.deploy.compressed_tensors import Layout, scheme_of
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
@@ -35,6 +35,7 @@ from compresslab.plan import Plan, make_plan
 from compresslab.recipe import Recipe
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
+from compresslab.rotating import rotated, said_of
 from compresslab.smoothing import smoothed
 
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
@@ -92,8 +93,9 @@ def compress(
         chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
         chosen = chosen.override(settings) if settings else chosen
         stages = _stages(chosen)
-        source = models.find(model)
-        check_output(out, force, source.folder)
+        found = models.find(model)
+        check_output(out, force, found.folder)
+        source = _rotated(found, stages)
         plan, solvers, layout = _planned(source, chosen)
         windows = _windows(source, data, evaluation_windows) if measure else None
         calibration = _calibration(source, stages, chosen, data, seed)
@@ -137,7 +139,7 @@ def compress(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             title=f"{source.name}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
-            model=_describe(source),
+            model=_describe(found) | ({"changed": said_of(found, source)} if stages.rotations else {}),
             data=None if calibration is None else _data_fields(calibration),
             environment=environment.describe(where),
             seconds=clock.seconds,
@@ -165,7 +167,7 @@ def plan_only(
     chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     chosen = chosen.override(settings) if settings else chosen
     stages = _stages(chosen)
-    source = models.find(model)
+    source = _rotated(models.find(model), stages)
     plan, solvers, _ = _planned(source, chosen)
     tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if stages.needs_data else (0, 0)
     estimate = preflight.estimate(source, plan, solvers, *tokens, pick_device(device), len(stages.smoothers))
@@ -204,6 +206,7 @@ class Stages:
     """The methods of a recipe, by what they do; `name` is the solver's."""
 
     name: str
+    rotations: tuple[Rotation, ...]
     smoothers: tuple[Smoother, ...]
     solver: Solver
 
@@ -213,19 +216,27 @@ class Stages:
 
 
 def _stages(recipe: Recipe) -> Stages:
-    """CompressLabError unless the steps are any number of smoothers and then one solver."""
+    """CompressLabError unless the steps are rotations, then smoothers, any number of each, and then one solver."""
     *before, (name, solver) = [(step.method, step.build()) for step in recipe.steps]
+    rotations = [method for _, method in before if isinstance(method, Rotation)]
     smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
-    if not isinstance(solver, Solver) or len(smoothers) < len(before):
+    in_order = [*rotations, *smoothers] == [method for _, method in before]
+    if not isinstance(solver, Solver) or not in_order:
         names = ", ".join([*(name for name, _ in before), name])
         raise CompressLabError(
             f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
-            "that smooth (such as smoothquant)"
+            "that smooth (such as smoothquant), and those after any that rotate (such as quarot)"
         )
     scheme_of(solver)  # a grid that no format holds is refused before any model is fetched
     if isinstance(solver, Smoother):
         smoothers.append(solver)
-    return Stages(name=name, smoothers=tuple(smoothers), solver=solver)
+    return Stages(name=name, rotations=tuple(rotations), smoothers=tuple(smoothers), solver=solver)
+
+
+def _rotated(source: models.Source, stages: Stages) -> models.Source:
+    for rotation in stages.rotations:
+        source = rotated(source, rotation)
+    return source
 
 
 def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, dict[str, Solver], Layout]:

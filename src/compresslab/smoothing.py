@@ -141,7 +141,7 @@ def places(source: Source, plan: Plan, batch: Mapping[str, Tensor]) -> list[Plac
     Args:
         batch: one input of the network, for its shapes; a few tokens of its first sample are looked at.
     """
-    shell = _shell(source)
+    shell = shell_of(source)
     constants = {name: c for name, module in shell.named_modules() if (c := fold_constant(module)) is not None}
     trace = Trace(shell, constants)
     trace.run({k: v[:1, :TRACED_TOKENS] if v.dim() == 2 else v[:1] for k, v in batch.items()})
@@ -185,7 +185,7 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(recurse=False))
 
 
-def _shell(source: Source) -> nn.Module:
+def shell_of(source: Source) -> nn.Module:
     """The network with parameters that are there, and zero, and all share one piece of memory."""
     model = source.skeleton()
     size = max(parameter.numel() for parameter in model.parameters())
