@@ -4,7 +4,8 @@ A *method* is one paper in one file: a frozen dataclass whose fields are its set
 and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
 recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
 
-There are three kinds, in the order in which a recipe's steps may name them: *rotations*, *smoothers*, and one *solver*. Most
+There are four kinds, in the order in which a recipe's steps may name them: *rotations*, *smoothers*, at most one *cache
+rounding*, and one *solver*. Most
 methods are solvers: they see one linear layer at a time, and all they learn of the data is the
 Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
 
@@ -133,6 +134,28 @@ class Rotation(Method, Protocol):
 
     def head(self, size: int) -> Tensor | None:
         """Q of every attention head's values, float64 [size, size]; None to leave them as they are."""
+        ...
+
+
+@runtime_checkable
+class CacheRounding(Method, Protocol):
+    """A method that says how the runtime stores the keys and values of past tokens. deploy/kv_cache.py does the storing."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether there are scales to be learned from calibration text: two for every attention layer."""
+        ...
+
+    def scale_of(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        """The scale under which magnitudes up to `largest` can be stored; of its shape, positive."""
+        ...
+
+    def store(self, states: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Codes of vectors [..., d], and the scales [..., 1] that were made for them; none if a static one is given."""
+        ...
+
+    def load(self, codes: Tensor, scale: Tensor | None) -> Tensor:
+        """The vectors [..., d] that codes stand for, float32."""
         ...
 
 

@@ -36,10 +36,11 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from compresslab.errors import CompressLabError
-from compresslab.models import CALIBRATION_ATTENTION, tie_weights
+from compresslab.models import CALIBRATION_ATTENTION, tie_weights, watch_attention_
 from compresslab.numerics.gram import Gram
 from compresslab.plan import Unit, unit_of
 from compresslab.solving import (
+    CACHE_SCALES,
     BlockState,
     Job,
     Pass,
@@ -336,6 +337,33 @@ class Compression(Forward):
         finished = [unit.name for unit in job.plan.units if job.sink.is_done(unit.name)]
         super().__init__(job, finished, with_references=job.needs_references)
         self.job = job
+        self.loudest: dict[str, Tensor] = {}  # attention -> the largest key and value so far [2]
+
+    def _hook(self) -> None:
+        super()._hook()
+        if self.job.cache is not None and self.job.cache.is_static:
+            watch_attention_(self.model, self._see_keys)
+
+    def _see_keys(self, attention: str, keys: Tensor, values: Tensor) -> None:
+        if not self._current().is_reference:
+            largest = torch.stack((keys.abs().max(), values.abs().max()))
+            self.loudest[attention] = torch.maximum(self.loudest.get(attention, largest), largest)
+
+    def _cache_scales(self, unit: Unit) -> dict[str, Tensor]:
+        """The static scales of a unit's keys and values, under the names that runtimes know."""
+        if self.job.cache is None or not self.job.cache.is_static:
+            return {}
+        seen = [name for name in self.loudest if unit_of(name, [unit.name])]
+        if unit.name and not seen:
+            raise CompressLabError(
+                f"no calibration token reached an attention in {unit.name} whose keys and values can be seen, so its cache gets "
+                "no static scales: set scales=token in the kv-cache step"
+            )
+        return {
+            f"{name}.{leaf}": self.job.cache.scale_of(self.loudest[name][i : i + 1].cpu(), self.source.dtype)
+            for name in seen
+            for i, leaf in enumerate(CACHE_SCALES)
+        }
 
     def _state(self, done: Sequence[str]) -> BlockState | None:
         return self.job.sink.last_state(done)
@@ -363,7 +391,7 @@ class Compression(Forward):
             references = [_first(walk.reference.output) for walk in walks if walk.reference]
             state = BlockState(outputs=[walk.output for walk in walks], references=references)
         solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
-        self.job.sink.write(unit, solved, float_tensors(self.job, unit), state)
+        self.job.sink.write(unit, solved, float_tensors(self.job, unit) | self._cache_scales(unit), state)
 
 
 def _first(output: Any) -> Tensor:

@@ -13,6 +13,7 @@ from compresslab.contract import Method, Solver
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.gptq import GPTQ
+from compresslab.quantize.kv_cache import KVCache
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.rotation import QuaRot
 from compresslab.quantize.rtn import RTN
@@ -25,6 +26,7 @@ METHODS: dict[str, type] = {
     "smoothquant": SmoothQuant,
     "qep": QEP,
     "quarot": QuaRot,
+    "kv-cache": KVCache,
 }
 
 

@@ -26,7 +26,8 @@ from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import Rotation, Smoother, Solver
+from compresslab.contract import CacheRounding, Rotation, Smoother, Solver
+from compresslab.deploy import kv_cache
 from compresslab.deploy.compressed_tensors import Layout, scheme_of
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
@@ -38,6 +39,7 @@ from compresslab.report.schema import Layer, Parity, Report
 from compresslab.rotating import rotated, said_of
 from compresslab.smoothing import smoothed
 
+LONG_WINDOWS, LONG_TOKENS = 4, 2048  # of the text on which a rounded KV cache is compared with a float one
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 
@@ -98,6 +100,7 @@ def compress(
         source = _rotated(found, stages)
         plan, solvers, layout = _planned(source, chosen)
         windows = _windows(source, data, evaluation_windows) if measure else None
+        long_windows = _long_windows(source, data) if stages.cache is not None and windows is not None else None
         calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
         surveys = len(stages.smoothers) + (wanted is not None)
@@ -127,12 +130,13 @@ def compress(
                 progress.step(record.name)
             layerwise.run(job)
         with clock("write"):
-            folder = writer.assemble(source, layout.config(list(plan.skipped)))
+            scheme = None if stages.cache is None else kv_cache.scheme(stages.cache)
+            folder = writer.assemble(source, layout.config(list(plan.skipped)) | {"kv_cache_scheme": scheme})
             if wanted is not None:
                 mixed.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, windows, data, measure, where, progress)
+            before, after = _measure(original, folder, writer, (windows, long_windows), data, measure, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -208,29 +212,38 @@ class Stages:
     name: str
     rotations: tuple[Rotation, ...]
     smoothers: tuple[Smoother, ...]
+    cache: CacheRounding | None
     solver: Solver
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.smoothers) or self.solver.needs_data
+        has_ranges = self.cache is not None and self.cache.is_static
+        return bool(self.smoothers) or has_ranges or self.solver.needs_data
 
 
 def _stages(recipe: Recipe) -> Stages:
-    """CompressLabError unless the steps are rotations, then smoothers, any number of each, and then one solver."""
+    """CompressLabError unless the steps are rotations, then smoothers, at most one cache rounding, and then one solver."""
     *before, (name, solver) = [(step.method, step.build()) for step in recipe.steps]
     rotations = [method for _, method in before if isinstance(method, Rotation)]
     smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
-    in_order = [*rotations, *smoothers] == [method for _, method in before]
+    caches = [method for _, method in before if isinstance(method, CacheRounding)]
+    in_order = [*rotations, *smoothers, *caches[:1]] == [method for _, method in before]
     if not isinstance(solver, Solver) or not in_order:
         names = ", ".join([*(name for name, _ in before), name])
         raise CompressLabError(
             f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
-            "that smooth (such as smoothquant), and those after any that rotate (such as quarot)"
+            "that smooth (such as smoothquant), and those after any that rotate (such as quarot); kv-cache comes right before it"
         )
     scheme_of(solver)  # a grid that no format holds is refused before any model is fetched
     if isinstance(solver, Smoother):
         smoothers.append(solver)
-    return Stages(name=name, rotations=tuple(rotations), smoothers=tuple(smoothers), solver=solver)
+    return Stages(
+        name=name,
+        rotations=tuple(rotations),
+        smoothers=tuple(smoothers),
+        cache=caches[0] if caches else None,
+        solver=solver,
+    )
 
 
 def _rotated(source: models.Source, stages: Stages) -> models.Source:
@@ -316,6 +329,7 @@ def _job(
         solvers=solvers,
         sink=writer,
         encode=layout.encode,
+        cache=stages.cache,
         on_layer=lambda record: progress.step(record.name),
     )
 
@@ -341,6 +355,14 @@ def _windows(source: models.Source, data: Any, count: int) -> torch.Tensor | Non
     return windows
 
 
+def _long_windows(source: models.Source, data: str) -> torch.Tensor:
+    """Windows [n, length] as long as the model and the text allow, for what a cache does to late tokens."""
+    text = datasets.windows(data, source.tokenizer(), length=1).flatten()
+    longest = int(getattr(source.config, "max_position_embeddings", LONG_TOKENS) or LONG_TOKENS)
+    length = min(LONG_TOKENS, longest, len(text))
+    return text[: len(text) // length * length].view(-1, length)[:LONG_WINDOWS].clone()
+
+
 def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
     """CompressLabError if the model cannot read these windows [n, length]."""
     vocabulary = getattr(source.config, "vocab_size", None)
@@ -357,8 +379,8 @@ def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, tokens: torch.Tensor | None, data: Any, everything: bool,
-    device: torch.device, progress: Progress,
+    original: Path, folder: Path, writer: Writer, tokens: tuple[torch.Tensor | None, torch.Tensor | None], data: Any,
+    everything: bool, device: torch.device, progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
 
@@ -366,12 +388,14 @@ def _measure(
         CompressLabError: if a reloaded weight is not bit-equal to the solved one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        windows, said = None, ""
-        if tokens is not None:
-            windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
-            save_file({"input_ids": tokens}, windows)
+        files: list[Path | None] = [None, None]
+        for i, ids in enumerate(tokens):
+            if ids is not None:
+                files[i] = Path(scratch) / f"windows{i}.safetensors"
+                save_file({"input_ids": ids}, files[i])
+        windows, said = files[0], "" if tokens[0] is None else f"{data}, test split"
         job = fresh.Job(
-            folder=original, windows=windows, reference=Path(scratch) / "reference.safetensors", source=said,
+            folder=original, windows=windows, long_windows=files[1], reference=Path(scratch) / "reference.safetensors", source=said,
             device=str(device), threads=torch.get_num_threads(), speed=everything,
         )  # fmt: skip
         before = None

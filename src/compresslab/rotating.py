@@ -247,7 +247,11 @@ def stream_of(source: Source) -> Stream:
     for name in (*sorted(members), *norms):
         if name in trace.spoilt_by:
             raise _refused(source, f"what {name} writes is used by {trace.spoilt_by[name]}")
-    direct = {layer for layer, origins in trace.read.items() if any(isinstance(o, Sum) and o.writers & members for o in origins)}
+    direct = {
+        layer
+        for layer, origins in trace.read.items()
+        if any(isinstance(o, Sum) and o.writers & members for o in origins)
+    }
     norms |= {"": tuple(sorted(direct))} if direct else {}
     for layer in {layer for layers in norms.values() for layer in layers}:
         kinds = {origin if isinstance(origin, Normed) else type(origin) for origin in trace.read[layer]}
@@ -256,7 +260,9 @@ def stream_of(source: Source) -> Stream:
     kinds = {norm: _invariance(shell.get_submodule(norm), constants[norm]) for norm in norms if norm}
     for norm, kind in kinds.items():
         if kind is None:
-            raise _refused(source, f"{norm} ({type(shell.get_submodule(norm)).__name__}) does not commute with rotations")
+            raise _refused(
+                source, f"{norm} ({type(shell.get_submodule(norm)).__name__}) does not commute with rotations"
+            )
     embeddings = tuple(sorted(members & trace.tables.keys()))
     sizes = {weight_of(shell.get_submodule(table)).shape[1] for table in embeddings}
     if len(sizes) > 1:
@@ -287,7 +293,7 @@ def _check_stored(source: Source, stream: Stream) -> None:
 
 
 def _invariance(module: nn.Module, constant: float) -> str | None:
-    """"all" if a norm of weight one commutes with every rotation, "mean" if with those that keep the mean; else None."""
+    """ "all" if a norm of weight one commutes with every rotation, "mean" if with those that keep the mean; else None."""
     own = dict(module.named_parameters(recurse=False))
     size = len(own["weight"])
     plain = {leaf: torch.full((size,), 1 - constant if leaf == "weight" else 0.0) for leaf in own}
@@ -323,7 +329,9 @@ class StreamTrace(Trace):
         self.read: dict[str, set[Origin | None]] = {}
         self.norm_inputs: dict[str, set[str]] = {}
         self.spoilt_by: dict[str, str] = {}
-        self._origins: dict[int, tuple[Origin, Tensor]] = {}  # by identity; kept, so that no other tensor can take it over
+        self._origins: dict[
+            int, tuple[Origin, Tensor]
+        ] = {}  # by identity; kept, so that no other tensor can take it over
         self._sums: set[frozenset[str]] = set()
         self._spoilt_heads: set[str] = set()
         super().__init__(shell, norms)
@@ -385,7 +393,9 @@ class StreamTrace(Trace):
 
     def _look_at_weights(self, func: Any, leaves: Iterable[Any]) -> None:
         for leaf in leaves:
-            owner = self._owner.get(id(leaf)) or (self._embedding.get(id(leaf)) if func is not aten.embedding.default else None)
+            owner = self._owner.get(id(leaf)) or (
+                self._embedding.get(id(leaf)) if func is not aten.embedding.default else None
+            )
             if owner is not None:
                 self.spoilt_by.setdefault(owner, f"the operation {func}, on its weight,")
 
@@ -459,7 +469,9 @@ class StreamTrace(Trace):
                 self.norm_inputs.setdefault(name, set()).update(origin.writers)
             else:
                 self._spoil(args, f"the norm {name}")
-                self.spoilt_by.setdefault(name, "its own caller, which gives it something else than the residual stream")
+                self.spoilt_by.setdefault(
+                    name, "its own caller, which gives it something else than the residual stream"
+                )
             self._running.append(name)
 
         return hook

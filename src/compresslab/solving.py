@@ -11,13 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compresslab.contract import Along, Batches, LayerRecord, Solution, Solver
+from compresslab.contract import Along, Batches, CacheRounding, LayerRecord, Solution, Solver
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, is_transposed
 from compresslab.numerics.gram import Gram, Precision
 from compresslab.numerics.grid import QuantWeight
 from compresslab.numerics.linalg import quadratic_error
 from compresslab.plan import Plan, Unit
+
+
+CACHE_SCALES = ("k_scale", "v_scale")  # the names under which runtimes look for the static scales of an attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,7 @@ class Job(Pass):
         method: the solver's name.
         solvers: the solver of every planned layer, by the layer's name; one method with settings that may differ.
         encode: layer, QuantWeight, module -> the tensors that stand for the weight on disk, by the suffix of their names.
+        cache: how keys and values will be stored; if its scales are static they are learned on the way.
         on_layer: told of every finished layer, for progress bars.
     """
 
@@ -91,6 +95,7 @@ class Job(Pass):
     solvers: Mapping[str, Solver]
     sink: Sink
     encode: Encode
+    cache: CacheRounding | None = None
     on_layer: Callable[[LayerRecord], None] = lambda record: None
 
     @property

@@ -63,7 +63,7 @@ def _kind(name: str, entry: dict, embeddings: set[str]) -> str:
         return "zero points"
     if leaf == "weight_packed" or entry["dtype"] == "I8":
         return "codes"
-    if leaf in ("weight_scale", "weight_shape"):
+    if leaf in ("weight_scale", "weight_shape", "k_scale", "v_scale"):
         return "scales"
     if name in embeddings:
         return "embeddings"
