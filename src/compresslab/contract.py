@@ -4,8 +4,9 @@ A *method* is one paper in one file: a frozen dataclass whose fields are its set
 and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
 recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
 
-There are four kinds, in the order in which a recipe's steps may name them: *rotations*, *smoothers*, at most one *cache
-rounding*, and one *solver*. Most
+There are five kinds, in the order in which a recipe's steps may name them: *rotations* and *smoothers*, any number of each; at
+most one *activation quantizer*, which says how the runtime rounds the inputs of layers, and one *cache rounding*, which says how
+it keeps keys and values; and one *solver*, which rounds weights. Most
 methods are solvers: they see one linear layer at a time, and all they learn of the data is the
 Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, QuantWeight
+from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 
 Along = Literal["in", "out"]
 
@@ -69,10 +70,6 @@ class Solver(Method, Protocol):
 
     def grid(self) -> Grid:
         """The grid of the weights that `solve` returns."""
-        ...
-
-    def activation_grid(self) -> Grid | None:
-        """The grid on which the runtime rounds the layer's input, or None if the input stays in float."""
         ...
 
     def solve(
@@ -158,6 +155,54 @@ class CacheRounding(Method, Protocol):
         """The vectors [..., d] that codes stand for, float32."""
         ...
 
+class Observer(Protocol):
+    """What an activation quantizer wants to know of one input, gathered batch by batch as the calibration text passes.
+
+    Its size must not depend on how many tokens it has seen.
+    """
+
+    def add_(self, x: Tensor) -> None:
+        """Take in the tokens x [..., in], of any float dtype."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSolution:
+    """How the runtime shall round one layer's input.
+
+    Attributes:
+        input: None where the input must stay in float, which the note then gives the reason for.
+        note: anything out of the ordinary that the report must tell, else "".
+    """
+
+    input: QuantInput | None
+    note: str = ""
+
+
+@runtime_checkable
+class ActivationQuantizer(Method, Protocol):
+    """A method that says how the runtime rounds the inputs of layers. Any solver may round the weights beside it."""
+
+    def activation_grid(self) -> Grid:
+        """The grid on which the runtime rounds the input."""
+        ...
+
+    def observer(self, features: int) -> Observer | None:
+        """What shall watch an input of this width during calibration; None if the runtime fits its own scales."""
+        ...
+
+    def fit(self, observer: Observer | None, *, scale_dtype: torch.dtype) -> InputSolution:
+        """What to round with, from what was seen.
+
+        Args:
+            observer: None for a method without data, and for a layer that no calibration token reached.
+            scale_dtype: the dtype in which scales are stored.
+
+        Raises:
+            ValueError: if the input cannot be handled; the driver adds the layer's name.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord:
@@ -168,6 +213,7 @@ class LayerRecord:
             tokens when there were any (`sqnr_of` = "output"), of the weight itself otherwise (`sqnr_of` = "weight").
         nonzero_frac: share of weights that are not exactly zero.
         seconds: time of the solve, without the forward and the Gram matrix.
+        activation_bits: width of the codes that the runtime rounds the layer's input to; None if that stays in float.
     """
 
     name: str
@@ -181,6 +227,7 @@ class LayerRecord:
     sqnr_of: str
     seconds: float
     note: str = ""
+    activation_bits: int | None = None
 
 
 Batches = Sequence[dict[str, Tensor]]

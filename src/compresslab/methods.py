@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from compresslab.contract import Method, Solver
+from compresslab.activations.dynamic import Dynamic
+from compresslab.activations.static import Static
+from compresslab.contract import ActivationQuantizer, Method, Solver
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.gptq import GPTQ
@@ -27,6 +29,8 @@ METHODS: dict[str, type] = {
     "qep": QEP,
     "quarot": QuaRot,
     "kv-cache": KVCache,
+    "static": Static,
+    "dynamic": Dynamic,
 }
 
 
@@ -48,6 +52,7 @@ def build(name: str, settings: dict[str, Any]) -> Method:
         method = cls(**settings)
         if isinstance(method, Solver):
             method.grid()
+        if isinstance(method, ActivationQuantizer):
             method.activation_grid()
     except ValueError as error:
         raise CompressLabError(f"method {name}: {error}") from None

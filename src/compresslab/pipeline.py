@@ -26,14 +26,14 @@ from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import CacheRounding, Rotation, Smoother, Solver
+from compresslab.contract import ActivationQuantizer, CacheRounding, Rotation, Smoother, Solver
 from compresslab.deploy import kv_cache
-from compresslab.deploy.compressed_tensors import Layout, scheme_of
+from compresslab.deploy.compressed_tensors import Layout
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
-from compresslab.plan import Plan, make_plan
-from compresslab.recipe import Recipe
+from compresslab.plan import Plan, check_patterns, make_plan
+from compresslab.recipe import FLOAT, Recipe, differing_settings
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
 from compresslab.rotating import rotated, said_of
@@ -98,31 +98,33 @@ def compress(
         found = models.find(model)
         check_output(out, force, found.folder)
         source = _rotated(found, stages)
-        plan, solvers, layout = _planned(source, chosen)
+        plan, methods, layout = _planned(source, chosen)
         windows = _windows(source, data, evaluation_windows) if measure else None
         long_windows = _long_windows(source, data) if stages.cache is not None and windows is not None else None
         calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
         surveys = len(stages.smoothers) + (wanted is not None)
-        preflight.check(preflight.estimate(source, plan, solvers, *tokens, where, surveys), out)
+        preflight.check(preflight.estimate(source, plan, methods.solvers, *tokens, where, surveys), out)
 
     eligible = plan.layers
     if wanted is not None:
         with clock("share out"):
             progress.stage("survey", len(eligible))
             chosen = mixed.share_out(
-                _pass(source, plan, calibration, where), chosen, solvers, wanted, sensitivity=sensitivity,
-                smoothers=stages.smoothers, on_layer=progress.step,
+                _pass(source, plan, calibration, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
+                smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
             )  # fmt: skip
-            plan, solvers, layout = _planned(source, chosen)
+            plan, methods, layout = _planned(source, chosen)
 
     key = _key(source, chosen, calibration, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
-        job = _job(_pass(source, plan, calibration, where), stages, solvers, layout, writer, progress)
+        job = _job(_pass(source, plan, calibration, where), stages, methods, layout, writer, progress)
         if stages.smoothers:
             with clock("smooth"):
                 progress.stage("smooth", 1)
-                job = dataclasses.replace(job, source=smoothed(job, stages.smoothers, solvers))
+                job = dataclasses.replace(
+                    job, source=smoothed(job, stages.smoothers, methods.solvers, methods.activations)
+                )
                 progress.step("the inputs of layers")
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
@@ -130,8 +132,10 @@ def compress(
                 progress.step(record.name)
             layerwise.run(job)
         with clock("write"):
+            in_float = [record.name for record in writer.records() if record.activation_bits is None]
             scheme = None if stages.cache is None else kv_cache.scheme(stages.cache)
-            folder = writer.assemble(source, layout.config(list(plan.skipped)) | {"kv_cache_scheme": scheme})
+            config = layout.config(list(plan.skipped), in_float) | {"kv_cache_scheme": scheme}
+            folder = writer.assemble(source, config)
             if wanted is not None:
                 mixed.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
@@ -172,9 +176,9 @@ def plan_only(
     chosen = chosen.override(settings) if settings else chosen
     stages = _stages(chosen)
     source = _rotated(models.find(model), stages)
-    plan, solvers, _ = _planned(source, chosen)
+    plan, methods, _ = _planned(source, chosen)
     tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if stages.needs_data else (0, 0)
-    estimate = preflight.estimate(source, plan, solvers, *tokens, pick_device(device), len(stages.smoothers))
+    estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
     return plan, estimate, chosen
 
 
@@ -212,38 +216,43 @@ class Stages:
     name: str
     rotations: tuple[Rotation, ...]
     smoothers: tuple[Smoother, ...]
+    activations: ActivationQuantizer | None
     cache: CacheRounding | None
     solver: Solver
 
     @property
     def needs_data(self) -> bool:
+        rounding = [method for method in (self.activations, self.solver) if method is not None]
         has_ranges = self.cache is not None and self.cache.is_static
-        return bool(self.smoothers) or has_ranges or self.solver.needs_data
+        return bool(self.smoothers) or has_ranges or any(method.needs_data for method in rounding)
+
+
+# The steps of a recipe before the one that rounds weights: kinds in their order, and how many of each there may be.
+KINDS = ((Rotation, 9), (Smoother, 9), (ActivationQuantizer, 1), (CacheRounding, 1))
 
 
 def _stages(recipe: Recipe) -> Stages:
-    """CompressLabError unless the steps are rotations, then smoothers, at most one cache rounding, and then one solver."""
+    """CompressLabError unless the steps are of the known kinds, in their order, with one solver at the end."""
     *before, (name, solver) = [(step.method, step.build()) for step in recipe.steps]
-    rotations = [method for _, method in before if isinstance(method, Rotation)]
-    smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
-    caches = [method for _, method in before if isinstance(method, CacheRounding)]
-    in_order = [*rotations, *smoothers, *caches[:1]] == [method for _, method in before]
-    if not isinstance(solver, Solver) or not in_order:
+    found = [[method for _, method in before if isinstance(method, kind)] for kind, _ in KINDS]
+    in_order = [method for methods in found for method in methods] == [method for _, method in before]
+    too_many = any(len(methods) > most for methods, (_, most) in zip(found, KINDS, strict=True))
+    if not isinstance(solver, Solver) or not in_order or too_many or any(isinstance(m, Solver) for _, m in before):
         names = ", ".join([*(name for name, _ in before), name])
         raise CompressLabError(
             f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
-            "that smooth (such as smoothquant), and those after any that rotate (such as quarot); kv-cache comes right before it"
+            "that rotate (such as quarot) and any that smooth (such as smoothquant), with at most one for activations (such as "
+            "dynamic) and one for keys and values (kv-cache) between them, in this order"
         )
-    scheme_of(solver)  # a grid that no format holds is refused before any model is fetched
+    rotations, smoothers, quantizers, caches = found
+    activations = quantizers[0] if quantizers else None
+    Layout({"": solver}, {"": activations} if activations else {})  # a grid that no format holds is refused at once
     if isinstance(solver, Smoother):
         smoothers.append(solver)
     return Stages(
-        name=name,
-        rotations=tuple(rotations),
-        smoothers=tuple(smoothers),
-        cache=caches[0] if caches else None,
-        solver=solver,
-    )
+        name=name, rotations=tuple(rotations), smoothers=tuple(smoothers), activations=activations,
+        cache=caches[0] if caches else None, solver=solver,
+    )  # fmt: skip
 
 
 def _rotated(source: models.Source, stages: Stages) -> models.Source:
@@ -252,15 +261,28 @@ def _rotated(source: models.Source, stages: Stages) -> models.Source:
     return source
 
 
-def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, dict[str, Solver], Layout]:
-    """The plan, the solver of every layer in it, and how these layers will be written."""
-    step = recipe.rounding
+@dataclass(frozen=True, kw_only=True)
+class LayerMethods:
+    """What works on each layer, by the layer's name; layers whose inputs stay in float have no activation quantizer."""
+
+    solvers: dict[str, Solver]
+    activations: dict[str, ActivationQuantizer]
+
+
+def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]:
+    """The plan, what works on every layer in it, and how these layers will be written."""
+    step, inputs = recipe.rounding, recipe.activations
     plan = make_plan(source, recipe.ignore, step.layers)
     solvers = {layer: method for layer in plan.layers if isinstance(method := step.build(layer), Solver)}
-    layout, skeleton = Layout(solvers), source.skeleton()
+    activations: dict[str, ActivationQuantizer] = {}
+    if inputs is not None:
+        check_patterns(inputs.layers, plan.layers, plan.skipped, source)
+        rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]
+        activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
+    layout, skeleton = Layout(solvers, activations), source.skeleton()
     for name in plan.layers:
         layout.check_module(name, skeleton.get_submodule(name))
-    return plan, solvers, layout
+    return plan, LayerMethods(solvers=solvers, activations=activations), layout
 
 
 def _calibration(
@@ -269,9 +291,8 @@ def _calibration(
     if not stages.needs_data:
         return None
     if data is None:
-        raise CompressLabError(
-            f"method {recipe.steps[0].method} needs calibration data: name it with --data, e.g. wiki"
-        )
+        needy = next(step.method for step in recipe.steps if step.build().needs_data)
+        raise CompressLabError(f"method {needy} needs calibration data: name it with --data, e.g. wiki")
     if isinstance(data, datasets.Calibration):
         return data
     length = recipe.calibration.sequence_length
@@ -290,7 +311,7 @@ def _key(
     """All that the codes depend on: a run is only continued by the same one."""
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "order of layers": list(recipe.rounding.layers),  # two mappings are equal in any order
+        "order of layers": [list(step.layers) for step in recipe.steps],  # two mappings are equal in any order
         "model": source.weights.sha256,
         "config": source.config.to_json_string(use_diff=True),
         "data": None if calibration is None else calibration.sha256,
@@ -318,7 +339,7 @@ def _pass(
 def _job(
     calibrated: solving.Pass,
     stages: Stages,
-    solvers: dict[str, Solver],
+    methods: LayerMethods,
     layout: Layout,
     writer: Writer,
     progress: Progress,
@@ -326,7 +347,8 @@ def _job(
     return solving.Job(
         **vars(calibrated),
         method=stages.name,
-        solvers=solvers,
+        solvers=methods.solvers,
+        activations=methods.activations,
         sink=writer,
         encode=layout.encode,
         cache=stages.cache,

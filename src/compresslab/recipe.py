@@ -15,8 +15,9 @@
     expect:
       smollm2-135m: {perplexity_ratio: [1.02, 1.2]}
 
-`layers` belongs to the step that rounds: shell patterns of layer names, and the settings in which these layers differ from
-the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one counts, and only that one.
+`layers` belongs to the steps that round, weights or activations: shell patterns of layer names, and the settings in which
+these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
+counts, and only that one.
 
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
 else can be constructed from it.
@@ -35,7 +36,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import Method, Solver
+from compresslab.contract import ActivationQuantizer, Method, Solver
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
@@ -63,7 +64,7 @@ class Step(BaseModel):
         settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
         method = methods.build(raw["method"], settings)
         filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
-        if isinstance(method, Solver):
+        if isinstance(method, Solver | ActivationQuantizer):
             return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
         if "layers" in raw:
             raise CompressLabError(f"method {raw['method']} has no 'layers': they belong to the step that rounds")
@@ -130,36 +131,44 @@ class Recipe(Strict):
 
     @property
     def rounding(self) -> Step:
-        """The step that rounds. StopIteration if there is none, which the pipeline refuses first."""
+        """The step that rounds weights. StopIteration if there is none, which the pipeline refuses first."""
         return next(step for step in self.steps if isinstance(step.build(), Solver))
+
+    @property
+    def activations(self) -> Step | None:
+        """The step that says how inputs are rounded, if there is one."""
+        return next((step for step in self.steps if isinstance(step.build(), ActivationQuantizer)), None)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def override(self, settings: dict[str, Any]) -> Recipe:
-        """A copy with settings replaced: a key of the steps that have it, or "ignore", or "calibration.samples" and the like.
+        """A copy with settings replaced: a key of a step, or "ignore", or "calibration.samples" and the like.
+
+        Of several steps that have a key the last one takes it, which rounds the weights; "dynamic.bits" names the step.
 
         Raises:
             CompressLabError: a key that neither the recipe nor its method has.
         """
         raw = self.model_dump(mode="json")
+        steps = {step["method"]: step for step in raw["steps"]}
         for key, value in settings.items():
             where: dict[str, Any] = raw
             *path, leaf = key.split(".")
             for part in path:
-                if not isinstance(where.get(part), dict):
+                inner = steps.get(part, raw.get(part)) if where is raw else None
+                if not isinstance(inner, dict):
                     raise unknown("recipe setting", key, _settings_of(raw))
-                where = where[part]
+                where = inner
             if path or leaf in ("ignore", "name", "summary"):
-                if leaf not in where:
+                if leaf not in where or leaf == "method":
                     raise unknown("recipe setting", key, _settings_of(raw))
                 where[leaf] = value
             else:
                 takers = [step for step in raw["steps"] if leaf in step and leaf != "method"]
                 if not takers:
                     raise unknown("recipe setting", key, _settings_of(raw))
-                for step in takers:
-                    step[leaf] = value
+                takers[-1][leaf] = value
         return parse(raw, f"recipe '{self.name}' with --set")
 
 
