@@ -155,6 +155,7 @@ class CacheRounding(Method, Protocol):
         """The vectors [..., d] that codes stand for, float32."""
         ...
 
+
 class Observer(Protocol):
     """What an activation quantizer wants to know of one input, gathered batch by batch as the calibration text passes.
 

@@ -1,7 +1,7 @@
 """compress(): the whole data flow on one page.
 
-    read -> rotate -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes -> assemble
-         -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
+    read -> rotate -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes
+         -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
 """
@@ -86,8 +86,7 @@ def compress(
     Raises:
         CompressLabError: whatever the user can mend, before any file is written where possible.
     """
-    progress, out, clock = progress or Progress(), Path(out), Clock()
-    where = pick_device(device)
+    progress, out, clock, where = progress or Progress(), Path(out), Clock(), pick_device(device)
     wanted = None if budget is None else mixed.parse_budget(budget)
 
     with clock("read"):
@@ -99,8 +98,7 @@ def compress(
         check_output(out, force, found.folder)
         source = _rotated(found, stages)
         plan, methods, layout = _planned(source, chosen)
-        windows = _windows(source, data, evaluation_windows) if measure else None
-        long_windows = _long_windows(source, data) if stages.cache is not None and windows is not None else None
+        texts = _windows(source, data, evaluation_windows, stages.cache is not None) if measure else (None, None)
         calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
         surveys = len(stages.smoothers) + (wanted is not None)
@@ -133,14 +131,13 @@ def compress(
             layerwise.run(job)
         with clock("write"):
             in_float = [record.name for record in writer.records() if record.activation_bits is None]
-            scheme = None if stages.cache is None else kv_cache.scheme(stages.cache)
-            config = layout.config(list(plan.skipped), in_float) | {"kv_cache_scheme": scheme}
+            config = layout.config(list(plan.skipped), in_float) | {"kv_cache_scheme": kv_cache.scheme(stages.cache)}
             folder = writer.assemble(source, config)
             if wanted is not None:
                 mixed.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, (windows, long_windows), data, measure, where, progress)
+            before, after = _measure(original, folder, writer, texts, data, measure, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -227,24 +224,22 @@ class Stages:
         return bool(self.smoothers) or has_ranges or any(method.needs_data for method in rounding)
 
 
-# The steps of a recipe before the one that rounds weights: kinds in their order, and how many of each there may be.
-KINDS = ((Rotation, 9), (Smoother, 9), (ActivationQuantizer, 1), (CacheRounding, 1))
-
-
 def _stages(recipe: Recipe) -> Stages:
-    """CompressLabError unless the steps are of the known kinds, in their order, with one solver at the end."""
+    """CompressLabError unless the steps are rotations, smoothers, at most one activation quantizer and one cache rounding, and
+    one solver, in this order."""
     *before, (name, solver) = [(step.method, step.build()) for step in recipe.steps]
-    found = [[method for _, method in before if isinstance(method, kind)] for kind, _ in KINDS]
-    in_order = [method for methods in found for method in methods] == [method for _, method in before]
-    too_many = any(len(methods) > most for methods, (_, most) in zip(found, KINDS, strict=True))
-    if not isinstance(solver, Solver) or not in_order or too_many or any(isinstance(m, Solver) for _, m in before):
+    rotations = [method for _, method in before if isinstance(method, Rotation)]
+    smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
+    quantizers = [method for _, method in before if isinstance(method, ActivationQuantizer)]
+    caches = [method for _, method in before if isinstance(method, CacheRounding)]
+    known = [*rotations, *smoothers, *quantizers[:1], *caches[:1]] == [method for _, method in before]
+    if not isinstance(solver, Solver) or not known:
         names = ", ".join([*(name for name, _ in before), name])
         raise CompressLabError(
             f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
             "that rotate (such as quarot) and any that smooth (such as smoothquant), with at most one for activations (such as "
             "dynamic) and one for keys and values (kv-cache) between them, in this order"
         )
-    rotations, smoothers, quantizers, caches = found
     activations = quantizers[0] if quantizers else None
     Layout({"": solver}, {"": activations} if activations else {})  # a grid that no format holds is refused at once
     if isinstance(solver, Smoother):
@@ -368,21 +363,22 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _windows(source: models.Source, data: Any, count: int) -> torch.Tensor | None:
-    """Token windows [n, length] of the text's test split, or None without a text or a tokenizer to measure with."""
+Texts = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def _windows(source: models.Source, data: Any, count: int, with_cache: bool) -> Texts:
+    """Token windows [n, length] of the text's test split, None without a text or a tokenizer to measure with; and, for what a
+    rounded KV cache does to late tokens, some as long as the model and the text allow."""
     if not isinstance(data, str) or not source.has_tokenizer():
-        return None
+        return None, None
     windows = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
     _check_tokens(source, windows)
-    return windows
-
-
-def _long_windows(source: models.Source, data: str) -> torch.Tensor:
-    """Windows [n, length] as long as the model and the text allow, for what a cache does to late tokens."""
+    if not with_cache:
+        return windows, None
     text = datasets.windows(data, source.tokenizer(), length=1).flatten()
     longest = int(getattr(source.config, "max_position_embeddings", LONG_TOKENS) or LONG_TOKENS)
     length = min(LONG_TOKENS, longest, len(text))
-    return text[: len(text) // length * length].view(-1, length)[:LONG_WINDOWS].clone()
+    return windows, text[: len(text) // length * length].view(-1, length)[:LONG_WINDOWS].clone()
 
 
 def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
@@ -401,8 +397,8 @@ def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, tokens: tuple[torch.Tensor | None, torch.Tensor | None], data: Any,
-    everything: bool, device: torch.device, progress: Progress,
+    original: Path, folder: Path, writer: Writer, texts: Texts, data: Any, everything: bool, device: torch.device,
+    progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
 
@@ -411,14 +407,14 @@ def _measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         files: list[Path | None] = [None, None]
-        for i, ids in enumerate(tokens):
-            if ids is not None:
-                files[i] = Path(scratch) / f"windows{i}.safetensors"
-                save_file({"input_ids": ids}, files[i])
-        windows, said = files[0], "" if tokens[0] is None else f"{data}, test split"
+        for i, tokens in enumerate(texts):
+            if tokens is not None:
+                files[i] = path = Path(scratch) / f"windows{i}.safetensors"
+                save_file({"input_ids": tokens}, path)
         job = fresh.Job(
-            folder=original, windows=windows, long_windows=files[1], reference=Path(scratch) / "reference.safetensors", source=said,
-            device=str(device), threads=torch.get_num_threads(), speed=everything,
+            folder=original, windows=files[0], long_windows=files[1], reference=Path(scratch) / "reference.safetensors",
+            source="" if texts[0] is None else f"{data}, test split", device=str(device),
+            threads=torch.get_num_threads(), speed=everything,
         )  # fmt: skip
         before = None
         if everything:

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from compresslab.contract import Rotation
 from compresslab.errors import CompressLabError
-from compresslab.models import Source, is_transposed, linear_layers, weight_of
+from compresslab.models import Source, is_transposed, weight_of
 from compresslab.smoothing import TRACED_TOKENS, Trace, fold_constant, shell_of
 from compresslab.weights import Chain, Change, Rescale, Rotate, TransformedWeights
 
@@ -257,8 +257,8 @@ def stream_of(source: Source) -> Stream:
         kinds = {origin if isinstance(origin, Normed) else type(origin) for origin in trace.read[layer]}
         if len(kinds) > 1:
             raise _refused(source, f"{layer} reads the residual stream in more than one way")
-    kinds = {norm: _invariance(shell.get_submodule(norm), constants[norm]) for norm in norms if norm}
-    for norm, kind in kinds.items():
+    invariance = {norm: _invariance(shell.get_submodule(norm), constants[norm]) for norm in norms if norm}
+    for norm, kind in invariance.items():
         if kind is None:
             raise _refused(
                 source, f"{norm} ({type(shell.get_submodule(norm)).__name__}) does not commute with rotations"
@@ -269,7 +269,7 @@ def stream_of(source: Source) -> Stream:
         raise _refused(source, f"its embeddings are {' and '.join(map(str, sorted(sizes)))} channels wide")
     stream = Stream(
         size=sizes.pop(), embeddings=embeddings, writers=tuple(sorted(members - set(embeddings))), norms=norms,
-        constants=constants, keeps_mean="mean" in kinds.values(), heads=trace.heads(),
+        constants=constants, keeps_mean="mean" in invariance.values(), heads=trace.heads(),
     )  # fmt: skip
     _check_stored(source, stream)
     return stream

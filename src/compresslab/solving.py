@@ -28,7 +28,6 @@ from compresslab.numerics.grid import QuantInput, QuantWeight
 from compresslab.numerics.linalg import quadratic_error
 from compresslab.plan import Plan, Unit
 
-
 CACHE_SCALES = ("k_scale", "v_scale")  # the names under which runtimes look for the static scales of an attention
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from compresslab.contract import CacheRounding
 from compresslab.errors import CompressLabError
 from compresslab.quantize.kv_cache import KVCache
 from compresslab.weights import FolderWeights
@@ -42,6 +43,9 @@ class RoundedLayer(DynamicLayer):
         static: the scales of all keys and of all values, where the method has such.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, method: KVCache, static: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.method = method
@@ -50,22 +54,19 @@ class RoundedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new vectors [batch, heads, tokens, d]; all that are stored, multiplied out in the dtype of the new ones."""
-        stored = [
-            self.method.store(states, None if self.static is None else self.static[i].to(states.device))
-            for i, states in enumerate((key_states, value_states))
-        ]
+        given = self.static or (None, None)
+        (keys, key_scale), (values, value_scale) = (
+            self.method.store(states, None if scale is None else scale.to(states.device))
+            for states, scale in zip((key_states, value_states), given, strict=True)
+        )
+        made = None if key_scale is None or value_scale is None else (key_scale, value_scale)
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values = (codes for codes, _ in stored)
-            self.scales = _both(*(scale for _, scale in stored))
+            self.keys, self.values, self.scales = keys, values, made
         else:
-            (self.keys, self.values) = (
-                _append(old, codes) for old, (codes, _) in zip((self.keys, self.values), stored, strict=True)
-            )
-            if self.scales is not None:
-                self.scales = _both(
-                    *(torch.cat((old, new), -2) for old, (_, new) in zip(self.scales, stored, strict=True))
-                )
+            self.keys, self.values = _append(self.keys, keys), _append(self.values, values)
+            if self.scales is not None and made is not None:
+                self.scales = _append(self.scales[0], made[0]), _append(self.scales[1], made[1])
         scales = self.static or self.scales or (None, None)
         keys, values = (
             self.method.load(codes, None if scale is None else scale.to(codes.device)).to(key_states.dtype)
@@ -109,10 +110,6 @@ class RoundedLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         self._each(lambda part: part.to(self.device, non_blocking=True))
-
-
-def _both(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if keys is None or values is None else (keys, values)
 
 
 def _bytes(part: Tensor) -> Tensor:
@@ -165,7 +162,7 @@ def stop_rounding_(model: torch.nn.Module) -> None:
     """Have a model that transformers opened hand its keys and values to the cache as they are."""
     for module in model.modules():
         if "kv_cache" in module._modules:
-            module.quantization_enabled = False
+            module.__dict__["quantization_enabled"] = False
 
 
 def float_cache(config: Any) -> Cache:
@@ -199,8 +196,11 @@ def _static_scales(folder: Path) -> list[tuple[Tensor, Tensor]]:
     return [(weights.get(f"{owner}.{KEY_SCALE}"), weights.get(f"{owner}.{VALUE_SCALE}")) for owner in owners]
 
 
-def scheme(method: KVCache) -> dict[str, Any] | None:
+def scheme(method: CacheRounding | None) -> dict[str, Any] | None:
     """The kv_cache_scheme of a quantization_config; None for a cache that is not rounded."""
+    if method is None:
+        return None
+    assert isinstance(method, KVCache), "the only method of its kind"
     if method.format == "bf16":
         return None
     return {

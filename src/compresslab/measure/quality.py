@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +69,7 @@ def perplexity_by_position(
                 losses[i, start : start + len(ids)] = loss.double().cpu()
     edges = [round(k * length / buckets) for k in range(buckets + 1)]
     found = []
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         part = losses[:, max(first - 1, 0) : last - 1].mean(dim=1)
         value = math.exp(min(float(part.mean()), 700.0))
         error = float(part.std(unbiased=True)) / math.sqrt(count) if count > 1 else None
