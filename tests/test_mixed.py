@@ -353,7 +353,7 @@ def test_leaving_one_out_is_swapping_one_weight(model: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2", "qwen2"])
 def test_the_whole_model_from_its_source_is_the_model(kind: str) -> None:
     original = tiny.make(kind)
-    again = mixed._whole_model(models.find(original), torch.device("cpu"))
+    again = mixed.whole_model(models.find(original), torch.device("cpu"))
     ids = tiny.token_batches(2)[0]["input_ids"]
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, original(ids).logits)

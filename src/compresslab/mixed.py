@@ -175,7 +175,7 @@ class LeaveOneOut:
 
     def __init__(self, calibration: Pass) -> None:
         assert calibration.batches is not None
-        self.model = _whole_model(calibration.source, calibration.device)
+        self.model = whole_model(calibration.source, calibration.device)
         if not models.is_language_model(self.model):
             raise CompressLabError(
                 f"sensitivity 'kl' compares next-token distributions, and {type(self.model).__name__} has none: "
@@ -203,7 +203,7 @@ class LeaveOneOut:
         return logits.flatten(0, 1) if mask is None else logits[mask.bool()]
 
 
-def _whole_model(source: Source, device: torch.device) -> nn.Module:
+def whole_model(source: Source, device: torch.device) -> nn.Module:
     """The model with all its weights, from the source itself: that may be an object, or smoothed, and lie in no folder."""
     model = source.skeleton()
     names = set(model.state_dict()) & set(source.weights.names())

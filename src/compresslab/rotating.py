@@ -242,11 +242,11 @@ def stream_of(source: Source) -> Stream:
         raise _refused(source, f"it does not run on input_ids alone ({' '.join(str(error).split())})") from error
     members = trace.members()
     norms = {norm: trace.layers_of(Normed(norm)) for norm, read in trace.norm_inputs.items() if read & members}
-    if not norms:
-        raise _refused(source, "no norm reads a sum of what embeddings and layers write")
-    for name in (*sorted(members), *norms):
+    for name in (*sorted(members), *norms, *sorted(trace.tables if not norms else ())):
         if name in trace.spoilt_by:
             raise _refused(source, f"what {name} writes is used by {trace.spoilt_by[name]}")
+    if not norms:
+        raise _refused(source, "no norm reads a sum of what embeddings and layers write")
     direct = {
         layer
         for layer, origins in trace.read.items()
