@@ -220,7 +220,9 @@ def test_a_rotation_of_either_axis_and_of_blocks() -> None:
 
 def test_a_copy_starts_from_what_lies_beneath() -> None:
     inner = MemoryWeights({"a": torch.ones(2, 2, dtype=torch.bfloat16)})
-    changed = TransformedWeights(inner, {"a": Rescale(factor=torch.tensor(2.0)), "b": Rescale(factor=torch.tensor(3.0))}, {"b": "a"})
+    changed = TransformedWeights(
+        inner, {"a": Rescale(factor=torch.tensor(2.0)), "b": Rescale(factor=torch.tensor(3.0))}, {"b": "a"}
+    )
     assert changed.names() == ["a", "b"]
     assert changed.shape("b") == (2, 2)
     assert changed.get("b").dtype == torch.bfloat16
@@ -243,7 +245,9 @@ def test_a_rotated_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The head that no longer shares the embedding is in the file, and transformers opens what was rotated."""
     monkeypatch.setattr("compresslab.measure.fresh.measure", tiny.fake_measure)
     folder = tiny.save("llama-tied", tmp_path / "model")
-    tiny.change_tensors(folder, lambda tensors: tensors["model.norm.weight"].add_(torch.linspace(-0.5, 0.5, tiny.HIDDEN)))
+    tiny.change_tensors(
+        folder, lambda tensors: tensors["model.norm.weight"].add_(torch.linspace(-0.5, 0.5, tiny.HIDDEN))
+    )
     artifact, report = pipeline.compress(
         folder, _recipe({"method": "quarot"}, RTN), data=None, out=tmp_path / "out", measure=False
     )
@@ -271,7 +275,9 @@ def test_steps_out_of_order_are_refused(steps: list[dict[str, Any]], tmp_path: P
 
 def test_smoothing_finds_its_places_in_a_rotated_network() -> None:
     source = rotated(models.find(network("llama")), QuaRot())
-    found = test_smoothing.places(source, test_smoothing.make_plan(source, (test_smoothing.OUTSIDE,)), tiny.token_batches(1)[0])
+    found = test_smoothing.places(
+        source, test_smoothing.make_plan(source, (test_smoothing.OUTSIDE,)), tiny.token_batches(1)[0]
+    )
     assert len(found) == 4
     again = dataclasses.replace(source, weights=source.weights)
     assert again.weights.sha256 == source.weights.sha256

@@ -26,7 +26,7 @@ from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import ActivationQuantizer, CacheRounding, Rotation, Smoother, Solver
+from compresslab.contract import ActivationQuantizer, CacheRounding, Method, Rotation, Smoother, Solver
 from compresslab.deploy import kv_cache
 from compresslab.deploy.compressed_tensors import Layout
 from compresslab.errors import CompressLabError
@@ -131,7 +131,9 @@ def compress(
             layerwise.run(job)
         with clock("write"):
             in_float = [record.name for record in writer.records() if record.activation_bits is None]
-            config = layout.config(list(plan.skipped), in_float) | {"kv_cache_scheme": kv_cache.scheme(stages.cache)}
+            config = layout.config(list(plan.skipped), in_float) | {
+                "kv_cache_scheme": kv_cache.scheme(stages.cache, source.config)
+            }
             folder = writer.assemble(source, config)
             if wanted is not None:
                 mixed.check(folder, wanted, source, eligible)
@@ -219,9 +221,12 @@ class Stages:
 
     @property
     def needs_data(self) -> bool:
-        rounding = [method for method in (self.activations, self.solver) if method is not None]
-        has_ranges = self.cache is not None and self.cache.is_static
-        return bool(self.smoothers) or has_ranges or any(method.needs_data for method in rounding)
+        rounding = [method for method in (self.activations, self.cache, self.solver) if method is not None]
+        return bool(self.smoothers) or any(_needs_data(method) for method in rounding)
+
+
+def _needs_data(method: Method) -> bool:
+    return method.needs_data or (isinstance(method, CacheRounding) and method.is_static)
 
 
 def _stages(recipe: Recipe) -> Stages:
@@ -286,7 +291,7 @@ def _calibration(
     if not stages.needs_data:
         return None
     if data is None:
-        needy = next(step.method for step in recipe.steps if step.build().needs_data)
+        needy = next(step.method for step in recipe.steps if _needs_data(step.build()))
         raise CompressLabError(f"method {needy} needs calibration data: name it with --data, e.g. wiki")
     if isinstance(data, datasets.Calibration):
         return data

@@ -196,19 +196,25 @@ def _static_scales(folder: Path) -> list[tuple[Tensor, Tensor]]:
     return [(weights.get(f"{owner}.{KEY_SCALE}"), weights.get(f"{owner}.{VALUE_SCALE}")) for owner in owners]
 
 
-def scheme(method: CacheRounding | None) -> dict[str, Any] | None:
-    """The kv_cache_scheme of a quantization_config; None for a cache that is not rounded."""
+def scheme(method: CacheRounding | None, config: Any) -> dict[str, Any] | None:
+    """The kv_cache_scheme of a quantization_config; None for a cache that is not rounded.
+
+    A scale for each token and head is written as a group as wide as a head: what compressed-tensors calls a token's scale is,
+    for keys and values, one of a head over all tokens, those to come included.
+    """
     if method is None:
         return None
     assert isinstance(method, KVCache), "the only method of its kind"
     if method.format == "bf16":
         return None
+    heads = config.get_text_config(decoder=True)
+    size = getattr(heads, "head_dim", None) or heads.hidden_size // heads.num_attention_heads
     return {
         "num_bits": method.bits,
         "type": "float" if method.format == "fp8" else "int",
         "symmetric": True,
-        "strategy": method.scales,
-        "group_size": None,
+        "strategy": "tensor" if method.is_static else "group",
+        "group_size": None if method.is_static else int(size),
         "dynamic": not method.is_static,
         "observer": "minmax" if method.is_static else None,
     }
@@ -217,6 +223,7 @@ def scheme(method: CacheRounding | None) -> dict[str, Any] | None:
 def method_of(found: Mapping[str, Any]) -> KVCache:
     """The method that a kv_cache_scheme stands for. CompressLabError if it is none of ours."""
     name = {("float", 8): "fp8", ("int", 8): "int8", ("int", 4): "int4"}.get((found["type"], found["num_bits"]))
-    if name is None or not found.get("symmetric", True) or (found["strategy"] == "token") != bool(found["dynamic"]):
+    scales = {("group", True): "token", ("tensor", False): "tensor"}.get((found["strategy"], bool(found["dynamic"])))
+    if name is None or scales is None or not found.get("symmetric", True):
         raise CompressLabError(f"no cache for the kv_cache_scheme {dict(found)}")
-    return KVCache(format=name, scales=found["strategy"])
+    return KVCache(format=name, scales=scales)

@@ -92,7 +92,7 @@ class KVCache:
         """Whether there are scales to be learned from calibration text."""
         return self.scales == "tensor"
 
-    def scale_of(self, largest: Tensor, dtype: torch.dtype = SCALE_DTYPE) -> Tensor:
+    def scale_of(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
         """The scale under which magnitudes up to `largest` can be stored; of its shape, positive."""
         if self.format == "fp8":
             scale = largest.float() / torch.finfo(FP8).max
@@ -116,7 +116,7 @@ class KVCache:
             return states.to(torch.bfloat16), None
         made = None
         if scale is None:
-            scale = made = self.scale_of(states.abs().amax(dim=-1, keepdim=True))
+            scale = made = self.scale_of(states.abs().amax(dim=-1, keepdim=True), SCALE_DTYPE)
         scaled = states.float() / scale.float()
         if self.format == "fp8":
             largest = torch.finfo(FP8).max
