@@ -40,6 +40,7 @@ from compresslab.rotating import rotated, said_of
 from compresslab.smoothing import smoothed
 
 LONG_WINDOWS, LONG_TOKENS = 4, 2048  # of the text on which a rounded KV cache is compared with a float one
+PASSAGES = 8  # an encoder embeds for every evaluation window
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 
@@ -98,7 +99,7 @@ def compress(
         check_output(out, force, found.folder)
         source = _rotated(found, stages)
         plan, methods, layout = _planned(source, chosen)
-        texts = _windows(source, data, evaluation_windows, stages.cache is not None) if measure else (None, None)
+        texts = _texts(source, data, evaluation_windows) if measure else None
         calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
         surveys = len(stages.smoothers) + (wanted is not None)
@@ -139,7 +140,17 @@ def compress(
                 mixed.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, texts, data, measure, where, progress)
+            before, after = _measure(
+                original,
+                folder,
+                writer,
+                texts,
+                _long_windows(source, texts, stages, data),
+                data,
+                measure,
+                where,
+                progress,
+            )
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -296,7 +307,8 @@ def _calibration(
     if isinstance(data, datasets.Calibration):
         return data
     length = recipe.calibration.sequence_length
-    found = datasets.calibration(
+    gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
+    found = gather(
         data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
         batch_size=max(1, BATCH_TOKENS // length),
     )  # fmt: skip
@@ -368,22 +380,30 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-Texts = tuple[torch.Tensor | None, torch.Tensor | None]
-
-
-def _windows(source: models.Source, data: Any, count: int, with_cache: bool) -> Texts:
-    """Token windows [n, length] of the text's test split, None without a text or a tokenizer to measure with; and, for what a
-    rounded KV cache does to late tokens, some as long as the model and the text allow."""
+def _texts(source: models.Source, data: Any, count: int) -> dict[str, torch.Tensor] | None:
+    """Token windows [n, length] of the text's test split, and for an encoder what it embeds; None without a text or a
+    tokenizer to measure with.
+    """
     if not isinstance(data, str) or not source.has_tokenizer():
-        return None, None
-    windows = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
+        return None
+    tokenizer, length = source.tokenizer(), _window_length(source)
+    windows = datasets.windows(data, tokenizer, length=length, count=count)
     _check_tokens(source, windows)
-    if not with_cache:
-        return windows, None
+    if not models.is_encoder(source.config):
+        return {"input_ids": windows}
+    passages = datasets.encoder_texts(data, tokenizer, count=PASSAGES * count, longest=length)
+    return {"input_ids": windows} | passages
+
+
+def _long_windows(source: models.Source, texts: Any, stages: Stages, data: Any) -> torch.Tensor | None:
+    """Windows [n, length] as long as the model and the text allow, for what a rounded KV cache does to late tokens; None
+    without such a cache or a text."""
+    if texts is None or stages.cache is None:
+        return None
     text = datasets.windows(data, source.tokenizer(), length=1).flatten()
     longest = int(getattr(source.config, "max_position_embeddings", LONG_TOKENS) or LONG_TOKENS)
     length = min(LONG_TOKENS, longest, len(text))
-    return windows, text[: len(text) // length * length].view(-1, length)[:LONG_WINDOWS].clone()
+    return text[: len(text) // length * length].view(-1, length)[:LONG_WINDOWS].clone()
 
 
 def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
@@ -402,8 +422,8 @@ def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, texts: Texts, data: Any, everything: bool, device: torch.device,
-    progress: Progress,
+    original: Path, folder: Path, writer: Writer, texts: dict[str, torch.Tensor] | None, late: torch.Tensor | None,
+    data: Any, everything: bool, device: torch.device, progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
 
@@ -411,14 +431,16 @@ def _measure(
         CompressLabError: if a reloaded weight is not bit-equal to the solved one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        files: list[Path | None] = [None, None]
-        for i, tokens in enumerate(texts):
-            if tokens is not None:
-                files[i] = path = Path(scratch) / f"windows{i}.safetensors"
-                save_file({"input_ids": tokens}, path)
+        windows, long_windows, said = None, None, ""
+        if texts is not None:
+            windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
+            save_file(texts, windows)
+        if late is not None:
+            long_windows = Path(scratch) / "long_windows.safetensors"
+            save_file({"input_ids": late}, long_windows)
         job = fresh.Job(
-            folder=original, windows=files[0], long_windows=files[1], reference=Path(scratch) / "reference.safetensors",
-            source="" if texts[0] is None else f"{data}, test split", device=str(device),
+            folder=original, windows=windows, long_windows=long_windows, reference=Path(scratch) / "reference.safetensors",
+            source=said, device=str(device),
             threads=torch.get_num_threads(), speed=everything,
         )  # fmt: skip
         before = None
