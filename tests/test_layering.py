@@ -30,8 +30,11 @@ ROWS: list[tuple[str, ...]] = [
     ("recipe", "zoo", "data", "models", "deploy", "report"),
     ("plan", "flow"),
     ("solving",),
+    ("refining",),
     ("layerwise", "smoothing", "rewriting"),
-    ("artifact", "measure", "preflight", "budget", "damage", "mixed"),
+    ("artifact", "measure", "preflight", "budget", "damage"),
+    ("rotating", "mixed"),
+    ("stages", "questions"),
     ("pipeline", "evaluation", "warm"),
     ("cli",),
 ]

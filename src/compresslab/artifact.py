@@ -66,6 +66,20 @@ class Artifact:
 
         return torch_packed.load(self.folder)[0]
 
+    def cache(self, model: nn.Module) -> Any:
+        """An empty KV cache as the recipe wants it, for `past_key_values` of the forward and generate of the loaded model.
+
+        Raises:
+            CompressLabError: if the recipe has no kv-cache step.
+        """
+        from compresslab.deploy import kv_cache
+
+        kv_cache.stop_rounding_(model)
+        cache = kv_cache.cache_of(self.folder, model.config)
+        if cache is None:
+            raise CompressLabError(f"{self.folder} asks for no cache of its own: its recipe has no kv-cache step")
+        return cache
+
     def tokenizer(self) -> Any:
         return models.load_tokenizer(self.folder, str(self.folder))
 

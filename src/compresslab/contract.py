@@ -4,8 +4,9 @@ A *method* is one paper in one file: a frozen dataclass whose fields are its set
 and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
 recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
 
-There are three kinds, in the order in which a recipe's steps may name them: any number of *smoothers*, at most one
-*activation quantizer*, which says how the runtime rounds the inputs of layers, and one *solver*, which rounds weights. Most
+There are five kinds, in the order in which a recipe's steps may name them: *rotations* and *smoothers*, any number of each; at
+most one *activation quantizer*, which says how the runtime rounds the inputs of layers, and one *cache rounding*, which says how
+it keeps keys and values; and one *solver*, which rounds weights. Most
 methods are solvers: they see one linear layer at a time, and all they learn of the data is the
 Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
 
@@ -17,7 +18,7 @@ Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -114,6 +115,47 @@ class Smoother(Method, Protocol):
 
 
 @runtime_checkable
+class Rotation(Method, Protocol):
+    """A method that turns the axes of the network's hidden spaces without changing what the network computes.
+
+    rotating.py finds the spaces and folds the rotations into the weights that write them and read them.
+    """
+
+    def residual(self, size: int, *, keeps_mean: bool) -> Tensor:
+        """Q of the residual stream x, which becomes x Q: float64 [size, size], Q Q^T = I.
+
+        Args:
+            keeps_mean: the network's norms subtract the mean over the channels, so 1 Q must be 1.
+        """
+        ...
+
+    def head(self, size: int) -> Tensor | None:
+        """Q of every attention head's values, float64 [size, size]; None to leave them as they are."""
+        ...
+
+
+@runtime_checkable
+class CacheRounding(Method, Protocol):
+    """A method that says how the runtime stores the keys and values of past tokens. deploy/kv_cache.py does the storing."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether there are scales to be learned from calibration text: two for every attention layer."""
+        ...
+
+    def scale_of(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        """The scale under which magnitudes up to `largest` can be stored; of its shape, positive."""
+        ...
+
+    def store(self, states: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Codes of vectors [..., d], and the scales [..., 1] that were made for them; none if a static one is given."""
+        ...
+
+    def load(self, codes: Tensor, scale: Tensor | None) -> Tensor:
+        """The vectors [..., d] that codes stand for, float32."""
+        ...
+
+
 class Observer(Protocol):
     """What an activation quantizer wants to know of one input, gathered batch by batch as the calibration text passes.
 
@@ -204,6 +246,32 @@ class Equalizer(Method, Protocol):
         Args:
             first: float32 [channels, m], the weights that make each channel.
             second: float32 [channels, n], the weights that read each channel.
+        """
+        ...
+
+
+BlockForward = Callable[[int, Mapping[str, Tensor]], Tensor]
+
+
+@runtime_checkable
+class Refiner(Method, Protocol):
+    """A method that improves the solved layers of one block together, against what the whole block should return."""
+
+    def refine(
+        self, weights: Mapping[str, Tensor], solved: Mapping[str, QuantWeight], forward: BlockForward,
+        targets: Sequence[Tensor],
+    ) -> dict[str, QuantWeight]:  # fmt: skip
+        """Better codes, scales or zero points for the layers of a block.
+
+        Args:
+            weights: float32 [out, in], the block's weights as they were, by layer.
+            solved: what the solver made of them; grids must stay the same.
+            forward: batch number, weights [out, in] by layer -> what the block returns for that batch with those weights,
+                differentiable in them. The batch's input comes from the compressed blocks before.
+            targets: what the uncompressed network's block returns for every batch.
+
+        Raises:
+            ValueError: if the block cannot be handled; the driver adds its name.
         """
         ...
 

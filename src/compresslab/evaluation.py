@@ -26,7 +26,8 @@ def evaluate(
     Raises:
         CompressLabError: if there is no such model, too little text, or no picture for a model that reads those.
     """
-    from compresslab.pipeline import PASSAGES, pick_device
+    from compresslab.pipeline import pick_device
+    from compresslab.questions import PASSAGES
 
     folder = models.locate(model)
     job = fresh.Job(

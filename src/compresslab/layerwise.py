@@ -42,11 +42,14 @@ from compresslab.models import (
     groups_of,
     input_rows,
     tie_weights,
+    watch_attention_,
     way_of_reading,
 )
 from compresslab.numerics.gram import Gram, GroupedGram
 from compresslab.plan import Unit, unit_of
+from compresslab.refining import Inputs, refined
 from compresslab.solving import (
+    CACHE_SCALES,
     BlockState,
     Job,
     Pass,
@@ -255,7 +258,9 @@ class Forward(ABC):
                 else:
                     last = max(position for child, position in order.items() if unit_of(child, [name]))
                     stop = Stop(order=last + 0.5, unit=name, layer="")
-                    block.register_forward_pre_hook(lambda module, args, name=name: self._load(name))
+                    block.register_forward_pre_hook(
+                        lambda module, args, kwargs, name=name: self._before_block(name, args, kwargs), with_kwargs=True
+                    )
                     block.register_forward_hook(lambda module, args, out, stop=stop: self._after_block(stop, out))
 
     def _replay(self, block: nn.Module, state: BlockState) -> None:
@@ -271,9 +276,14 @@ class Forward(ABC):
     def _current(self) -> Walk:
         return self._walk_of[getcurrent()]
 
+    def _before_block(self, unit: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._load(unit)
+
     def _at_layer(self, stop: Stop, module: nn.Module, x: Tensor) -> None:
         """Wait until the layer is solved; then go on with its new weight, or as a reference with the one it had."""
-        walk = self._current()
+        walk = self._walk_of.get(getcurrent())
+        if walk is None:  # a block that is being refined is called on its own, with weights given
+            return
         if not walk.is_reference:
             self._before_layer(stop, walk, module, x)
         elif not walk.stopped_with(x, way_of_reading(module)):
@@ -314,11 +324,15 @@ class Forward(ABC):
         self.hub.switch(stop)
         walk.waits_with = None
 
-    def _after_block(self, stop: Stop, output: Any) -> None:
-        walk = self._current()
+    def _after_block(self, stop: Stop, output: Any) -> Any:
+        """Wait until the unit is finished, which may change what it returned."""
+        walk = self._walk_of.get(getcurrent())
+        if walk is None:
+            return output
         walk.output = output
         self.hub.switch(stop)
-        walk.output = None
+        output, walk.output = walk.output, None
+        return output
 
     # -- weights in and out ------------------------------------------------------------------------------------------
 
@@ -365,6 +379,37 @@ class Compression(Forward):
         finished = [unit.name for unit in job.plan.units if job.sink.is_done(unit.name)]
         super().__init__(job, finished, with_references=job.needs_references)
         self.job = job
+        self.loudest: dict[str, Tensor] = {}  # attention -> the largest key and value so far [2]
+        # For a refiner: what went into the block at hand, by batch, and its layers' Gram matrices.
+        self.entered: dict[int, Inputs] = {}
+        self.block_grams: dict[str, Statistic | None] = {}
+
+    def _hook(self) -> None:
+        super()._hook()
+        if self.job.cache is not None and self.job.cache.is_static:
+            watch_attention_(self.model, self._see_keys)
+
+    def _see_keys(self, attention: str, keys: Tensor, values: Tensor) -> None:
+        walk = self._walk_of.get(getcurrent())
+        if walk is not None and not walk.is_reference:
+            largest = torch.stack((keys.abs().max(), values.abs().max()))
+            self.loudest[attention] = torch.maximum(self.loudest.get(attention, largest), largest)
+
+    def _cache_scales(self, unit: Unit) -> dict[str, Tensor]:
+        """The static scales of a unit's keys and values, under the names that runtimes know."""
+        if self.job.cache is None or not self.job.cache.is_static:
+            return {}
+        seen = [name for name in self.loudest if unit_of(name, [unit.name])]
+        if unit.name and not seen:
+            raise CompressLabError(
+                f"no calibration token reached an attention in {unit.name} whose keys and values can be seen, so its cache gets "
+                "no static scales: set scales=token in the kv-cache step"
+            )
+        return {
+            f"{name}.{leaf}": self.job.cache.scale_of(self.loudest[name][i : i + 1].cpu(), self.source.dtype)
+            for name in seen
+            for i, leaf in enumerate(CACHE_SCALES)
+        }
 
     def _state(self, done: Sequence[str]) -> BlockState | None:
         return self.job.sink.last_state(done)
@@ -373,7 +418,19 @@ class Compression(Forward):
         asked = dict.fromkeys(self.job.activations.values())
         return {quantizer: seen for quantizer in asked if (seen := quantizer.observer(features)) is not None}
 
+    def _is_through(self, unit: Unit) -> bool:
+        """A block that will be refined must return first."""
+        return super()._is_through(unit) and (self.job.refiner is None or not unit.name or unit.name in self.finished)
+
+    def _before_block(self, unit: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._before_block(unit, args, kwargs)
+        walk = self._walk_of.get(getcurrent())
+        if self.job.refiner is not None and walk is not None and not walk.is_reference:
+            self.entered[walk.index] = (args, kwargs)
+
     def _solve(self, layer: str, gram: Statistic | None) -> None:
+        if self.job.refiner is not None:
+            self.block_grams[layer] = gram
         solved = solve_layer(self.job, layer, self.layers[layer][1], gram)
         self._put(layer, solved)
         self.job.on_layer(solved.record)
@@ -397,9 +454,25 @@ class Compression(Forward):
         state = None
         if walks:
             references = [_first(walk.reference.output) for walk in walks if walk.reference]
+            if self.job.refiner is not None and unit.name and unit.layers:
+                self._refine(unit, walks, references)
             state = BlockState(outputs=[walk.output for walk in walks], references=references)
         solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
-        self.job.sink.write(unit, solved, float_tensors(self.job, unit), state)
+        self.job.sink.write(unit, solved, float_tensors(self.job, unit) | self._cache_scales(unit), state)
+        self.block_grams.clear()
+
+    def _refine(self, unit: Unit, walks: Sequence[Walk], references: Sequence[Tensor]) -> None:
+        """Have the job's refiner improve a solved block, and the walks go on with what it returns then."""
+        solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
+        with torch.inference_mode(False):
+            better = refined(
+                self.job, unit, self.model.get_submodule(unit.name), [self.entered.pop(walk.index) for walk in walks],
+                [_first(walk.output) for walk in walks], references, solved, self.block_grams,
+            )  # fmt: skip
+        if better is not None:
+            self.solved.update(better[0])
+            for walk, output in zip(walks, better[1], strict=True):
+                walk.output = _with_first(walk.output, output)
 
 
 def _first(output: Any) -> Tensor:

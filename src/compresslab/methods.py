@@ -13,13 +13,16 @@ from compresslab.activations.dynamic import Dynamic
 from compresslab.activations.static import Static
 from compresslab.contract import ActivationQuantizer, Method, Solver
 from compresslab.errors import CompressLabError, unknown
+from compresslab.quantize.autoround import AutoRound
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.batchnorm_folding import BatchNormFolding
 from compresslab.quantize.bias_correction import BiasCorrection
 from compresslab.quantize.cross_layer_equalization import CrossLayerEqualization
 from compresslab.quantize.gptq import GPTQ
+from compresslab.quantize.kv_cache import KVCache
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.quantease import QuantEase
+from compresslab.quantize.rotation import QuaRot
 from compresslab.quantize.rtn import RTN
 from compresslab.quantize.smoothquant import SmoothQuant
 
@@ -30,9 +33,12 @@ METHODS: dict[str, type] = {
     "smoothquant": SmoothQuant,
     "qep": QEP,
     "quantease": QuantEase,
+    "autoround": AutoRound,
     "batchnorm-folding": BatchNormFolding,
     "cross-layer-equalization": CrossLayerEqualization,
     "bias-correction": BiasCorrection,
+    "quarot": QuaRot,
+    "kv-cache": KVCache,
     "static": Static,
     "dynamic": Dynamic,
 }

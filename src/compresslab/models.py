@@ -11,9 +11,10 @@ a config and safetensors files. From there a model can be had in two ways:
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -504,12 +505,22 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CALIBRATION_ATTENTION = "compresslab_causal"
+_WATCHER = "_compresslab_watcher"
+
+
+def watch_attention_(model: nn.Module, watcher: Callable[[str, Tensor, Tensor], None]) -> None:
+    """Have a skeleton with the calibration attention tell of every attention: the module's name, the keys and the values
+    [batch, heads, tokens, d], as a cache would get them."""
+    for name, module in model.named_modules():
+        module.__dict__[_WATCHER] = functools.partial(watcher, name)
 
 
 def _calibration_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over numerics.causal_attention; anything but plain causal goes to sdpa."""
+    if (watcher := module.__dict__.get(_WATCHER)) is not None:
+        watcher(key, value)
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = is_causal and attention_mask is None and query.shape[2] == key.shape[2] and query.device.type == "cpu"

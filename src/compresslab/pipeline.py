@@ -1,6 +1,6 @@
 """compress(): the whole data flow on one page.
 
-    read -> (rewrite) -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes
+    read -> (rewrite, rotate) -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer
          -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from compresslab import budget as budgets
@@ -28,20 +26,21 @@ from compresslab import data as datasets
 from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import ActivationQuantizer, Corrector, Equalizer, Folder, Smoother, Solver
-from compresslab.deploy.layouts import Layout, check_formats, layout_for
+from compresslab.deploy import kv_cache
+from compresslab.deploy.layouts import Layout
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
-from compresslab.plan import Plan, check_patterns, make_plan
-from compresslab.recipe import FLOAT, Recipe, differing_settings
+from compresslab.plan import Plan
+from compresslab.questions import Questions, check_tokens
+from compresslab.recipe import Recipe
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
-from compresslab.rewriting import rewritten
+from compresslab.rotating import said_of
 from compresslab.smoothing import smoothed
+from compresslab.stages import LayerMethods, Stages, needs_data, planned, stages_of
 
 BATCH_PICTURES = 2  # patches of more pictures no longer fit the caches, nor what the allocator keeps
-PASSAGES = 8  # an encoder embeds for every evaluation window
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 
@@ -89,21 +88,23 @@ def compress(
     Raises:
         CompressLabError: whatever the user can mend, before any file is written where possible.
     """
-    progress, out, clock = progress or Progress(), Path(out), Clock()
-    where = pick_device(device)
-    wanted = None if budget is None else budgets.parse_budget(budget)
-    search = None
+    progress, out, clock, where = progress or Progress(), Path(out), Clock(), pick_device(device)
+    wanted, search = None if budget is None else budgets.parse_budget(budget), None
 
     with clock("read"):
         check_output(out, force)
         chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
         chosen = chosen.override(settings) if settings else chosen
-        stages = _stages(chosen)
+        stages = stages_of(chosen)
         given = models.find(model)
         check_output(out, force, given.folder)
-        source = rewritten(given, stages.rewriters)
-        plan, methods, layout = _planned(source, chosen)
-        asked = Questions.of(source, data, evaluation_windows) if measure else Questions()
+        source = stages.transformed(given)
+        plan, methods, layout = planned(source, chosen)
+        asked = (
+            Questions.of(given, data, evaluation_windows, rounds_cache=stages.cache is not None)
+            if measure
+            else Questions()
+        )
         calibration = _calibration(source, stages, chosen, data, seed)
         tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, None)
         surveys = len(stages.smoothers) + (wanted is not None)
@@ -117,7 +118,7 @@ def compress(
                 _pass(source, plan, calibration, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
                 smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
             )  # fmt: skip
-            plan, methods, layout = _planned(source, chosen)
+            plan, methods, layout = planned(source, chosen)
 
     key = _key(source, chosen, calibration, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
@@ -136,7 +137,8 @@ def compress(
             layerwise.run(job)
         with clock("write"):
             in_float = [record.name for record in writer.records() if record.activation_bits is None]
-            folder = writer.assemble(source, layout.config(list(plan.skipped), in_float))
+            config = layout.config(list(plan.skipped), in_float) | kv_cache.config(stages.cache, source.config)
+            folder = writer.assemble(source, config)
             if wanted is not None:
                 budgets.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
@@ -148,7 +150,7 @@ def compress(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             title=f"{source.name}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
-            model=_describe(given),
+            model=_describe(given) | ({"changed": said_of(given, source)} if stages.rotations else {}),
             data=None if calibration is None else _data_fields(calibration),
             environment=environment.describe(where),
             seconds=clock.seconds,
@@ -176,9 +178,9 @@ def plan_only(
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
     chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     chosen = chosen.override(settings) if settings else chosen
-    stages = _stages(chosen)
-    source = rewritten(models.find(model), stages.rewriters)
-    plan, methods, _ = _planned(source, chosen)
+    stages = stages_of(chosen)
+    source = stages.transformed(models.find(model))
+    plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length
     tokens = (chosen.calibration.samples if stages.needs_data else 0, length)
     estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
@@ -212,95 +214,13 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stages:
-    """The methods of a recipe, by what they do; `name` is the solver's."""
-
-    name: str
-    rewriters: tuple[Folder | Equalizer, ...]
-    smoothers: tuple[Smoother, ...]
-    activations: ActivationQuantizer | None
-    solver: Solver
-    correctors: tuple[Corrector, ...]
-
-    @property
-    def needs_data(self) -> bool:
-        rounding = [method for method in (self.activations, self.solver, *self.correctors) if method is not None]
-        return bool(self.smoothers) or any(method.needs_data for method in rounding)
-
-
-# What a step may be, in the order in which a recipe has them, with how many of them it may have.
-_KINDS: tuple[tuple[Any, float], ...] = (
-    (Folder | Equalizer, math.inf),
-    (Smoother, math.inf),
-    (ActivationQuantizer, 1),
-    (Solver, 1),
-    (Corrector, math.inf),
-)
-
-
-def _stages(recipe: Recipe) -> Stages:
-    """CompressLabError unless the steps are such as _KINDS tells, with one solver."""
-    built = [(step.method, step.build()) for step in recipe.steps]
-    found: list[list[Any]] = [[] for _ in _KINDS]
-    kinds = [_kind(method) for _, method in built]
-    for kind, (_, method) in zip(kinds, built, strict=True):
-        found[kind].append(method)
-    counts = all(len(methods) <= most for methods, (_, most) in zip(found, _KINDS, strict=True))
-    rewriters, smoothers, quantizers, solvers, correctors = found
-    if kinds != sorted(kinds) or not counts or not solvers:
-        names = ", ".join(name for name, _ in built)
-        raise CompressLabError(
-            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), after any that rewrite "
-            "(such as batchnorm-folding), any that smooth (such as smoothquant) and at most one for activations (such as "
-            "dynamic), and before any that correct (such as bias-correction)"
-        )
-    (solver,) = solvers
-    activations = quantizers[0] if quantizers else None
-    check_formats(solver, activations)
-    if isinstance(solver, Smoother):
-        smoothers.append(solver)
-    return Stages(
-        name=recipe.rounding.method, rewriters=tuple(rewriters), smoothers=tuple(smoothers), activations=activations,
-        solver=solver, correctors=tuple(correctors),
-    )  # fmt: skip
-
-
-def _kind(method: Any) -> int:
-    """Its place in _KINDS; a solver that smooths too is a solver."""
-    places = [place for place, (protocol, _) in enumerate(_KINDS) if isinstance(method, protocol)]
-    return places[-1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerMethods:
-    """What works on each layer, by the layer's name; layers whose inputs stay in float have no activation quantizer."""
-
-    solvers: dict[str, Solver]
-    activations: dict[str, ActivationQuantizer]
-
-
-def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]:
-    """The plan, what works on every layer in it, and how these layers will be written."""
-    step, inputs = recipe.rounding, recipe.activations
-    plan = make_plan(source, recipe.ignore, step.layers)
-    solvers = {layer: method for layer in plan.layers if isinstance(method := step.build(layer), Solver)}
-    activations: dict[str, ActivationQuantizer] = {}
-    if inputs is not None:
-        check_patterns(inputs.layers, plan.layers, plan.skipped, source)
-        rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]
-        activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
-    layout = layout_for(source, solvers, activations)
-    return plan, LayerMethods(solvers=solvers, activations=activations), layout
-
-
 def _calibration(
     source: models.Source, stages: Stages, recipe: Recipe, data: str | datasets.Calibration | None, seed: int
 ) -> datasets.Calibration | None:
     if not stages.needs_data:
         return None
     if data is None:
-        needy = next(step.method for step in recipe.steps if step.build().needs_data)
+        needy = next(step.method for step in recipe.steps if needs_data(step.build()))
         raise CompressLabError(f"method {needy} needs calibration data: name it with --data, e.g. wiki")
     if isinstance(data, datasets.Calibration):
         return data
@@ -315,7 +235,7 @@ def _calibration(
         batch_size=max(1, BATCH_TOKENS // length),
     )  # fmt: skip
     for batch in found.batches:
-        _check_tokens(source, batch["input_ids"])
+        check_tokens(source, batch["input_ids"])
     return found
 
 
@@ -371,6 +291,8 @@ def _job(
         correctors=stages.correctors,
         sink=writer,
         encode=layout.encode,
+        cache=stages.cache,
+        refiner=stages.refiner,
         on_layer=lambda record: progress.step(record.name),
     )
 
@@ -387,59 +309,6 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """What quality is measured on: windows of text, or a source of pictures, and in words where these come from."""
-
-    texts: dict[str, torch.Tensor] | None = None
-    images: str | None = None
-    said: str = ""
-
-    @classmethod
-    def of(cls, source: models.Source, data: Any, count: int) -> Questions:
-        """Nothing, where there is no source of data or the model can be asked nothing."""
-        return cls(texts=_texts(source, data, count), images=_images(source, data), said=f"{data}, test split")
-
-
-def _texts(source: models.Source, data: Any, count: int) -> dict[str, torch.Tensor] | None:
-    """Token windows [n, length] of the text's test split, and for an encoder what it embeds; None without a text or a
-    tokenizer to measure with.
-    """
-    if not isinstance(data, str) or not source.has_tokenizer():
-        return None
-    tokenizer, length = source.tokenizer(), _window_length(source)
-    windows = datasets.windows(data, tokenizer, length=length, count=count)
-    _check_tokens(source, windows)
-    if not models.is_encoder(source.config):
-        return {"input_ids": windows}
-    passages = datasets.encoder_texts(data, tokenizer, count=PASSAGES * count, longest=length)
-    return {"input_ids": windows} | passages
-
-
-def _images(source: models.Source, data: Any) -> str | None:
-    """The source of pictures to measure top-1 accuracy on, or None for another kind of model, or without a source."""
-    if not isinstance(data, str) or not models.is_image_classifier(source.skeleton()):
-        return None
-    found = datasets.pictures(data, "test")
-    datasets.label_ids(found, *models.classes(source.skeleton()))
-    return data
-
-
-def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
-    """CompressLabError if the model cannot read these windows [n, length]."""
-    vocabulary = getattr(source.config, "vocab_size", None)
-    if vocabulary is not None and int(ids.max()) >= vocabulary:
-        raise CompressLabError(
-            f"the tokenizer of '{source.name}' makes token {int(ids.max())}, but the model's vocabulary has {vocabulary} "
-            "tokens: the folder holds the tokenizer of another model"
-        )
-    longest = getattr(source.config, "max_position_embeddings", None)
-    if longest and ids.shape[1] > longest:
-        raise CompressLabError(
-            f"windows of {ids.shape[1]} tokens, but '{source.name}' reads {longest} at most: take --sequence-length {longest}"
-        )
-
-
 def _measure(
     original: Path, folder: Path, writer: Writer, asked: Questions, everything: bool, device: torch.device,
     progress: Progress,
@@ -450,13 +319,8 @@ def _measure(
         CompressLabError: if a reloaded weight is not bit-equal to the solved one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        windows = None
-        if asked.texts is not None:
-            windows = Path(scratch) / "windows.safetensors"
-            save_file(asked.texts, windows)
         job = fresh.Job(
-            folder=original, windows=windows, images=asked.images, source=asked.said,
-            reference=Path(scratch) / "reference.safetensors",
+            **asked.save(Path(scratch)), folder=original, reference=Path(scratch) / "reference.safetensors",
             device=str(device), threads=torch.get_num_threads(), speed=everything,
         )  # fmt: skip
         before = None
@@ -472,10 +336,6 @@ def _measure(
             f"{after.weights_differing[0]}: the artifact was not published; please report this"
         )
     return before, after
-
-
-def _window_length(source: models.Source) -> int:
-    return min(512, int(getattr(source.config, "max_position_embeddings", 512) or 512))
 
 
 def _describe(source: models.Source) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from torch.utils._pytree import tree_map_only
 
 from compresslab.contract import Solution
 from compresslab.errors import CompressLabError
-from compresslab.models import is_transposed
-from compresslab.numerics.gram import Gram
+from compresslab.models import is_transposed, weight_of
 from compresslab.plan import Unit
-from compresslab.solving import Job, Solved, describe, read_weight, solve_input
+from compresslab.solving import Job, Solved, Statistic, finish_layer, read_weight, solve_input
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -39,7 +38,8 @@ class Block:
         given = {}
         for layer, weight in weights.items():
             leaf = layer.removeprefix(f"{self.name}.")
-            kept = weight.t() if is_transposed(self.module.get_submodule(leaf)) else weight
+            linear = self.module.get_submodule(leaf)
+            kept = weight.t() if is_transposed(linear) else weight.view(weight_of(linear).shape)
             given[f"{leaf}.weight"] = kept.to(self.dtype)
         args, kwargs = self.inputs[index]
         output = functional_call(self.module, self.others | given, args, kwargs)
@@ -48,7 +48,7 @@ class Block:
 
 def refined(
     job: Job, unit: Unit, module: nn.Module, inputs: Sequence[Inputs], outputs: Sequence[Tensor],
-    targets: Sequence[Tensor], solved: Mapping[str, Solved], grams: Mapping[str, Gram | None],
+    targets: Sequence[Tensor], solved: Mapping[str, Solved], grams: Mapping[str, Statistic | None],
 ) -> tuple[dict[str, Solved], list[Tensor]] | None:  # fmt: skip
     """What the job's refiner makes of a solved block, and what that returns; None where it is no better over all tokens.
 
@@ -79,7 +79,7 @@ def refined(
     for layer, weight in after.items():
         old, gram = solved[layer].record, grams.get(layer)
         solution, rounding = Solution(weight=weight, note=old.note), solve_input(job, layer, gram, stored[layer].dtype)
-        found[layer] = describe(
+        found[layer] = finish_layer(
             job, layer, layers[layer], stored[layer], solution, rounding, gram, old.seconds + seconds
         )
     return found, returned

@@ -17,9 +17,11 @@ from compresslab.contract import (
     ActivationQuantizer,
     Along,
     Batches,
+    CacheRounding,
     Corrector,
     InputSolution,
     LayerRecord,
+    Refiner,
     Solution,
     Solver,
 )
@@ -29,6 +31,8 @@ from compresslab.numerics.gram import Gram, GroupedGram, Precision
 from compresslab.numerics.grid import QuantInput, QuantWeight, stacked
 from compresslab.numerics.linalg import quadratic_error
 from compresslab.plan import Plan, Unit
+
+CACHE_SCALES = ("k_scale", "v_scale")  # the names under which runtimes look for the static scales of an attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,8 @@ class Job(Pass):
             names.
         activations: how the runtime shall round the input of a layer, by the layer's name; none for those left in float.
         correctors: what changes the biases of rounded layers, in this order.
+        cache: how keys and values will be stored; if its scales are static they are learned on the way.
+        refiner: what improves the layers of each solved block together.
         on_layer: told of every finished layer, for progress bars.
     """
 
@@ -109,12 +115,14 @@ class Job(Pass):
     encode: Encode
     activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
     correctors: Sequence[Corrector] = ()
+    cache: CacheRounding | None = None
+    refiner: Refiner | None = None
     on_layer: Callable[[LayerRecord], None] = lambda record: None
 
     @property
     def needs_references(self) -> bool:
         """Whether each batch also walks through the uncompressed network, for a method to compare with."""
-        return want_references(self.solvers)
+        return self.refiner is not None or want_references(self.solvers)
 
 
 def want_references(solvers: Mapping[str, Solver]) -> bool:
@@ -164,9 +172,22 @@ def solve_layer(job: Job, name: str, module: nn.Module, gram: Statistic | None) 
         rounding = solve_input(job, name, gram, stored.dtype)
     except ValueError as error:
         raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
+    return finish_layer(job, name, module, stored, solution, rounding, gram, time.perf_counter() - started)
+
+
+def finish_layer(
+    job: Job, name: str, module: nn.Module, stored: Tensor, solution: Solution, rounding: InputSolution,
+    gram: Statistic | None, seconds: float,
+) -> Solved:  # fmt: skip
+    """A rounded layer with its bias corrected, its tensors on disk and its record.
+
+    Args:
+        stored: the weight as it was read, [out, in].
+    """
+    weight = stored.to(job.device, torch.float32)
     bias, note = corrected_bias(job, name, weight, solution.weight, gram)
-    solution = dataclasses.replace(solution, note="; ".join(filter(None, (solution.note, note))))
-    solved = describe(job, name, module, stored, solution, rounding, gram, time.perf_counter() - started)
+    solution = dataclasses.replace(solution, note=joined_notes(solution.note, note))
+    solved = describe(job, name, module, stored, solution, rounding, gram, seconds)
     return solved if bias is None else dataclasses.replace(solved, bias=bias, tensors=solved.tensors | {"bias": bias})
 
 

@@ -1,5 +1,5 @@
 """Weights, read one tensor at a time: from the safetensors files of a folder, from a model that is in memory, or from
-either with some tensors rescaled on the way or replaced.
+either with some tensors transformed or replaced on the way.
 
 All kinds answer to the same four: `names`, `shape`, `get` and `sha256`. Nothing here knows transformers.
 """
@@ -122,34 +122,89 @@ class Rescale:
     factor: Tensor
     offset: float = 0.0
 
+    def apply(self, tensor: Tensor) -> Tensor:
+        return (tensor + self.offset) * self.factor - self.offset
+
+    def fingerprint(self) -> bytes:
+        """Differs wherever the change does."""
+        return f"{self.offset!r} {tuple(self.factor.shape)}".encode() + self.factor.contiguous().numpy().tobytes()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rotate:
+    """What becomes of a tensor whose `axis` runs over the coordinates of a space: every vector v along it becomes v Q.
+
+    Where the axis is longer than Q, it holds several such vectors, one after the other, and each is rotated.
+
+    Attributes:
+        rotation: Q, float32 [n, n] with Q Q^T = I.
+        axis: 0 for the rows of a weight (what it writes), 1 for its columns (what it reads).
+    """
+
+    rotation: Tensor
+    axis: int
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        last = tensor.movedim(self.axis, -1)
+        rotated = last.reshape(*last.shape[:-1], -1, len(self.rotation)) @ self.rotation
+        return rotated.reshape(last.shape).movedim(-1, self.axis).contiguous()
+
+    def fingerprint(self) -> bytes:
+        return f"rotate {self.axis}".encode() + self.rotation.contiguous().numpy().tobytes()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chain:
+    """Several changes of one tensor, one after the other."""
+
+    changes: tuple[Change, ...]
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        for change in self.changes:
+            tensor = change.apply(tensor)
+        return tensor
+
+    def fingerprint(self) -> bytes:
+        return b"chain" + b"".join(change.fingerprint() for change in self.changes)
+
+
+Change = Rescale | Rotate | Chain
+
 
 class TransformedWeights:
-    """Other weights, some of which are rescaled whenever they are read, and rounded back to their stored dtype."""
+    """Other weights, some of which are changed whenever they are read, and rounded back to their stored dtype.
 
-    def __init__(self, weights: Weights, changes: Mapping[str, Rescale]) -> None:
+    Args:
+        changes: what becomes of a tensor, by its name.
+        copies: new names, each with the tensor beneath that it starts from (an output head that shared the embedding's).
+    """
+
+    def __init__(
+        self, weights: Weights, changes: Mapping[str, Change], copies: Mapping[str, str] | None = None
+    ) -> None:
         self._weights = weights
         self._changes = dict(changes)
+        self._copies = dict(copies or {})
 
     def names(self) -> list[str]:
-        return self._weights.names()
+        return [*self._weights.names(), *self._copies]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._weights.shape(name)
+        return self._weights.shape(self._copies.get(name, name))
 
     def get(self, name: str) -> Tensor:
-        tensor = self._weights.get(name)
+        tensor = self._weights.get(self._copies.get(name, name))
         change = self._changes.get(name)
-        if change is None:
-            return tensor
-        return ((tensor.float() + change.offset) * change.factor - change.offset).to(tensor.dtype)
+        return tensor if change is None else change.apply(tensor.float()).to(tensor.dtype)
 
     @cached_property
     def sha256(self) -> str:
         """One hash over the weights beneath and all that is done to them."""
         digest = hashlib.sha256(self._weights.sha256.encode())
         for name, change in sorted(self._changes.items()):
-            digest.update(f"{name} {change.offset!r} {tuple(change.factor.shape)}".encode())
-            digest.update(change.factor.contiguous().numpy().tobytes())
+            digest.update(f"{name} ".encode() + change.fingerprint())
+        for name, origin in sorted(self._copies.items()):
+            digest.update(f"{name} from {origin}".encode())
         return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ de-quantised weight with what was solved, bit by bit, and to take the quality.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -14,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -41,6 +42,7 @@ class Job(Frozen):
         windows: safetensors file with "input_ids" [n, L], or None to leave quality and speed out. For an encoder also with
             "passages." and perhaps "rated.", as data.encoder_texts makes them.
         images: a source of labelled pictures (data/images.py) whose test split is measured on, in place of windows.
+        long_windows: "input_ids" for the quality by position, read through the KV cache that the folder asks for.
         reference: file for what the uncompressed encoder or classifier gives; written if absent, compared with if there.
         weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
         source: where the windows come from, in words.
@@ -50,6 +52,7 @@ class Job(Frozen):
     folder: Path
     windows: Path | None = None
     images: str | None = None
+    long_windows: Path | None = None
     reference: Path | None = None
     weights_sha256: dict[str, str] = Field(default_factory=dict)
     source: str = ""
@@ -85,6 +88,7 @@ def measure(job: Job) -> Result:
 
 def _run(job: Job) -> Result:
     from compresslab import models
+    from compresslab.deploy import kv_cache
     from compresslab.measure import speed
     from compresslab.measure.environment import device_label, peak_memory_bytes
 
@@ -112,12 +116,18 @@ def _run(job: Job) -> Result:
     )  # fmt: skip
     if windows is not None and job.packed and models.is_language_model(model):
         found = _on_packed_kernels(job, model, windows, found)
+    if job.long_windows is not None and models.is_language_model(model):
+        found.append(_cache_bytes(job, model))
     del model
     gc.collect()
     model = models.load(job.folder, dtype=torch.float32).to(job.device)
     models.decompress_(model)  # first, for some formats come out in another dtype than the one evaluated in
+    if job.long_windows is not None:
+        kv_cache.stop_rounding_(model)  # what a rounded cache does is told apart from all else
     if windows is not None:
         found += _quality(job, model, texts)
+    if job.long_windows is not None and models.is_language_model(model):
+        found += _quality_by_position(job, model)
     if job.images is not None and models.is_image_classifier(model):
         found += _accuracy(job, job.images, model)
     differing = [name for name, sha256 in job.weights_sha256.items() if _hash(model, name) != sha256]
@@ -182,6 +192,36 @@ def _accuracy(job: Job, source: str, model: torch.nn.Module) -> list[Measurement
         return measured
     reference = load_file(job.reference)["classes"]
     return [*measured, quality.top1_agreement(reference, given, device=job.device, conditions=job.source)]
+
+
+def _cache_bytes(job: Job, model: torch.nn.Module) -> Measurement:
+    from compresslab.deploy import kv_cache
+    from compresslab.measure import quality
+
+    assert job.long_windows is not None
+    prompt = load_file(job.long_windows)["input_ids"][:1, :64]
+    kv_cache.stop_rounding_(model)
+    cache = kv_cache.cache_of(job.folder, model.config) or kv_cache.float_cache(model.config)
+    return quality.cache_bytes(model, prompt, cache, kv_cache.nbytes)
+
+
+def _quality_by_position(job: Job, model: torch.nn.Module) -> list[Measurement]:
+    """Through the cache that the folder asks for; and, where that is a rounded one, through one that is not."""
+    from compresslab.deploy import kv_cache
+    from compresslab.measure import quality
+
+    assert job.long_windows is not None
+    windows, config = load_file(job.long_windows)["input_ids"], model.config
+
+    def measured(new_cache: Callable[[], Any], name: str, said: str) -> list[Measurement]:
+        conditions = f"{job.source}, {said}"
+        return quality.perplexity_by_position(model, windows, new_cache, name=name, conditions=conditions)
+
+    plain = functools.partial(kv_cache.float_cache, config)
+    if kv_cache.cache_of(job.folder, config) is None:
+        return measured(plain, "perplexity", "float cache")
+    rounded = measured(lambda: kv_cache.cache_of(job.folder, config), "perplexity", kv_cache.said_of(job.folder))
+    return rounded + measured(plain, "perplexity_with_float_cache", "float cache")
 
 
 def _hash(model: torch.nn.Module, layer: str) -> str:

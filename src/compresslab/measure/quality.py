@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,62 @@ def _share(name: str, hits: Tensor, device: torch.device | str, conditions: str)
         name=name, value=share, unit="1", n=len(hits), spread=error if len(hits) > 1 else None,
         device=device_label(device), conditions=conditions,
     )  # fmt: skip
+
+
+def perplexity_by_position(
+    model: nn.Module, windows: Tensor, new_cache: Callable[[], Any], *, buckets: int = 4, step: int = 256,
+    name: str = "perplexity", conditions: str = "",
+) -> list[Measurement]:  # fmt: skip
+    """Perplexity of the tokens of each part of long windows, read `step` tokens at a time through a KV cache.
+
+    Args:
+        windows: int64 [n, L], each read from an empty cache; tokens 2 to L are predicted.
+        new_cache: an empty cache.
+    """
+    device, (count, length) = next(model.parameters()).device, windows.shape
+    losses = torch.empty(count, length - 1, dtype=torch.float64)
+    with torch.inference_mode():
+        for i, window in enumerate(windows.to(device)):
+            cache = new_cache()
+            for start in range(0, length - 1, step):
+                ids = window[start : min(start + step, length - 1)]
+                logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0].float()
+                loss = nn.functional.cross_entropy(logits, window[start + 1 : start + 1 + len(ids)], reduction="none")
+                losses[i, start : start + len(ids)] = loss.double().cpu()
+    edges = [round(k * length / buckets) for k in range(buckets + 1)]
+    found = []
+    for first, last in itertools.pairwise(edges):
+        part = losses[:, max(first - 1, 0) : last - 1].mean(dim=1)
+        value = math.exp(min(float(part.mean()), 700.0))
+        error = float(part.std(unbiased=True)) / math.sqrt(count) if count > 1 else None
+        found.append(
+            Measurement(
+                name=f"{name}_of_tokens_{first + 1}-{last}",
+                value=value,
+                unit="1",
+                n=count * (last - max(first, 1)),
+                spread=None if error is None else value * error,
+                device=device_label(device),
+                conditions=f"{count} windows of {length} tokens, {next(model.parameters()).dtype}".replace("torch.", "")
+                + (f", {conditions}" if conditions else ""),
+            )
+        )
+    return found
+
+
+def cache_bytes(model: nn.Module, prompt: Tensor, cache: Any, nbytes: Callable[[Any], int]) -> Measurement:
+    """What an empty KV cache takes for each token, after a prompt [1, tokens] was read."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        model(input_ids=prompt.to(device), past_key_values=cache, use_cache=True)
+    return Measurement(
+        name="kv_cache_bytes_per_token",
+        value=nbytes(cache) / prompt.numel(),
+        unit="bytes",
+        n=prompt.numel(),
+        device=device_label(device),
+        conditions=f"codes and scales of all layers, {next(model.parameters()).dtype}".replace("torch.", ""),
+    )
 
 
 def embeddings(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, batch_size: int = 16) -> Tensor:

@@ -63,6 +63,7 @@ def _kind(name: str, entry: dict, embeddings: set[str]) -> str:
         return "zero points"
     if leaf in (
         "weight_scale", "weight_global_scale", "weight_shape", "absmax", "quant_map", "bitsandbytes__nf4", "input_scale",
+        "k_scale", "v_scale",
     ):  # fmt: skip
         return "scales"
     if leaf == "weight_packed" or entry["dtype"] in ("I8", "U8", "F8_E4M3"):

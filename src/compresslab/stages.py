@@ -1,0 +1,125 @@
+"""The stages of a run: a recipe's methods by what they do, and what works on every layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from compresslab.contract import (
+    ActivationQuantizer,
+    CacheRounding,
+    Corrector,
+    Equalizer,
+    Folder,
+    Method,
+    Refiner,
+    Rotation,
+    Smoother,
+    Solver,
+)
+from compresslab.deploy.layouts import Layout, check_formats, layout_for
+from compresslab.errors import CompressLabError
+from compresslab.models import Source
+from compresslab.plan import Plan, check_patterns, make_plan
+from compresslab.recipe import FLOAT, Recipe, differing_settings
+from compresslab.rewriting import rewritten
+from compresslab.rotating import rotated
+
+# What a step may be, in the order in which a recipe has them, with how many of them it may have, and in words.
+_KINDS: tuple[tuple[Any, float, str], ...] = (
+    (Folder | Equalizer, math.inf, "any that rewrite (such as batchnorm-folding)"),
+    (Rotation, math.inf, "any that rotate (such as quarot)"),
+    (Smoother, math.inf, "any that smooth (such as smoothquant)"),
+    (ActivationQuantizer, 1, "at most one for activations (such as dynamic)"),
+    (CacheRounding, 1, "at most one for keys and values (kv-cache)"),
+    (Solver, 1, "one that rounds (such as gptq)"),
+    (Refiner, 1, "at most one that refines blocks (such as autoround)"),
+    (Corrector, math.inf, "any that correct (such as bias-correction)"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The methods of a recipe, by what they do; `name` is the solver's."""
+
+    name: str
+    rewriters: tuple[Folder | Equalizer, ...]
+    rotations: tuple[Rotation, ...]
+    smoothers: tuple[Smoother, ...]
+    activations: ActivationQuantizer | None
+    cache: CacheRounding | None
+    solver: Solver
+    refiner: Refiner | None
+    correctors: tuple[Corrector, ...]
+
+    @property
+    def needs_data(self) -> bool:
+        rounding = (self.activations, self.cache, self.solver, self.refiner, *self.correctors)
+        return bool(self.smoothers) or any(needs_data(method) for method in rounding if method is not None)
+
+    def transformed(self, source: Source) -> Source:
+        """The network as it will be rounded: rewritten and rotated, and computing what it did."""
+        source = rewritten(source, self.rewriters)
+        for rotation in self.rotations:
+            source = rotated(source, rotation)
+        return source
+
+
+def needs_data(method: Method) -> bool:
+    return method.needs_data or (isinstance(method, CacheRounding) and method.is_static)
+
+
+def stages_of(recipe: Recipe) -> Stages:
+    """CompressLabError unless the steps are such as _KINDS tells, with one solver."""
+    built = [(step.method, step.build()) for step in recipe.steps]
+    found: list[list[Any]] = [[] for _ in _KINDS]
+    kinds = [_kind(method) for _, method in built]
+    for kind, (_, method) in zip(kinds, built, strict=True):
+        found[kind].append(method)
+    counts = all(len(methods) <= most for methods, (_, most, _) in zip(found, _KINDS, strict=True))
+    rewriters, rotations, smoothers, quantizers, caches, solvers, refiners, correctors = found
+    if kinds != sorted(kinds) or not counts or not solvers:
+        names = ", ".join(name for name, _ in built)
+        raise CompressLabError(
+            f"recipe '{recipe.name}' has the steps {names}: in this order it may have "
+            f"{', '.join(words for *_, words in _KINDS)}; and it needs the one that rounds"
+        )
+    (solver,) = solvers
+    activations = quantizers[0] if quantizers else None
+    check_formats(solver, activations)
+    if isinstance(solver, Smoother):
+        smoothers.append(solver)
+    return Stages(
+        name=recipe.rounding.method, rewriters=tuple(rewriters), rotations=tuple(rotations), smoothers=tuple(smoothers),
+        activations=activations, cache=caches[0] if caches else None, solver=solver,
+        refiner=refiners[0] if refiners else None, correctors=tuple(correctors),
+    )  # fmt: skip
+
+
+def _kind(method: Any) -> int:
+    """Its place in _KINDS; a solver that smooths too is a solver."""
+    places = [place for place, (protocol, *_) in enumerate(_KINDS) if isinstance(method, protocol)]
+    return places[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethods:
+    """What works on each layer, by the layer's name; layers whose inputs stay in float have no activation quantizer."""
+
+    solvers: dict[str, Solver]
+    activations: dict[str, ActivationQuantizer]
+
+
+def planned(source: Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]:
+    """The plan, what works on every layer in it, and how these layers will be written."""
+    step, inputs = recipe.rounding, recipe.activations
+    plan = make_plan(source, recipe.ignore, step.layers)
+    solvers = {layer: method for layer in plan.layers if isinstance(method := step.build(layer), Solver)}
+    activations: dict[str, ActivationQuantizer] = {}
+    if inputs is not None:
+        check_patterns(inputs.layers, plan.layers, plan.skipped, source)
+        rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]
+        activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
+    layout = layout_for(source, solvers, activations)
+    return plan, LayerMethods(solvers=solvers, activations=activations), layout
