@@ -30,7 +30,7 @@ ROWS: list[tuple[str, ...]] = [
     ("recipe", "zoo", "data", "models", "deploy", "report"),
     ("plan",),
     ("solving",),
-    ("layerwise", "smoothing"),
+    ("layerwise", "tracing", "replaying", "smoothing"),
     ("artifact", "measure", "preflight", "mixed"),
     ("pipeline", "evaluation", "warm"),
     ("cli",),

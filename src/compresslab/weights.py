@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,11 +124,11 @@ class Rescale:
 
 
 class TransformedWeights:
-    """Other weights, some of which are rescaled whenever they are read, and rounded back to their stored dtype."""
+    """Other weights, some of which are rescaled, once or oftener, whenever they are read, and rounded back to their dtype."""
 
-    def __init__(self, weights: Weights, changes: Mapping[str, Rescale]) -> None:
+    def __init__(self, weights: Weights, changes: Mapping[str, Sequence[Rescale]]) -> None:
         self._weights = weights
-        self._changes = dict(changes)
+        self._changes = {name: tuple(steps) for name, steps in changes.items()}
 
     def names(self) -> list[str]:
         return self._weights.names()
@@ -138,16 +138,18 @@ class TransformedWeights:
 
     def get(self, name: str) -> Tensor:
         tensor = self._weights.get(name)
-        change = self._changes.get(name)
-        if change is None:
+        if name not in self._changes:
             return tensor
-        return ((tensor.float() + change.offset) * change.factor - change.offset).to(tensor.dtype)
+        changed = tensor.float()
+        for change in self._changes[name]:
+            changed = (changed + change.offset) * change.factor - change.offset
+        return changed.to(tensor.dtype)
 
     @cached_property
     def sha256(self) -> str:
         """One hash over the weights beneath and all that is done to them."""
         digest = hashlib.sha256(self._weights.sha256.encode())
-        for name, change in sorted(self._changes.items()):
+        for name, change in [(name, change) for name in sorted(self._changes) for change in self._changes[name]]:
             digest.update(f"{name} {change.offset!r} {tuple(change.factor.shape)}".encode())
             digest.update(change.factor.contiguous().numpy().tobytes())
         return digest.hexdigest()

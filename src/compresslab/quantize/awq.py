@@ -42,7 +42,7 @@ Oracle. tests/oracles/awq.py: explicit inputs X replayed through layers whose ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,6 +67,9 @@ class AWQ:
         group_size: input channels that share a scale; None for one scale per output channel.
         symmetric: fix the zero point at 0.
         steps: how many exponents are tried.
+        through_layers: also scale what v_proj hands to o_proj, up_proj to down_proj and the like.
+        search: what an exponent is judged by: "gram", the error of the layers' own outputs, or "block", that of the attention
+            or MLP around them, by replaying its inputs.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -83,10 +86,18 @@ class AWQ:
     group_size: int | None = 64
     symmetric: bool = False
     steps: int = 20
+    through_layers: bool = True
+    search: str = "gram"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if self.search not in ("gram", "block"):
+            raise ValueError(f"search must be gram or block, not '{self.search}'")
+
+    @property
+    def replays(self) -> bool:
+        return self.search == "block"
 
     def grid(self) -> Grid:
         return Grid.of_weights(self.bits, self.symmetric, self.group_size)
@@ -94,12 +105,18 @@ class AWQ:
     def activation_grid(self) -> Grid | None:
         return None
 
-    def smooth(self, weights: Sequence[Tensor], gram: Gram, *, grid: Grid, activation_grid: Grid | None) -> Tensor:
-        loudness = loudness_of(gram)
+    def smooth(
+        self, weights: Sequence[Tensor], gram: Gram, *, grid: Grid, activation_grid: Grid | None,
+        channels: Tensor | None = None, output_error: Callable[[Sequence[Tensor]], float] | None = None,
+    ) -> Tensor:  # fmt: skip
+        loudness = loudness_of(gram, channels)
         best, least = torch.ones_like(loudness), math.inf
         for step in range(self.steps):
             scales = scales_at(loudness, step / self.steps)
-            loss = rounding_loss(weights, scales, gram, grid)
+            if output_error is None:
+                loss = rounding_loss(weights, scales, gram, grid)
+            else:
+                loss = output_error([rounded(weight, scales, grid) for weight in weights])
             if loss < least:
                 best, least = scales, loss
         return best
@@ -115,9 +132,18 @@ class AWQ:
         return Solution(weight=quantize(weight, scale, zero_point, grid))
 
 
-def loudness_of(gram: Gram) -> Tensor:
-    """The root mean square of every channel, float32 [in], positive; all 1 if nothing was heard."""
-    loudness = (gram.diagonal.clamp(min=0) / max(gram.tokens, 1)).sqrt()
+def loudness_of(gram: Gram, channels: Tensor | None = None) -> Tensor:
+    """The root mean square of every channel, float32 [in], positive; all 1 if nothing was heard.
+
+    Args:
+        channels: int64 [in]; where two have the same number, their loudness is one, over both.
+    """
+    energy = gram.diagonal.clamp(min=0)
+    if channels is not None:
+        width = int(channels.max()) + 1
+        count = torch.bincount(channels, minlength=width).clamp_(min=1)
+        energy = (torch.zeros(width, device=energy.device).index_add_(0, channels, energy) / count)[channels]
+    loudness = (energy / max(gram.tokens, 1)).sqrt()
     if not loudness.any():
         return torch.ones_like(loudness)
     return torch.maximum(loudness, FLOOR * loudness.max())
@@ -129,11 +155,12 @@ def scales_at(loudness: Tensor, ratio: float) -> Tensor:
     return scales / (scales.max() * scales.min()).sqrt()
 
 
+def rounded(weight: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """Q(W s) / s, float32 [out, in]: what the layer computes with once it is scaled, rounded and its input divided by s."""
+    scaled = weight * scales
+    return quantize(scaled, *fit_minmax(scaled, grid, torch.float32), grid).dequantize().div_(scales)
+
+
 def rounding_loss(weights: Sequence[Tensor], scales: Tensor, gram: Gram, grid: Grid) -> float:
     """Squared error of the outputs, summed over layers and tokens, when each W [out, in] is rounded after scaling."""
-    total = 0.0
-    for weight in weights:
-        scaled = weight * scales
-        rounded = quantize(scaled, *fit_minmax(scaled, grid, torch.float32), grid).dequantize()
-        total += float(quadratic_error(rounded.div_(scales).sub_(weight), gram.matrix))
-    return total
+    return sum(float(quadratic_error(rounded(w, scales, grid).sub_(w), gram.matrix)) for w in weights)
