@@ -13,6 +13,7 @@ from compresslab.contract import Method, Solver
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.gptq import GPTQ
+from compresslab.quantize.hqq import HQQ
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.rtn import RTN
 from compresslab.quantize.smoothquant import SmoothQuant
@@ -23,6 +24,7 @@ METHODS: dict[str, type] = {
     "awq": AWQ,
     "smoothquant": SmoothQuant,
     "qep": QEP,
+    "hqq": HQQ,
 }
 
 
