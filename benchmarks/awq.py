@@ -187,7 +187,8 @@ def by_gram(block: nn.Module, calls: Calls) -> Solved:
     for layers, _, producer in PLACES:
         gram = gram_of(calls, layers[0])
         channels = None if producer is None else channels_of(len(rows[producer]), gram.features)
-        s = METHOD.smooth([weights[n] for n in layers], gram, grid=GRID, activation_grid=None, channels=channels)
+        same_as = None if channels is None else first_of(channels)
+        s = METHOD.smooth([weights[n] for n in layers], gram, grid=GRID, activation_grid=None, same_as=same_as)
         columns |= dict.fromkeys(layers, s)
         if producer is not None:
             rows[producer] = rows[producer].index_put((channels,), s)  # type: ignore[arg-type]
@@ -211,6 +212,11 @@ def gram_of(calls: Calls, layer: str, divisor: Tensor | None = None) -> Gram:
 def channels_of(width: int, features: int, head: int = 64) -> Tensor:
     """The producer's channel behind each input channel, where neighbouring query heads of 64 share a value head."""
     return torch.arange(width).view(-1, head).repeat_interleave(features // width, dim=0).flatten()
+
+
+def first_of(channels: Tensor) -> Tensor:
+    """The first input channel with the same producer's channel as this one."""
+    return (channels[:, None] == channels).int().argmax(dim=1)
 
 
 # -- as published ----------------------------------------------------------------------------------------------------

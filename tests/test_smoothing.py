@@ -168,9 +168,10 @@ def test_query_heads_that_share_a_value_head_share_its_channels() -> None:
     place = next(p for p in found_in(network("llama"), batch("llama")) if p.producer.endswith("v_proj"))
     first, second = torch.arange(8), torch.arange(8, 16)
     assert torch.equal(place.channels, torch.cat([first, first, second, second]))  # 4 heads of 8 on 2
-    assert place.shares
+    assert place.same_as is not None
+    assert torch.equal(place.same_as, torch.cat([first, first, 16 + first, 16 + first]))
     fused = found_in(network("gpt2"), batch("gpt2"))
-    assert not any(place.shares or place.producer.endswith("c_attn") for place in fused)
+    assert not any(place.same_as is not None or place.producer.endswith("c_attn") for place in fused)
 
 
 def test_an_encoder_and_a_decoder() -> None:
@@ -416,7 +417,7 @@ def test_the_network_computes_what_it_did(kind: str) -> None:
     changed = with_weights_of(fold(source, found, scales), model)
     before, after = output(model, inputs), output(changed, inputs)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * float(before.abs().max()))
-    assert any(place.shares for place in found) == (kind in SHARING)
+    assert any(place.same_as is not None for place in found) == (kind in SHARING)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for place in found:  # and all of it was rescaled
         s = scales[place.name]
@@ -437,7 +438,11 @@ def test_the_network_computes_what_it_did(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "vit", "bert", "phi"])
-@pytest.mark.parametrize("smoother", [SmoothQuant(), AWQ(group_size=16, steps=5)], ids=["smoothquant", "awq"])
+@pytest.mark.parametrize(
+    "smoother",
+    [SmoothQuant(), AWQ(group_size=16, steps=5), AWQ(group_size=16, steps=3, search="block")],
+    ids=["smoothquant", "awq", "awq-block"],
+)
 def test_smoothing_with_what_the_calibration_says(kind: str, smoother: Any) -> None:
     model, inputs = network(kind), batch(kind)
     calibration = calibration_of(model, [inputs])

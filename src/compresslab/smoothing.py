@@ -63,9 +63,12 @@ class Place:
         return f"{self.producer} -> {self.layers[0]}"
 
     @property
-    def shares(self) -> bool:
-        """Whether some input channels come from the same channel, so that they must have the same scale."""
-        return len(self.channels.unique()) < len(self.channels)
+    def same_as(self) -> Tensor | None:
+        """int64 [in], the first input channel that comes from the same channel as this one; None if all are their own."""
+        width, count = int(self.channels.max()) + 1, len(self.channels)
+        first = torch.full((width,), count).scatter_reduce(0, self.channels, torch.arange(count), "amin")
+        same_as = first[self.channels]
+        return None if torch.equal(same_as, torch.arange(count)) else same_as
 
 
 def smoothed(calibration: Pass, smoothers: Sequence[Smoother], solvers: Mapping[str, Solver]) -> Source:
@@ -128,7 +131,7 @@ def _survey(
             for name in planned
         ]
         coarsest = min((solvers[name] for name in planned), key=lambda solver: solver.grid().bits)
-        more: dict[str, Any] = {} if not place.shares else {"channels": place.channels.to(device)}
+        more: dict[str, Any] = {} if place.same_as is None else {"same_as": place.same_as.to(device)}
         replayed = around(place.layers)
         if _has_to_be_replayed(place, smoother):
             more["output_error"] = replays.output_error(replayed, planned)
@@ -153,9 +156,8 @@ def _has_to_be_replayed(place: Place, smoother: Smoother) -> bool:
 def _check_scales(s: Tensor, place: Place, smoother: Smoother) -> None:
     """CompressLabError unless every scale is positive and finite, and the same wherever one channel is read twice."""
     bad = ~(torch.isfinite(s) & (s > 0))
-    if not bad.any():
-        first = torch.zeros(int(place.channels.max()) + 1, device=s.device).index_put((place.channels.to(s.device),), s)
-        bad = first[place.channels.to(s.device)] != s
+    if place.same_as is not None:
+        bad |= s != s[place.same_as.to(s.device)]
     if bad.any():
         channel = int(bad.nonzero()[0])
         raise CompressLabError(

@@ -108,12 +108,13 @@ class AWQ:
 
     def smooth(
         self, weights: Sequence[Tensor], gram: Gram, *, grid: Grid, activation_grid: Grid | None,
-        channels: Tensor | None = None, output_error: Callable[[Sequence[Tensor]], float] | None = None,
+        same_as: Tensor | None = None, output_error: Callable[[Sequence[Tensor]], float] | None = None,
     ) -> Tensor:  # fmt: skip
-        loudness = loudness_of(gram, channels)
+        loudness = loudness_of(gram, same_as)
         best, least = torch.ones_like(loudness), math.inf
         for step in range(self.steps):
             scales = scales_at(loudness, step / self.steps)
+            scales = scales if same_as is None else scales[same_as]  # to the last bit
             if output_error is None:
                 loss = rounding_loss(weights, scales, gram, grid)
             else:
@@ -133,17 +134,16 @@ class AWQ:
         return Solution(weight=quantize(weight, scale, zero_point, grid))
 
 
-def loudness_of(gram: Gram, channels: Tensor | None = None) -> Tensor:
+def loudness_of(gram: Gram, same_as: Tensor | None = None) -> Tensor:
     """The root mean square of every channel, float32 [in], positive; all 1 if nothing was heard.
 
     Args:
-        channels: int64 [in]; where two have the same number, their loudness is one, over both.
+        same_as: int64 [in], the first channel that must be scaled as this one: the loudness of all those is one.
     """
     energy = gram.diagonal.clamp(min=0)
-    if channels is not None:
-        width = int(channels.max()) + 1
-        count = torch.bincount(channels, minlength=width).clamp_(min=1)
-        energy = (torch.zeros(width, device=energy.device).index_add_(0, channels, energy) / count)[channels]
+    if same_as is not None:
+        total = torch.zeros_like(energy).index_add_(0, same_as, energy)
+        energy = (total / torch.bincount(same_as, minlength=gram.features).clamp(min=1))[same_as]
     loudness = (energy / max(gram.tokens, 1)).sqrt()
     if not loudness.any():
         return torch.ones_like(loudness)
