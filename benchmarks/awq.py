@@ -16,24 +16,24 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"  # idle threads that spin would count as work
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+import transformers
+from torch import Tensor, nn
 
-from compresslab import data, models  # noqa: E402
-from compresslab.measure import environment  # noqa: E402
-from compresslab.numerics.gram import Gram, best_precision  # noqa: E402
-from compresslab.numerics.grid import fit_minmax, quantize  # noqa: E402
-from compresslab.quantize.awq import AWQ, rounded  # noqa: E402
-from compresslab.quantize.rtn import RTN  # noqa: E402
+from compresslab import data, models
+from compresslab.measure import environment
+from compresslab.numerics.gram import Gram, best_precision
+from compresslab.numerics.grid import fit_minmax, quantize
+from compresslab.quantize.awq import AWQ, rounded
+from compresslab.quantize.rtn import RTN
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "awq-search.json"
 METHOD = AWQ(bits=4, group_size=64, symmetric=False)
@@ -54,7 +54,9 @@ Solved = dict[str, Tensor]  # layer -> the weight that stands for it, with the s
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--samples", type=int, default=16, help="samples of 512 tokens, for all blocks")
-    arguments.add_argument("--more-samples", type=int, default=64, help="samples of 512 tokens, for a few blocks' times")
+    arguments.add_argument(
+        "--more-samples", type=int, default=64, help="samples of 512 tokens, for a few blocks' times"
+    )
     arguments.add_argument("--blocks", type=int, default=3, help="how many blocks are timed with these")
     arguments.add_argument("--windows", type=int, default=12, help="test windows of 512 tokens")
     options = arguments.parse_args()

@@ -222,9 +222,19 @@ def _in_place(x: Tensor, mlp: Any, plain: Tensor) -> Tensor:
     return plain
 
 
-@pytest.mark.parametrize("more", [
-    _once_more, _by_itself, _weight_alone, _reordered, _tokens_for_channels, _stored, _another_input, _in_place,
-])
+@pytest.mark.parametrize(
+    "more",
+    [
+        _once_more,
+        _by_itself,
+        _weight_alone,
+        _reordered,
+        _tokens_for_channels,
+        _stored,
+        _another_input,
+        _in_place,
+    ],
+)
 def test_anything_else_that_reads_spoils_the_place(
     more: Callable[[Tensor, Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +321,10 @@ def _attend(weights: Tensor, values: Tensor) -> Tensor:
         (lambda m, x: m.two(m.one(x)[:, [0, 1, 2, 0, 1, 2]]), None),  # a gather by index: not known
         (lambda m, x: m.two(m.one(x)[:, None, :3].expand(2, 2, 3).reshape(2, 6)), [0, 1, 2, 0, 1, 2]),
         (lambda m, x: m.two(m.one(x).split(3, dim=1)[1][:, None].expand(2, 2, 3).reshape(2, 6)), [3, 4, 5] * 2),
-        (lambda m, x: (m.two((y := m.one(x).split(3, 1))[1][:, None].expand(2, 2, 3).reshape(2, 6)), y[0]), [3, 4, 5] * 2),
+        (
+            lambda m, x: (m.two((y := m.one(x).split(3, 1))[1][:, None].expand(2, 2, 3).reshape(2, 6)), y[0]),
+            [3, 4, 5] * 2,
+        ),
         (lambda m, x: (m.two((y := m.one(x).split(3, 1))[1][:, None].expand(2, 2, 3).reshape(2, 6)), y[1]), None),
         (lambda m, x: m.two(nn.functional.gelu(m.one(x))), None),
         (lambda m, x: m.two(nn.functional.silu(m.one(x)) * m.norm(x)), None),

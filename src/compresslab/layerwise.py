@@ -63,9 +63,7 @@ def run(job: Job) -> None:
             Compression(job).run()
 
 
-def survey(
-    calibration: Pass, visit: Callable[[str, Gram], None], calls: Mapping[str, list[Any]] | None = None
-) -> None:
+def survey(calibration: Pass, visit: Callable[[str, Gram], None], calls: Mapping[str, list[Any]] | None = None) -> None:
     """Show every planned layer's Gram matrix to `visit`, in network order, and leave the model as it is.
 
     Layers that read one tensor are visited one after the other with the same Gram; a layer that no token reaches is not.
@@ -306,7 +304,9 @@ class Forward(ABC):
         self.loaded.add(unit)
         for name in self.units[unit].tensors:
             if name.removesuffix(".weight") not in self.solved:
-                place_tensor(self.model, name, read_finite(self.source, name).to(self.device), self.calibration.compute_dtype)
+                place_tensor(
+                    self.model, name, read_finite(self.source, name).to(self.device), self.calibration.compute_dtype
+                )
         if unit == "":
             tie_weights(self.model)
 
@@ -323,9 +323,7 @@ class Forward(ABC):
 class Survey(Forward):
     """A pass that only looks."""
 
-    def __init__(
-        self, calibration: Pass, visit: Callable[[str, Gram], None], calls: Mapping[str, list[Any]]
-    ) -> None:
+    def __init__(self, calibration: Pass, visit: Callable[[str, Gram], None], calls: Mapping[str, list[Any]]) -> None:
         super().__init__(calibration)
         self.visit = visit
         self.calls = calls

@@ -189,7 +189,9 @@ def places(source: Source, plan: Plan, batch: Mapping[str, Tensor]) -> list[Plac
         divided = {f"{producer}.{leaf}": constant if leaf == "weight" else 0.0 for leaf in own_parameters(module)}
         for reading in trace.readings(producer):
             # Layers kept as [in, out] have their groups along out: scaled rows would share a grid with others.
-            if producer not in constants and any(is_transposed(shell.get_submodule(n)) for n in (producer, *reading.layers)):
+            if producer not in constants and any(
+                is_transposed(shell.get_submodule(n)) for n in (producer, *reading.layers)
+            ):
                 continue
             touched = {*divided, *(f"{layer}.weight" for layer in reading.layers)}
             if touched <= stored and set(reading.layers) & set(plan.layers):

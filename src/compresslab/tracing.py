@@ -138,7 +138,7 @@ class Trace(TorchDispatchMode):
         self._running: list[str] = []  # the norm that runs, if one does
         for name in norms:
             module = shell.get_submodule(name)
-            self._add(name, module, module.weight.shape[0])  # type: ignore[union-attr, operator]
+            self._add(name, module, len(own_parameters(module)["weight"]))
             module.register_forward_pre_hook(self._before(name), with_kwargs=True)
             module.register_forward_hook(self._after(name))
         for name, module in linear_layers(shell).items():
@@ -187,7 +187,9 @@ class Trace(TorchDispatchMode):
             and not bool(self._spoilt[torch.tensor(channels) + first].any())
             and all(mine.isdisjoint(other) for other in by_channels if other != channels)
             and self._meddled.isdisjoint(layers)
-            and all(len({None if n is None else tuple(n.tolist()) for n in self._inputs[layer]}) == 1 for layer in layers)
+            and all(
+                len({None if n is None else tuple(n.tolist()) for n in self._inputs[layer]}) == 1 for layer in layers
+            )
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -240,7 +242,9 @@ class Trace(TorchDispatchMode):
         def forward(x: Tensor) -> Tensor:
             numbers = self._numbers_of(x)
             rows = None if numbers is None else numbers.reshape(-1, x.shape[-1])
-            if rows is not None and not bool((rows == rows[0]).all()):  # tokens differ in where their channels come from
+            if rows is not None and not bool(
+                (rows == rows[0]).all()
+            ):  # tokens differ in where their channels come from
                 self._look_through(x)
             self._inputs.setdefault(name, []).append(None if rows is None else rows[0])
             output = torch.zeros(*x.shape[:-1], self._widths[name], dtype=x.dtype)

@@ -149,9 +149,10 @@ class TransformedWeights:
     def sha256(self) -> str:
         """One hash over the weights beneath and all that is done to them."""
         digest = hashlib.sha256(self._weights.sha256.encode())
-        for name, change in [(name, change) for name in sorted(self._changes) for change in self._changes[name]]:
-            digest.update(f"{name} {change.offset!r} {tuple(change.factor.shape)}".encode())
-            digest.update(change.factor.contiguous().numpy().tobytes())
+        for name, steps in sorted(self._changes.items()):
+            for change in steps:
+                digest.update(f"{name} {change.offset!r} {tuple(change.factor.shape)}".encode())
+                digest.update(change.factor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 

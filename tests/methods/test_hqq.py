@@ -30,7 +30,7 @@ def weights(seed: int, std: float = QUIET, rows: int = 6, columns: int = 96) -> 
 
 
 def solve(weight: Tensor, dtype: torch.dtype = torch.float32, **more: object) -> QuantWeight:
-    settings = {"group_size": 32, **more}
+    settings = {"group_size": 32, "refits": 5, **more}
     return HQQ(**settings).solve(weight, None, scale_dtype=dtype).weight  # type: ignore[arg-type]
 
 
@@ -137,7 +137,9 @@ def test_weights_on_a_grid_stay_where_they_are() -> None:
 def test_stripes_and_directions_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(5, rows=64)
     whole = solve(weight)
-    across = HQQ(group_size=32).solve(weight.t().contiguous(), None, scale_dtype=torch.float32, groups_along="out")
+    across = HQQ(group_size=32, refits=5).solve(
+        weight.t().contiguous(), None, scale_dtype=torch.float32, groups_along="out"
+    )
     assert torch.equal(across.weight.codes.t(), whole.codes)
     monkeypatch.setattr("compresslab.quantize.hqq.STRIPE", 96)
     assert torch.equal(solve(weight).codes, whole.codes)

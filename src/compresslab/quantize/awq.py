@@ -18,20 +18,27 @@ and the r taken is the one with the least error of the layers' outputs,
     sum over the layers of |X W^T - X/s Q(W s)^T|^2  =  sum of tr(D H D^T)        with D = Q(W s) / s - W,
 
 which needs X only through H. r = 0 is plain rounding, so the search is never worse than that in its own terms. 1/s is
-folded into the norm (smoothing.py): the network computes what it did.
+folded into what makes x, a norm or the rows of another layer: v_proj before o_proj, up_proj before down_proj, fc1 before a ReLU
+and fc2 (smoothing.py): the network computes what it did. Query heads that share a value head share their scales: the
+loudness that s is made of is then taken over all of them.
+
+With `search: block` an exponent is judged as in the paper, by the output of the attention or MLP around the layers, whose
+inputs are replayed for each; for a single layer the two are the same.
 
 Method, as a solver. Each group's range is shrunk where that lowers the error weighted by diag(H) (numerics/ranges.py), then
 every weight goes to the nearest point. No feedback from one column to another: what is solved does not depend on the
 calibration text beyond the loudness of its channels, which is the paper's argument against over-fitting it.
 
 Cost. A forward more than GPTQ's one. Per layer steps * out * in^2 / 2 multiply-adds for the search, `steps` times GPTQ's
-feedback, all in matrix products. Memory: H, and W four times.
+feedback, all in matrix products. Memory: H, and W four times. By block, `steps` forwards of every attention and MLP on all
+calibration tokens, and in memory what one of them was given and returned.
 
 Differences from the paper.
 - m is the root mean square of a channel rather than its mean magnitude: it is on the diagonal of H.
-- The error is that of the layers' own outputs, from H, rather than of the block's output by replaying its inputs. The two
-  agree for layers one by one; the paper's also sees attention between q, k and v.
-- The norms' readers only: the paper also folds scales into v_proj for o_proj, and into up_proj for down_proj.
+- The error is that of the layers' own outputs, from H, unless `search: block`. results/awq-search.json compares with a search
+  as published.
+- The published code leaves o_proj alone where v_proj is narrower. Layers that keep their weight as [in, out] are scaled behind
+  norms only.
 - Clipping: shrinks to 60 % by diag(H), rather than to 50 % by the error of each group's own output; for q and k as well.
 - Layers that keep their weight as [in, out] have groups along out, all weights of one meet the same channel, and s cancels:
   for them AWQ is rounding with clipped ranges.

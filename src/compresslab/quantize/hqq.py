@@ -17,10 +17,15 @@ l_p norm of the error is minimised, by splitting it off:
 
 from the min-max s and z, with s fixed and z a real number, until the mean |w - r| falls no more: 20 times at most.
 
-Integer zero points. Our formats hold z as an integer, so it is rounded at the end; and that undoes nearly all: the best real z
-lies within half a step of the min-max one, whose rounded value it then gets. Measured: docs/log.md. What an integer grid has left is its
-scale: `refits` times, s <- (w . (q - z)) / |q - z|^2, least squares for the codes at hand. Whatever raises a group's squared or
-its mean absolute error is not taken, so in both every group is at least as good as rounded to nearest.
+Integer zero points. Our formats hold z as an integer, so it is rounded at the end, and that undoes the gain: the best real z lies
+within half a step of the min-max one and rounds back to it, for 99.6 % of SmolLM2's groups at 4 bits. Perplexity of SmolLM2-135M
+at 4 | 3 bits, groups of 64: nearest 15.33 | 44.84, real z 13.97 | 41.73, rounded z 15.32 | 44.87 (6 to 12 windows of 512 tokens;
+docs/log.md). Where a runtime takes real zero points, HQQ is worth having; here it is rounding to nearest, by a longer way.
+
+What an integer grid has left is its scale: `refits` times, s <- (w . (q - z)) / |q - z|^2, least squares for the codes at
+hand. Whatever raises a group's squared or its mean absolute error is not taken, so in both every group is at least as good as
+rounded to nearest. That is 12 to 16 % less squared error, and yet 0.5 | 1.9 % more perplexity on SmolLM2, while MiniLM's
+embeddings are 3 % farther from | 13 % nearer to the float ones. So none by default.
 
 In the published units the shrinkage is silent on language models: e differs from 0 only where |x| > beta^(-1 / (2 - p)) = 0.17,
 and their errors are a hundredth of that, so z is the least-squares one.
@@ -59,7 +64,7 @@ class HQQ:
         beta: weight of the quadratic penalty at the start, for weights as they are stored.
         kappa: what beta is multiplied by after every iteration.
         iterations: how often the zero point moves at most.
-        refits: how often the scale is refitted once the zero point is an integer.
+        refits: how often the scale is refitted once the zero point is an integer; 0 by default, see above.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -80,7 +85,7 @@ class HQQ:
     beta: float = 10.0
     kappa: float = 1.01
     iterations: int = 20
-    refits: int = 5
+    refits: int = 0
 
     def __post_init__(self) -> None:
         if self.symmetric:
