@@ -55,7 +55,7 @@ def test_the_real_zero_points_are_those_of_the_report(bits: int, std: float) -> 
     scale, zero_point = fit_minmax(weight, grid, torch.float32)
     assert zero_point is not None
     groups, scales, zeros = weight.reshape(-1, 32), scale.reshape(-1, 1), zero_point.float().reshape(-1, 1)
-    shrinkage = {"p": method.p, "beta": method.beta, "kappa": method.kappa, "iterations": method.iterations}
+    shrinkage = {"p": method.norm, "beta": method.beta, "kappa": method.kappa, "iterations": method.iterations}
     found = real_zero_points(groups, scales, zeros.clone(), grid, **shrinkage)  # type: ignore[arg-type]
     moved, same = 0, 0
     for w, s, z, mine in zip(groups.tolist(), scales, zeros, found, strict=True):
@@ -147,7 +147,7 @@ def test_stripes_and_directions_make_no_difference(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"symmetric": True}, "symmetric grid has none"), ({"p": 0.0}, "p is above 0"), ({"p": 1.5}, "p is above 0"),
+    [({"symmetric": True}, "symmetric grid has none"), ({"norm": 0.0}, "norm is above 0"), ({"norm": 1.5}, "norm is above 0"),
      ({"beta": 0.0}, "beta must be positive"), ({"kappa": 0.9}, "kappa at least 1"),
      ({"iterations": -1}, "cannot be negative"), ({"beta": float("nan")}, "beta must be positive")],
 )  # fmt: skip

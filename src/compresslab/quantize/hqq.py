@@ -60,7 +60,7 @@ class HQQ:
         bits: width of a weight code, 2 to 8.
         group_size: input channels that share a scale; None for one scale per output channel.
         symmetric: must be false: a symmetric grid has no zero point to move.
-        p: the norm of the error, above 0 to 1.
+        norm: p, the norm of the error, above 0 to 1.
         beta: weight of the quadratic penalty at the start, for weights as they are stored.
         kappa: what beta is multiplied by after every iteration.
         iterations: how often the zero point moves at most.
@@ -81,7 +81,7 @@ class HQQ:
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = False
-    p: float = 0.7
+    norm: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
     iterations: int = 20
@@ -90,8 +90,8 @@ class HQQ:
     def __post_init__(self) -> None:
         if self.symmetric:
             raise ValueError("hqq moves the zero point, and a symmetric grid has none: take symmetric: false, or rtn")
-        if not 0 < self.p <= 1:
-            raise ValueError(f"p is above 0 and at most 1, not {self.p}")
+        if not 0 < self.norm <= 1:
+            raise ValueError(f"norm is above 0 and at most 1, not {self.norm}")
         if not (self.beta > 0 and self.kappa >= 1):
             raise ValueError(f"beta must be positive and kappa at least 1, not {self.beta} and {self.kappa}")
         if self.iterations < 0 or self.refits < 0:
@@ -126,7 +126,7 @@ class HQQ:
     def _fit_groups(self, w: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Better scales [N, 1] and zero points [N, 1] for N groups w [N, n]."""
         errors = errors_of(w, scale, zero, grid)
-        real = real_zero_points(w, scale.float(), zero, grid, self.p, self.beta, self.kappa, self.iterations)
+        real = real_zero_points(w, scale.float(), zero, grid, self.norm, self.beta, self.kappa, self.iterations)
         candidate = real.round().clamp_(grid.qmin, grid.qmax)
         new = errors_of(w, scale, candidate, grid)
         better = no_worse(new, errors)
