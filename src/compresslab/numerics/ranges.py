@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compresslab.numerics import kernels
-from compresslab.numerics.grid import Grid, fit_along, fit_range, quantize
+from compresslab.numerics.grid import Grid, fit_along, fit_range
 
 SHRINKS = tuple(1 - 0.04 * step for step in range(11))
 
@@ -30,26 +30,6 @@ def fit_search(
         grid.levels, grid.symmetric, best_low.numpy(), best_high.numpy(),
     )  # fmt: skip
     return fit_range(best_low.to(weight.device), best_high.to(weight.device), grid, scale_dtype)
-
-
-def fit_search_outputs(
-    weight: Tensor, matrix: Tensor, grid: Grid, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """`fit_search` by the error of each group's own output, d H_g d^T for its row d of W - Q and its block H_g of H [in, in]."""
-    out_features, in_features = weight.shape
-    groups = grid.groups(in_features)
-    grouped = weight.reshape(out_features, groups, -1)
-    low, high = grouped.amin(dim=2).clamp_(max=0), grouped.amax(dim=2).clamp_(min=0)
-    size = in_features // groups
-    blocks = torch.stack([matrix[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)])
-    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
-    for shrink in SHRINKS:
-        rounded = quantize(weight, *fit_range(low * shrink, high * shrink, grid, scale_dtype), grid).dequantize()
-        error = rounded.sub_(weight).reshape(out_features, groups, size).transpose(0, 1)  # [G, out, n]
-        loss = torch.bmm(error.to(blocks.dtype), blocks).mul_(error).sum(dim=2).t()
-        better = loss < least
-        best, least = best.masked_fill(better, shrink), torch.where(better, loss, least)
-    return fit_range(low * best, high * best, grid, scale_dtype)
 
 
 def fit_search_along(
