@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,5 +58,5 @@ def test_every_width_comes_back_from_disk(method: str, model: Path, text: Path, 
             assert max(points) <= 2**bits
             assert max(points) > min(2 ** (bits - 1), GROUP // 2)
             sizes.append(report.layers[0].bits_per_weight)
-    assert all(less < more for more, less in zip(errors, errors[1:], strict=False)), errors
-    assert all(less < more for less, more in zip(sizes, sizes[1:], strict=False)), sizes
+    assert all(less < more for more, less in pairwise(errors)), errors
+    assert all(less < more for less, more in pairwise(sizes)), sizes

@@ -538,6 +538,33 @@ def test_what_is_no_scale_is_refused_by_name(wrong: float) -> None:
         smoothed(calibration, [_Asked(answer)], dict.fromkeys(calibration.plan.layers, RTN()))
 
 
+class _ThroughLayers(_Asked):
+    through_layers = True
+
+    def smooth(  # type: ignore[override]
+        self, weights: Sequence[Tensor], gram: Gram, *, grid: Any, activation_grid: Any, same_as: Tensor | None = None
+    ) -> Tensor:
+        super().smooth(weights, gram, grid=grid, activation_grid=activation_grid)
+        scales = torch.arange(1.0, gram.features + 1)
+        return scales if same_as is None or self.questions[-1][1].features != 32 else scales[same_as] + self.wrong
+
+    wrong: Any = 0.0
+
+
+def test_a_channel_that_is_read_twice_has_one_scale() -> None:
+    calibration = calibration_of(network("llama"), tiny.token_batches(2))
+    solvers = dict.fromkeys(calibration.plan.layers, RTN())
+    smoother = _ThroughLayers()
+    source = smoothed(calibration, [smoother], solvers)
+    assert len(smoother.questions) == 8  # two norms and two layers in each of two blocks
+    changed = with_weights_of(source, network("llama"))
+    before, after = output(network("llama"), batch("llama")), output(changed, batch("llama"))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4 * float(before.abs().max()))
+    smoother.wrong = torch.arange(32).eq(9) * 1e-3
+    with pytest.raises(CompressLabError, match=r"channel 9 of model\.layers\.0\.self_attn\.v_proj"):
+        smoothed(calibration, [smoother], solvers)
+
+
 def test_a_smoother_that_gives_up_is_told_where() -> None:
     def answer(gram: Gram) -> Tensor:
         raise ValueError("too loud")
