@@ -31,7 +31,7 @@ ROWS: list[tuple[str, ...]] = [
     ("plan", "flow"),
     ("solving",),
     ("refining",),
-    ("layerwise", "smoothing", "rewriting"),
+    ("layerwise", "tracing", "watching", "replaying", "smoothing", "rewriting"),
     ("artifact", "measure", "preflight", "budget", "damage"),
     ("rotating", "mixed"),
     ("stages", "questions"),

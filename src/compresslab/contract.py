@@ -97,6 +97,12 @@ class Smoother(Method, Protocol):
 
     Layers that read one normalised input x get W diag(s), and the norm that makes x is divided by s: (x / s)(W diag(s))^T
     is what x W^T was. smoothing.py finds such places and folds s in.
+
+    A smoother that has `through_layers = True` is also asked about inputs that another linear layer makes (o_proj's by v_proj,
+    down_proj's by up_proj), whose rows are divided by s; its `smooth` takes a keyword `same_as`, int64 [in], where input
+    channels come from one channel of that layer: the first channel that must have the same scale, to the last bit. One that has
+    `replays = True` takes a keyword `output_error` where several layers read the input: a function from weights [out, in]
+    of these layers to the squared error of the output of the module around them, summed over the calibration tokens.
     """
 
     def smooth(self, weights: Sequence[Tensor], gram: Gram, *, grid: Grid, activation_grid: Grid | None) -> Tensor:

@@ -27,7 +27,7 @@ import ctypes
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,13 +74,19 @@ def run(job: Job) -> None:
             Compression(job).run()
 
 
-def survey(calibration: Pass, visit: Callable[[str, Statistic], None]) -> None:
+def survey(
+    calibration: Pass, visit: Callable[[str, Statistic], None], calls: Mapping[str, list[Any]] | None = None
+) -> None:
     """Show every planned layer's Gram matrix to `visit`, in network order, and leave the model as it is.
 
     Layers that read one tensor are visited one after the other with the same Gram; a layer that no token reaches is not.
+
+    Args:
+        calls: a list for every module whose calls are wanted: (batch, args, kwargs) of each is appended. When a layer is
+            visited, those of the modules around it are complete.
     """
     with torch.inference_mode():
-        Survey(calibration, visit).run()
+        Survey(calibration, visit, calls or {}).run()
 
 
 def _run_without_data(job: Job) -> None:
@@ -269,7 +275,7 @@ class Forward(ABC):
         def replay(*args: Any, **kwargs: Any) -> Any:
             walk = self._current()
             output = state.outputs[walk.index]
-            return _with_first(output, state.references[walk.index]) if walk.is_reference else output
+            return _withfirst_tensor(output, state.references[walk.index]) if walk.is_reference else output
 
         block.forward = replay
 
@@ -300,7 +306,7 @@ class Forward(ABC):
         if walk.stopped_with(x, way) and walk.last_gram is not None:
             self._solve(stop.layer, walk.last_gram)
             return
-        real = _real_tokens(x, walk.batch.get("attention_mask"))
+        real = real_tokens(x, walk.batch.get("attention_mask"))
         rows, watched = input_rows(module, real), channels_last(module, real)
         gram = self.grams.get(stop.layer)
         if gram is None:
@@ -343,7 +349,9 @@ class Forward(ABC):
         self.loaded.add(unit)
         for name in self.units[unit].tensors:
             if name.removesuffix(".weight") not in self.solved:
-                _place(self.model, name, read_finite(self.source, name).to(self.device), self.calibration.compute_dtype)
+                place_tensor(
+                    self.model, name, read_finite(self.source, name).to(self.device), self.calibration.compute_dtype
+                )
         if unit == "":
             tie_weights(self.model)
 
@@ -351,7 +359,7 @@ class Forward(ABC):
         self.loaded.discard(unit.name)
         tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
         for name in (*unit.tensors, *(() if unit.name else self.source.tied)):
-            _place(self.model, name, tensors[name].to("meta"), self.calibration.compute_dtype)
+            place_tensor(self.model, name, tensors[name].to("meta"), self.calibration.compute_dtype)
         for layer in unit.layers:
             self.originals.pop(layer, None)
             self.rounded.pop(layer, None)
@@ -360,9 +368,20 @@ class Forward(ABC):
 class Survey(Forward):
     """A pass that only looks."""
 
-    def __init__(self, calibration: Pass, visit: Callable[[str, Statistic], None]) -> None:
+    def __init__(
+        self, calibration: Pass, visit: Callable[[str, Statistic], None], calls: Mapping[str, list[Any]]
+    ) -> None:
         super().__init__(calibration)
         self.visit = visit
+        self.calls = calls
+
+    def _hook(self) -> None:
+        super()._hook()
+        for name, calls in self.calls.items():
+            self.model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, kwargs, calls=calls: calls.append((self._current().batch, args, kwargs)),
+                with_kwargs=True,
+            )
 
     def _solve(self, layer: str, gram: Statistic) -> None:
         self.visit(layer, gram)
@@ -440,9 +459,9 @@ class Compression(Forward):
         weight, module = solved.weight.dequantize(), self.layers[layer][1]
         original = _parameter(module)
         kept = weight.t() if solved.transposed else weight.view(original.shape)
-        _place(self.model, f"{layer}.weight", kept, self.job.compute_dtype)
+        place_tensor(self.model, f"{layer}.weight", kept, self.job.compute_dtype)
         if solved.bias is not None:
-            _place(self.model, f"{layer}.bias", solved.bias, self.job.compute_dtype)
+            place_tensor(self.model, f"{layer}.bias", solved.bias, self.job.compute_dtype)
         if self.with_references:
             self.originals[layer], self.rounded[layer] = original, _parameter(module)
         self.solved[layer] = solved
@@ -453,7 +472,7 @@ class Compression(Forward):
                 self._solve(layer, None)
         state = None
         if walks:
-            references = [_first(walk.reference.output) for walk in walks if walk.reference]
+            references = [first_tensor(walk.reference.output) for walk in walks if walk.reference]
             if self.job.refiner is not None and unit.name and unit.layers:
                 self._refine(unit, walks, references)
             state = BlockState(outputs=[walk.output for walk in walks], references=references)
@@ -467,7 +486,7 @@ class Compression(Forward):
         with torch.inference_mode(False):
             better = refined(
                 self.job, unit, self.model.get_submodule(unit.name), [self.entered.pop(walk.index) for walk in walks],
-                [_first(walk.output) for walk in walks], references, solved, self.block_grams,
+                [first_tensor(walk.output) for walk in walks], references, solved, self.block_grams,
             )  # fmt: skip
         if better is not None:
             self.solved.update(better[0])
@@ -475,7 +494,7 @@ class Compression(Forward):
                 walk.output = _with_first(walk.output, output)
 
 
-def _first(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     """A block returns its hidden state, alone or first."""
     found = output if isinstance(output, Tensor) else output[0]
     assert isinstance(found, Tensor)
@@ -499,7 +518,7 @@ def _compare(gram: Statistic, walk: Walk, module: nn.Module) -> None:
     if twin is None or twin.waits_with is None or walk.waits_with is None or twin.waits_at != walk.waits_at:
         return
     mask = walk.batch.get("attention_mask")
-    there, here = _real_tokens(twin.waits_with, mask), _real_tokens(walk.waits_with, mask)
+    there, here = real_tokens(twin.waits_with, mask), real_tokens(walk.waits_with, mask)
     if there.shape == here.shape:  # experts may have got other tokens
         gram.add_drift_(input_rows(module, there), input_rows(module, here))
 
@@ -511,14 +530,14 @@ def give_memory_back() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _real_tokens(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+def real_tokens(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The rows of x [batch, tokens, in] that are not padding."""
     if attention_mask is None or attention_mask.shape != x.shape[:-1] or bool(attention_mask.all()):
         return x
     return x[attention_mask.bool().to(x.device)]
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def place_tensor(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Put a tensor in the place of a parameter or buffer; floats in the compute dtype."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)

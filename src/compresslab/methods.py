@@ -19,6 +19,7 @@ from compresslab.quantize.batchnorm_folding import BatchNormFolding
 from compresslab.quantize.bias_correction import BiasCorrection
 from compresslab.quantize.cross_layer_equalization import CrossLayerEqualization
 from compresslab.quantize.gptq import GPTQ
+from compresslab.quantize.hqq import HQQ
 from compresslab.quantize.kv_cache import KVCache
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.quantease import QuantEase
@@ -41,6 +42,7 @@ METHODS: dict[str, type] = {
     "kv-cache": KVCache,
     "static": Static,
     "dynamic": Dynamic,
+    "hqq": HQQ,
 }
 
 

@@ -35,7 +35,8 @@ from compresslab.contract import Rotation
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
 from compresslab.models import Source, is_transposed, weight_of
-from compresslab.smoothing import TRACED_TOKENS, Trace, fold_constant
+from compresslab.smoothing import TRACED_TOKENS, fold_constant
+from compresslab.watching import Trace
 from compresslab.weights import Chain, Change, Rescale, Rotate, TransformedWeights
 
 SMALLEST_GAIN = 1e-3  # of a norm's largest weight: its bias is divided by the weight

@@ -1,19 +1,14 @@
 """Smoothing: where an input can be rescaled without changing what the network computes, and the rescaling itself.
 
-Layers that read the output x of a norm may get W diag(s) in place of W if the norm's weight and bias are divided by s: they
-then read x / s, and (x / s)(W diag(s))^T = x W^T. That is only right if nothing else reads x: no residual connection, no
-second reader outside these layers, not the caller of the network.
+Layers that read channels which a norm or another linear layer *produces* may get W diag(s) in place of W if the producer's
+channels are divided by s: they then read x / s, and (x / s)(W diag(s))^T = x W^T. That is only right if nothing else reads
+these channels (no residual connection, no second reader outside these layers, not the caller of the network), and if all
+that lies between lets a factor through, as attention does for its values and a gate for what it multiplies.
 
-Where that is so is found by watching, not by the names of attributes. The network runs once on a few tokens, as a shell: all
-its parameters are views of one array of zeros, its linear layers hand out zeros without multiplying, and so it takes next
-to no time or memory whatever its size. Meanwhile
-
-- every linear layer tells whose output it was given;
-- every operation that torch runs is looked through for outputs of norms among its arguments: whoever is not a linear layer
-  and touches one, if only to reshape it, spoils the place. So does one who touches the layers' weights directly.
-
-What counts as a norm is found by trying: any module with one weight per channel whose output gets multiplied by c when its
-weight w (and bias) are replaced by c w; or, for norms that multiply by 1 + w as Gemma's do, by c (1 + w) - 1.
+Where that is so is found by watching, not by the names of attributes: see tracing.py. A norm's channels are divided through its
+weight and bias, a linear layer's through the rows of its own. What counts as a norm is found by trying: any module with
+one weight per channel whose output gets multiplied by c when its weight w (and bias) are replaced by c w; or, for norms
+that multiply by 1 + w as Gemma's do, by c (1 + w) - 1.
 
 Which s is best is the smoother's business (quantize/smoothquant.py, quantize/awq.py). It is told the Gram matrix of x, from
 a pass over the calibration batches through the uncompressed network.
@@ -28,36 +23,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from compresslab import layerwise
 from compresslab.contract import ActivationQuantizer, Smoother, Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
-from compresslab.models import Source, is_transposed, linear_layers, weight_of
+from compresslab.models import Source, is_transposed, linear_layers
 from compresslab.numerics.gram import Gram
 from compresslab.plan import Plan
+from compresslab.replaying import Replays, around
 from compresslab.solving import Pass, Statistic, read_weight
-from compresslab.weights import Rescale, TransformedWeights
+from compresslab.tracing import Trace, own_parameters
+from compresslab.weights import Chain, Rescale, TransformedWeights
 
 TRACED_TOKENS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """A norm whose output is read by linear layers and by nothing else.
+    """Linear layers that read channels of one producer, which nothing else reads.
 
     Attributes:
-        norm: its name.
+        producer: the name of a norm or of a linear layer.
         layers: the layers that read it, in the order in which they do.
-        divided: the norm's tensors that s divides, each with the constant that the module adds to it beforehand (1 for
-            the weight of a norm that multiplies by 1 + weight, else 0): t becomes (t + constant) / s - constant.
+        channels: int64 [in], the producer's channel behind each input channel of these layers.
+        divided: the producer's tensors that s divides, each with the constant that a norm adds to it beforehand (1 for
+            the weight of one that multiplies by 1 + weight, else 0): t becomes (t + constant) / s - constant.
+        behind_norm: whether the producer is a norm.
     """
 
-    norm: str
+    producer: str
     layers: tuple[str, ...]
+    channels: Tensor
     divided: dict[str, float]
+    behind_norm: bool
+
+    @property
+    def name(self) -> str:
+        """What to call its scales by: a producer's parts may have readers of their own."""
+        return f"{self.producer} -> {self.layers[0]}"
+
+    @property
+    def same_as(self) -> Tensor | None:
+        """int64 [in], the first input channel that comes from the same channel as this one; None if all are their own."""
+        width, count = int(self.channels.max()) + 1, len(self.channels)
+        first = torch.full((width,), count).scatter_reduce(0, self.channels, torch.arange(count), "amin")
+        same_as = first[self.channels]
+        return None if torch.equal(same_as, torch.arange(count)) else same_as
 
 
 def smoothed(
@@ -78,39 +90,47 @@ def smoothed(
     assert calibration.batches is not None
     found = places(calibration.source, calibration.plan, calibration.batches[0])
     for smoother in smoothers:
-        scales = _survey(calibration, found, smoother, solvers, activations or {})
-        calibration = dataclasses.replace(calibration, source=fold(calibration.source, found, scales))
+        mine = [place for place in found if place.behind_norm or getattr(smoother, "through_layers", False)]
+        scales = _survey(calibration, mine, smoother, solvers, activations or {})
+        calibration = dataclasses.replace(calibration, source=fold(calibration.source, mine, scales))
     return calibration.source
 
 
 def fold(source: Source, found: Sequence[Place], scales: Mapping[str, Tensor]) -> Source:
-    """A source whose places are rescaled by s, float32 [in], by the name of the norm; those without one stay as they are."""
+    """A source whose places are rescaled by s, float32 [in], by their names; those without one stay as they are."""
     skeleton = source.skeleton()
-    changes: dict[str, Rescale] = {}
+    changes: dict[str, list[Rescale]] = {}
     for place in found:
-        if place.norm not in scales:
+        if place.name not in scales:
             continue
-        s = scales[place.norm].detach().to("cpu", torch.float32)
+        s = scales[place.name].detach().to("cpu", torch.float32)
         for layer in place.layers:
             columns = s[:, None] if is_transposed(skeleton.get_submodule(layer)) else s
-            changes[f"{layer}.weight"] = Rescale(factor=columns)
-        changes |= {name: Rescale(factor=1 / s, offset=constant) for name, constant in place.divided.items()}
-    return dataclasses.replace(source, weights=TransformedWeights(source.weights, changes))
+            changes.setdefault(f"{layer}.weight", []).append(Rescale(factor=columns))
+        module = skeleton.get_submodule(place.producer)
+        for name, constant in place.divided.items():
+            rows = place.behind_norm or is_transposed(module) or name.endswith(".bias")
+            width = source.weights.shape(name)[-1 if rows else 0]
+            factor = torch.ones(width).index_put((place.channels,), 1 / s)
+            changes.setdefault(name, []).append(Rescale(factor=factor if rows else factor[:, None], offset=constant))
+    chained = {name: Chain(changes=tuple(mine)) for name, mine in changes.items()}
+    return dataclasses.replace(source, weights=TransformedWeights(source.weights, chained))
 
 
 def _survey(
     calibration: Pass, found: Sequence[Place], smoother: Smoother, solvers: Mapping[str, Solver],
     activations: Mapping[str, ActivationQuantizer],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """s of every place that a calibration token reached, by the name of the norm."""
+    """s of every place that a calibration token reached, by the name of the place."""
     source, device = calibration.source, calibration.device
     skeleton = source.skeleton()
     place_of = {layer: place for place in found for layer in place.layers}
     scales: dict[str, Tensor] = {}
+    replays = Replays(calibration, [around(place.layers) for place in found if _has_to_be_replayed(place, smoother)])
 
     def visit(layer: str, gram: Statistic) -> None:
         place = place_of.get(layer)
-        if place is None or place.norm in scales or not isinstance(gram, Gram):
+        if place is None or place.name in scales or not isinstance(gram, Gram):
             return
         planned = [name for name in place.layers if name in solvers]
         weights = [
@@ -119,21 +139,39 @@ def _survey(
         ]
         coarsest = min(planned, key=lambda name: solvers[name].grid().bits)
         inputs = activations[coarsest].activation_grid() if coarsest in activations else None
+        more: dict[str, Any] = {} if place.same_as is None else {"same_as": place.same_as.to(device)}
+        replayed = around(place.layers)
+        if _has_to_be_replayed(place, smoother):
+            more["output_error"] = replays.output_error(replayed, planned)
         try:
-            s = smoother.smooth(weights, gram, grid=solvers[coarsest].grid(), activation_grid=inputs)
+            s = smoother.smooth(weights, gram, grid=solvers[coarsest].grid(), activation_grid=inputs, **more)
         except ValueError as error:
             raise CompressLabError(f"smoothing what {', '.join(place.layers)} read: {error}") from error
-        bad = ~(torch.isfinite(s) & (s > 0))
-        if bad.any():
-            channel = int(bad.nonzero()[0])
-            raise CompressLabError(
-                f"{type(smoother).__name__} wants to scale channel {channel} of {place.norm} by {float(s[channel])}: "
-                "leave its layers in float with --ignore, or take a recipe that does not smooth"
-            )
-        scales[place.norm] = s
+        if "output_error" in more:
+            replays.forget(replayed)
+        _check_scales(s, place, smoother)
+        scales[place.name] = s
 
-    layerwise.survey(calibration, visit)
-    return {norm: s.clone() for norm, s in scales.items()}  # a survey's own tensors cannot be trained through
+    layerwise.survey(calibration, visit, replays.calls)
+    return {name: s.clone() for name, s in scales.items()}  # a survey's own tensors cannot be trained through
+
+
+def _has_to_be_replayed(place: Place, smoother: Smoother) -> bool:
+    """A single layer's output error is what its Gram matrix says."""
+    return getattr(smoother, "replays", False) and len(place.layers) > 1
+
+
+def _check_scales(s: Tensor, place: Place, smoother: Smoother) -> None:
+    """CompressLabError unless every scale is positive and finite, and the same wherever one channel is read twice."""
+    bad = ~(torch.isfinite(s) & (s > 0))
+    if place.same_as is not None:
+        bad |= s != s[place.same_as.to(s.device)]
+    if bad.any():
+        channel = int(bad.nonzero()[0])
+        raise CompressLabError(
+            f"{type(smoother).__name__} wants to scale channel {channel} of {place.producer} by {float(s[channel])}: "
+            "leave its layers in float with --ignore, or take a recipe that does not smooth"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,18 +192,29 @@ def places(source: Source, plan: Plan, batch: Mapping[str, Tensor]) -> list[Plac
     shared = {*source.tied, *source.tied.values()}
     stored = set(source.weights.names()) - shared
     found = []
-    for norm, constant in constants.items():
-        layers = trace.readers(norm)
-        divided = {f"{norm}.{leaf}": constant if leaf == "weight" else 0.0 for leaf in _own(shell.get_submodule(norm))}
-        touched = {*divided, *(f"{layer}.weight" for layer in layers)}
-        if touched <= stored and set(layers) & set(plan.layers):
-            found.append(Place(norm=norm, layers=layers, divided=divided))
+    for producer in [*constants, *linear_layers(shell)]:
+        module, constant = shell.get_submodule(producer), constants.get(producer, 0.0)
+        divided = {f"{producer}.{leaf}": constant if leaf == "weight" else 0.0 for leaf in own_parameters(module)}
+        for reading in trace.readings(producer):
+            # Layers kept as [in, out] have their groups along out: scaled rows would share a grid with others.
+            if producer not in constants and any(
+                is_transposed(shell.get_submodule(n)) for n in (producer, *reading.layers)
+            ):
+                continue
+            touched = {*divided, *(f"{layer}.weight" for layer in reading.layers)}
+            if touched <= stored and set(reading.layers) & set(plan.layers):
+                found.append(
+                    Place(
+                        producer=producer, layers=reading.layers, channels=reading.channels, divided=divided,
+                        behind_norm=producer in constants,
+                    )
+                )  # fmt: skip
     return found
 
 
 def fold_constant(module: nn.Module) -> float | None:
     """The constant that a norm adds to its weight before it multiplies by it: 0 or 1; None if it is no such norm."""
-    own = _own(module)
+    own = own_parameters(module)
     weight = own.get("weight")
     if weight is None or weight.dim() != 1 or own.keys() - {"weight", "bias"} or dict(module.named_children()):
         return None
@@ -185,81 +234,3 @@ def fold_constant(module: nn.Module) -> float | None:
         if torch.allclose(after, before * c, rtol=1e-4, atol=1e-5):
             return constant
     return None
-
-
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters(recurse=False))
-
-
-class Trace(TorchDispatchMode):
-    """What reads the outputs of a network's norms while it runs. Being a dispatch mode, it sees every operation of torch."""
-
-    def __init__(self, shell: nn.Module, norms: Mapping[str, float]) -> None:
-        super().__init__()
-        self.shell = shell
-        self._outputs: dict[int, tuple[str, Tensor]] = {}  # by identity; kept, so that no other tensor can take it over
-        self._inputs: dict[str, list[str]] = {}  # layer -> the norm whose output it was given, "" for another tensor
-        self._spoilt: set[str] = set()  # norms and layers
-        self._running: list[str] = []  # the norm that runs, if one does
-        self._owner: dict[int, str] = {}  # parameter, by identity -> norm or layer
-        for name, module in linear_layers(shell).items():
-            if is_transposed(module) or type(module).forward is nn.Linear.forward:
-                module.forward = self._reader(name, module)
-                self._owner[id(module.weight)] = name
-        for name in norms:
-            module = shell.get_submodule(name)
-            self._owner |= {id(parameter): name for parameter in _own(module).values()}
-            module.register_forward_pre_hook(self._before(name), with_kwargs=True)
-            module.register_forward_hook(self._after(name))
-
-    def run(self, batch: Mapping[str, Tensor]) -> None:
-        """Send a batch through the network, and look at what it returns."""
-        inputs = {k: v.to("cpu", torch.float32 if v.is_floating_point() else v.dtype) for k, v in batch.items()}
-        # Not inference mode: it would show torch's composite operations, and some of those (dropout) do nothing here.
-        with torch.no_grad(), self:
-            returned = self.shell(**inputs)
-        self._look_through(dict(returned) if isinstance(returned, Mapping) else returned)
-
-    def readers(self, norm: str) -> tuple[str, ...]:
-        """The linear layers that read a norm's output and nothing else; none if there are other readers."""
-        layers = tuple(layer for layer, norms in self._inputs.items() if norm in norms)
-        alone = all(set(self._inputs[layer]) == {norm} for layer in layers)
-        return layers if alone and self._spoilt.isdisjoint({norm, *layers}) else ()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._look_through((args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-    def _look_through(self, values: Any) -> None:
-        for value in tree_leaves(values):
-            if id(value) in self._outputs:
-                self._spoilt.add(self._outputs[id(value)][0])
-            owner = self._owner.get(id(value))
-            if owner is not None and owner not in self._running:
-                self._spoilt.add(owner)
-
-    def _reader(self, name: str, module: nn.Module) -> Any:
-        shape = weight_of(module).shape
-        features = shape[1] if is_transposed(module) else shape[0]
-
-        def forward(x: Tensor) -> Tensor:
-            norm, _ = self._outputs.get(id(x), ("", None))
-            self._inputs.setdefault(name, []).append(norm)
-            return torch.zeros(*x.shape[:-1], features, dtype=x.dtype)
-
-        return forward
-
-    def _before(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(args) != 1 or kwargs:  # with more than one input it is not the norm that was tried
-                self._spoilt.add(name)
-            self._running.append(name)
-
-        return hook
-
-    def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._running.pop()
-            self._outputs[id(output)] = (name, output)
-
-        return hook

@@ -144,6 +144,42 @@ def test_one_step_is_no_search() -> None:
         AWQ(steps=0)
 
 
+def test_channels_that_are_one_share_a_scale() -> None:
+    """Query heads on one value head: loud or not, over all of them."""
+    x, readers = inputs(7), weights(7)
+    same_as = torch.arange(FEATURES // 2).repeat(2)
+    energy = x.double().square().sum(0)
+    pooled = ((energy[: FEATURES // 2] + energy[FEATURES // 2 :]) / 2 / len(x)).sqrt().repeat(2)
+    torch.testing.assert_close(loudness_of(gram_of(x), same_as).double(), pooled, rtol=1e-5, atol=0)
+    method = AWQ(group_size=16)
+    found = method.smooth(readers, gram_of(x), grid=method.grid(), activation_grid=None, same_as=same_as)
+    assert torch.equal(found[: FEATURES // 2], found[FEATURES // 2 :])
+    assert len(found.unique()) > 2
+    plain = rounding_loss(readers, torch.ones(FEATURES), gram_of(x), method.grid())
+    assert rounding_loss(readers, found, gram_of(x), method.grid()) <= plain
+    alone = method.smooth(readers, gram_of(x), grid=method.grid(), activation_grid=None, same_as=torch.arange(FEATURES))
+    torch.testing.assert_close(alone, smooth(method, x, readers), rtol=1e-6, atol=0)
+
+
+def test_a_search_is_by_the_gram_matrix_or_by_the_block() -> None:
+    with pytest.raises(ValueError, match="gram or block, not 'blok'"):
+        AWQ(search="blok")
+    assert AWQ(search="block").replays
+    assert not AWQ().replays
+
+
+def test_int8_statistics_choose_as_well_as_exact_ones() -> None:
+    """There the losses are summed in bfloat16."""
+    x, readers = inputs(8, tokens=300), weights(8)
+    rough = Gram(FEATURES, precision="int8")
+    rough.add_(x)
+    method, exact = AWQ(bits=3, group_size=16), gram_of(x)
+    found = method.smooth(readers, rough, grid=method.grid(), activation_grid=None)
+    best = smooth(method, x, readers)
+    loss, least = (rounding_loss(readers, s, exact, method.grid()) for s in (found, best))
+    assert loss <= least * 1.02
+
+
 # -- the rounding ----------------------------------------------------------------------------------------------------
 
 
