@@ -275,7 +275,7 @@ class Forward(ABC):
         def replay(*args: Any, **kwargs: Any) -> Any:
             walk = self._current()
             output = state.outputs[walk.index]
-            return _withfirst_tensor(output, state.references[walk.index]) if walk.is_reference else output
+            return _with_first(output, state.references[walk.index]) if walk.is_reference else output
 
         block.forward = replay
 
