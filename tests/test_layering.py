@@ -28,9 +28,9 @@ ROWS: list[tuple[str, ...]] = [
     ("methods",),
     ("weights", "wheels"),
     ("recipe", "zoo", "data", "models", "deploy", "report"),
-    ("plan",),
+    ("plan", "training"),
     ("solving",),
-    ("layerwise", "smoothing"),
+    ("layerwise", "smoothing", "aware"),
     ("artifact", "measure", "preflight", "mixed"),
     ("pipeline", "evaluation", "warm"),
     ("cli",),
@@ -122,8 +122,8 @@ def test_search_knows_nothing_but_the_contract_and_numerics(module: str) -> None
 
 
 @pytest.mark.parametrize("module", ALL_BUT_ROOT)
-def test_models_and_data_come_from_three_files(module: str) -> None:
-    files = ("compresslab.models", "compresslab.data.hub", "compresslab.zoo")
+def test_models_and_data_come_from_four_files(module: str) -> None:
+    files = ("compresslab.models", "compresslab.training", "compresslab.data.hub", "compresslab.zoo")
     if module in files or within(module, "compresslab.deploy"):
         return
     assert not outsiders(module) & {"transformers", "datasets", "tokenizers", "huggingface_hub"}

@@ -4,8 +4,8 @@ A *method* is one paper in one file: a frozen dataclass whose fields are its set
 and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
 recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
 
-There are two kinds, in the order in which a recipe's steps may name them: any number of *smoothers*, and one *solver*. Most
-methods are solvers: they see one linear layer at a time, and all they learn of the data is the
+There are three kinds. A recipe's steps name any number of *smoothers*, and then one method that rounds: a *solver*, or one of
+*quantisation-aware training*, which trains the network with its rounding in place (aware.py). Most methods are solvers: they see one linear layer at a time, and all they learn of the data is the
 Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
 
     class MyRounding(frozen dataclass):
@@ -23,6 +23,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from compresslab.numerics.fake_quantize import FakeQuantizer
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.grid import Grid, QuantWeight
 
@@ -63,16 +64,21 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class Solver(Method, Protocol):
-    """A method that works on one linear layer at a time."""
+class Rounding(Method, Protocol):
+    """A method that puts weights on a grid."""
 
     def grid(self) -> Grid:
-        """The grid of the weights that `solve` returns."""
+        """The grid of the weights that come out."""
         ...
 
     def activation_grid(self) -> Grid | None:
         """The grid on which the runtime rounds the layer's input, or None if the input stays in float."""
         ...
+
+
+@runtime_checkable
+class Solver(Rounding, Protocol):
+    """A method that works on one linear layer at a time."""
 
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
@@ -90,6 +96,19 @@ class Solver(Method, Protocol):
         Raises:
             ValueError: if the layer cannot be handled; the driver adds the layer's name.
         """
+        ...
+
+
+@runtime_checkable
+class AwareTraining(Rounding, Protocol):
+    """A method that trains a network while its weights and inputs are rounded, and says how they are."""
+
+    def weight_quantizer(self, rows: int, scale_dtype: torch.dtype) -> FakeQuantizer:
+        """What rounds a weight [rows, in] during the training."""
+        ...
+
+    def input_quantizer(self, scale_dtype: torch.dtype) -> FakeQuantizer | None:
+        """What rounds a layer's input during the training; None leaves it in float."""
         ...
 
 

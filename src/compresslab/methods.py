@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from compresslab.contract import Method, Solver
+from compresslab.contract import Method, Rounding
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.awq import AWQ
+from compresslab.quantize.dorefa import DoReFa
 from compresslab.quantize.gptq import GPTQ
+from compresslab.quantize.lsq import LSQ
+from compresslab.quantize.pact import PACT
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.rtn import RTN
 from compresslab.quantize.smoothquant import SmoothQuant
+from compresslab.quantize.ste import STE
 
 METHODS: dict[str, type] = {
     "rtn": RTN,
@@ -23,6 +27,10 @@ METHODS: dict[str, type] = {
     "awq": AWQ,
     "smoothquant": SmoothQuant,
     "qep": QEP,
+    "ste": STE,
+    "lsq": LSQ,
+    "pact": PACT,
+    "dorefa": DoReFa,
 }
 
 
@@ -42,7 +50,7 @@ def build(name: str, settings: dict[str, Any]) -> Method:
         _check_type(name, key, value, str(fields[key].type))
     try:
         method = cls(**settings)
-        if isinstance(method, Solver):
+        if isinstance(method, Rounding):
             method.grid()
             method.activation_grid()
     except ValueError as error:

@@ -263,6 +263,24 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
         return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 
+def materialise(source: Source) -> nn.Module:
+    """The whole network of a source in float32, in eval mode, with parameters that can be trained.
+
+    Optional parts that the checkpoint lacks (an encoder's pooler) are zero.
+    """
+    model = source.skeleton()
+    stored = set(source.weights.names())
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = source.weights.get(name).float() if name in stored else torch.zeros(parameter.shape)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(source.weights.get(name))
+    tie_weights(model)
+    return model
+
+
 def decompress_(model: nn.Module) -> None:
     """Have transformers multiply out compressed weights now that it would on the first forward."""
     if hasattr(model, "ct_decompress_hook"):

@@ -114,6 +114,21 @@ class QuantWeight:
         return self.grid.bits + (scale_bits + zero_bits + index_bits) / self.codes.numel()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantInput:
+    """How the runtime rounds the input of a layer.
+
+    Attributes:
+        grid: one scale for the "tensor", for each "token", or for each "group" of a token's channels.
+        scale: [1], in the dtype it is stored in; None where the runtime fits scales itself, to the extremes it meets.
+        zero_point: int8 [1]; None for a symmetric grid, and where `scale` is None.
+    """
+
+    grid: Grid
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+
 def per_element(
     scale: Tensor, zero_point: Tensor | None, shape: Sequence[int], group_index: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
