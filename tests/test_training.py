@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
+import tiny
 from compresslab.errors import CompressLabError
-from compresslab.training import Record, Training, collate, split, train_
+from compresslab.recipe import Training
+from compresslab.training import Record, collate, split, train_
 
 SETTINGS = Training(steps=12, learning_rate=3e-3, batch=4, checks=4)
 

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from compresslab import models
 from compresslab.contract import Along, AwareTraining, Solution
+from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.numerics.fake_quantize import FakeQuantizer
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
-from compresslab.training import Example, Record, Training, collate, split, train_
+from compresslab.recipe import Training
+from compresslab.training import Record, collate, split, train_
 from compresslab.weights import MemoryWeights
 
 WATCHED_BATCHES = 8

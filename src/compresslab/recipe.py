@@ -18,6 +18,9 @@
 `layers` belongs to the step that rounds: shell patterns of layer names, and the settings in which these layers differ from
 the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one counts, and only that one.
 
+A recipe whose rounding step trains (ste, lsq, pact, dorefa) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
+Training.
+
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
 else can be constructed from it.
 """
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -35,7 +39,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import Method, Solver
+from compresslab.contract import AwareTraining, Method, Rounding
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
@@ -63,7 +67,7 @@ class Step(BaseModel):
         settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
         method = methods.build(raw["method"], settings)
         filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
-        if isinstance(method, Solver):
+        if isinstance(method, Rounding):
             return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
         if "layers" in raw:
             raise CompressLabError(f"method {raw['method']} has no 'layers': they belong to the step that rounds")
@@ -117,6 +121,38 @@ class CalibrationSize(Strict):
     sequence_length: int = Field(default=512, ge=2)
 
 
+class Training(Strict):
+    """How long and how fast to train.
+
+    Attributes:
+        steps: of the optimiser; or `epochs`, passes over the examples. 3 epochs where neither is said.
+        warmup: share of the steps over which the learning rate rises from 0, before it falls to 0 along a cosine.
+        batch: examples in one step.
+        checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
+        held_back: share of the examples that only this loss sees.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, lt=10)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    batch: int = Field(default=16, ge=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    checks: int = Field(default=10, ge=1)
+    held_back: float = Field(default=0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.steps is not None and self.epochs is not None:
+            raise CompressLabError("training: name steps or epochs, not both")
+        return self
+
+    def steps_for(self, examples: int) -> int:
+        """Steps of the optimiser over this many examples."""
+        return self.steps or math.ceil(math.ceil(examples / self.batch) * (self.epochs or 3.0))
+
+
 class Recipe(Strict):
     """A recipe as it will run."""
 
@@ -126,12 +162,22 @@ class Recipe(Strict):
     steps: tuple[Step, ...] = Field(min_length=1, strict=False)
     ignore: tuple[str, ...] = Field(default=("@outside-blocks",), strict=False)
     calibration: CalibrationSize = CalibrationSize()
+    training: Training | None = None
     expect: dict[str, dict[str, list[float]]] = {}
+
+    @model_validator(mode="after")
+    def _trains(self) -> Recipe:
+        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining)]
+        if self.training is not None and not trains:
+            raise CompressLabError("'training' belongs to a recipe with a method that trains, such as lsq; this one has none")
+        if self.training is None and trains:
+            object.__setattr__(self, "training", Training())  # written down as it will run, like every other default
+        return self
 
     @property
     def rounding(self) -> Step:
         """The step that rounds. StopIteration if there is none, which the pipeline refuses first."""
-        return next(step for step in self.steps if isinstance(step.build(), Solver))
+        return next(step for step in self.steps if isinstance(step.build(), Rounding))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -165,7 +211,8 @@ class Recipe(Strict):
 
 def _settings_of(raw: dict[str, Any]) -> list[str]:
     own = [key for step in raw["steps"] for key in step if key != "method"]
-    return [*own, "ignore", "calibration.samples", "calibration.sequence_length"]
+    inner = [f"{block}.{key}" for block in ("calibration", "training") for key in raw.get(block) or ()]
+    return [*own, "ignore", *inner]
 
 
 def shipped() -> dict[str, Path]:
@@ -215,6 +262,6 @@ def _first_fault(error: ValidationError) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] != "extra_forbidden":
         return f"{path}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
-    known = [*Recipe.model_fields, *CalibrationSize.model_fields]
+    known = [*Recipe.model_fields, *CalibrationSize.model_fields, *Training.model_fields]
     near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
     return f"unknown key '{path}'" + (f": did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")

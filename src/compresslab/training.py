@@ -15,60 +15,27 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
+from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
+from compresslab.recipe import Training
 
-Example = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 WEIGHTS = "model.safetensors"
 WRITTEN = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")  # of a whole checkpoint
 IGNORED_LABEL = -100
-
-
-class Training(BaseModel):
-    """How long and how fast to train.
-
-    Attributes:
-        steps: of the optimiser; or `epochs`, passes over the examples. 3 epochs where neither is said.
-        warmup: share of the steps over which the learning rate rises from 0, before it falls to 0 along a cosine.
-        batch: examples in one step.
-        checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
-        held_back: share of the examples that only this loss sees.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
-    learning_rate: float = Field(default=1e-4, gt=0, lt=10)
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    batch: int = Field(default=16, ge=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    checks: int = Field(default=10, ge=1)
-    held_back: float = Field(default=0.1, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Training:
-        if self.steps is not None and self.epochs is not None:
-            raise CompressLabError("training: name steps or epochs, not both")
-        return self
-
-    def steps_for(self, examples: int) -> int:
-        """Steps of the optimiser over this many examples."""
-        return self.steps or math.ceil(math.ceil(examples / self.batch) * (self.epochs or 3.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +100,8 @@ def train_(
     trainer.loss = loss
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # progress and results are ours to tell
     model.train()
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
@@ -140,6 +109,7 @@ def train_(
     except _NotFinite as stop:
         notice = _back_to_best_(trainer, stop, settings)
     finally:
+        transformers_logging.set_verbosity(verbosity)
         model.eval()
     state = trainer.state
     losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
@@ -231,9 +201,11 @@ class _Trainer(transformers.Trainer):
 
     loss: Loss | None = None
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if self.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, **more)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = self.loss(model, inputs)
         return (found, {}) if return_outputs else found
 
@@ -260,6 +232,7 @@ class _Trainer(transformers.Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        assert isinstance(self.model, nn.Module)
         tensors = state_dict if state_dict is not None else self.model.state_dict()
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from compresslab.contract import AwareTraining
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import fake_quantize as oracle
 from torch import Tensor, nn
 
+from compresslab.contract import AwareTraining
 from compresslab.methods import METHODS
 from compresslab.numerics.fake_quantize import FakeQuantizer, fake_quantize
 from compresslab.numerics.grid import Grid, QuantWeight
@@ -20,6 +19,7 @@ from compresslab.quantize.dorefa import DoReFa
 from compresslab.quantize.lsq import LSQ
 from compresslab.quantize.pact import PACT
 from compresslab.quantize.ste import STE
+from oracles import fake_quantize as oracle
 
 LAWS = settings(max_examples=25, deadline=None)
 AWARE: list[Any] = [STE, LSQ, PACT, DoReFa]
