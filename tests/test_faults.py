@@ -145,7 +145,10 @@ def written(folder: Path, text: str) -> Path:
         ("a: [1\nb: }", r"is not YAML: "),
         ("name: a\nname\n", r"is not YAML: "),
         ("\x00", r"is not YAML: "),
-        ("name: a\nversion: 1\nsteps: [{method: rtn, bits: 8, activation_bits: 8, symmetric: false}]\n", r"symmetric=true"),
+        ("name: a\nversion: 1\nsteps: [{method: static, granularity: channel}, {method: rtn}]\n", r"integer product sums over"),
+        ("name: a\nversion: 1\nsteps: [{method: static}, {method: dynamic}, {method: rtn}]\n", r"at most one for activations"),
+        ("name: a\nversion: 1\nsteps: [{method: dynamic}, {method: smoothquant}, {method: rtn}]\n", r"between them"),
+        ("name: a\nversion: 1\nsteps: [{method: dynamic, layers: {q: {}}}, {method: rtn}]\n", r"'q' .* matches no linear"),
     ],
 )  # fmt: skip
 def test_recipe_that_is_wrong(shell: Shell, tmp_path: Path, text: str, pattern: str) -> None:

@@ -530,9 +530,6 @@ class Recorder:
     def grid(self) -> Any:
         return self._rtn.grid()
 
-    def activation_grid(self) -> Any:
-        return None
-
     def solve(self, weight: Tensor, gram: Gram | None, **more: Any) -> Solution:
         self.grams.append(None if gram is None else (gram.matrix.clone(), gram.tokens))
         return self._rtn.solve(weight, gram, **more)
@@ -601,7 +598,9 @@ def test_units_are_written_once_in_network_order_and_whole() -> None:
 def test_conv1d_weights_are_solved_as_out_by_in() -> None:
     """GPT-2 keeps [in, out]: the solver must see [out, in], and the forward must get it back."""
     model = tiny.make("gpt2")
-    sink = tiny.solve(model, tiny.token_batches(2), encode=lambda name, weight, module: {"codes": weight.codes})
+    sink = tiny.solve(
+        model, tiny.token_batches(2), encode=lambda name, weight, module, rounding: {"codes": weight.codes}
+    )
     for name, found in sink.solved.items():
         weight = model.get_submodule(name).weight.detach()
         assert tuple(found.weight.codes.shape) == tuple(weight.shape)[::-1]

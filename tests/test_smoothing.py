@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import tiny
 from compresslab import models, pipeline
+from compresslab.activations.dynamic import Dynamic
 from compresslab.artifact import Artifact, Writer
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, is_transposed
@@ -367,10 +368,12 @@ def test_what_a_smoother_is_told() -> None:
     model = network("llama")
     batches = tiny.token_batches(6, size=2)
     calibration = calibration_of(model, batches, (OUTSIDE, "*.k_proj"))
-    solvers: dict[str, Any] = dict.fromkeys(calibration.plan.layers, RTN(bits=8, activation_bits=8))
+    solvers: dict[str, Any] = dict.fromkeys(calibration.plan.layers, RTN(bits=8))
+    activations: dict[str, Any] = dict.fromkeys(calibration.plan.layers, Dynamic())
     solvers["model.layers.1.mlp.up_proj"] = RTN(bits=4, group_size=16)
+    del activations["model.layers.1.mlp.up_proj"]
     asked = _Asked()
-    smoothed(calibration, [asked], solvers)
+    smoothed(calibration, [asked], solvers, activations)
     assert len(asked.questions) == 4
     block = model.model.layers[0]
     weights, gram, grid, activation_grid = asked.questions[0]
@@ -382,7 +385,7 @@ def test_what_a_smoother_is_told() -> None:
     assert gram.tokens == 6 * 16
     torch.testing.assert_close(gram.matrix, x.t() @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(gram.largest, x.abs().amax(0))
-    assert (grid, activation_grid) == (RTN().grid(), RTN(activation_bits=8).activation_grid())
+    assert (grid, activation_grid) == (RTN().grid(), Dynamic().activation_grid())
     assert asked.questions[3][2:] == (RTN(bits=4, group_size=16).grid(), None)  # the coarsest of two
 
 
@@ -457,11 +460,12 @@ def test_the_hash_is_that_of_the_weights_and_of_all_that_is_done_to_them() -> No
 
 # -- from a model to an artifact -------------------------------------------------------------------------------------
 
-W8A8 = {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True, "activation_bits": 8}
+A8 = {"method": "dynamic", "bits": 8}
+W8 = {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True}
 W4 = {"bits": 4, "group_size": 16, "symmetric": False}
 STEPS: dict[str, list[dict[str, Any]]] = {
-    "w8a8": [W8A8],
-    "w8a8-smoothquant": [{"method": "smoothquant"}, W8A8],
+    "w8a8": [A8, W8],
+    "w8a8-smoothquant": [{"method": "smoothquant"}, A8, W8],
     "w4": [{"method": "rtn", **W4}],
     "w4-awq": [{"method": "awq", **W4}],
     "w4-smoothquant-gptq": [{"method": "smoothquant"}, {"method": "gptq", **W4}],

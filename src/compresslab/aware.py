@@ -16,18 +16,20 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compresslab import models
-from compresslab.contract import Along, AwareTraining, Solution
+from compresslab.contract import Along, AwareTraining, InputSolution, Observer, Paper, Solution
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.numerics.fake_quantize import FakeQuantizer
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
+from compresslab.quantize.ste import STE
 from compresslab.recipe import Training
 from compresslab.training import Record, collate, split, train_
 from compresslab.weights import MemoryWeights
@@ -72,20 +74,62 @@ class QuantLinear(nn.Linear):
         return QuantInput(grid=quantizer.grid, scale=scale.cpu(), zero_point=zero_point)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Trained:
+class _Both:
+    """A layer's solver and its activation quantizer in one, as training with rounding fixes both."""
+
+    paper: ClassVar[Paper] = STE.paper
+    needs_data: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+
+    def observer(self, features: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Untrained(_Both):
+    """What stands for a layer's solver until the training is over. It knows the grids, so that all can be planned."""
+
+    method: AwareTraining
+
+    def grid(self) -> Grid:
+        return self.method.grid()
+
+    def activation_grid(self) -> Grid:
+        grid = self.method.activation_grid()
+        assert grid is not None, "its input stays in float"
+        return grid
+
+    def solve(
+        self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
+    ) -> Solution:
+        raise AssertionError("the training comes first")
+
+    def fit(self, observer: Observer | None, *, scale_dtype: torch.dtype) -> InputSolution:
+        raise AssertionError("the training comes first")
+
+
+@dataclass(frozen=True, eq=False)
+class Trained(_Both):
     """The solver of a layer whose codes were trained: it has them already."""
 
     weight: QuantWeight
+    input: QuantInput | None
     note: str = ""
 
     def grid(self) -> Grid:
         return self.weight.grid
 
+    def activation_grid(self) -> Grid:
+        assert self.input is not None, "its input stays in float"
+        return self.input.grid
+
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
     ) -> Solution:
         return Solution(weight=self.weight, note=self.note)
+
+    def fit(self, observer: Observer | None, *, scale_dtype: torch.dtype) -> InputSolution:
+        return InputSolution(input=self.input)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +138,11 @@ class Outcome:
 
     Attributes:
         source: the trained network, before rounding.
-        weights: the codes of every planned layer.
-        inputs: how the runtime rounds the input of every layer whose input is rounded.
+        layers: the codes of every planned layer, and how the runtime rounds its input.
     """
 
     source: Source
-    weights: dict[str, QuantWeight]
-    inputs: dict[str, QuantInput]
+    layers: dict[str, Trained]
     record: Record
 
 
@@ -140,7 +182,9 @@ def train(
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         found: Tensor = network(**batch).loss
-        penalties = [p for quantizer in quantizers if (p := quantizer.penalty()) is not None] if network.training else []
+        penalties = (
+            [p for quantizer in quantizers if (p := quantizer.penalty()) is not None] if network.training else []
+        )
         return found + torch.stack(penalties).sum() if penalties else found
 
     def step(progress: float) -> None:
@@ -153,8 +197,10 @@ def train(
     )
     return Outcome(
         source=dataclasses.replace(source, weights=MemoryWeights(_trained_tensors(model, source))),
-        weights={name: layer.weight_as_codes() for name, layer in layers.items()},
-        inputs={name: found for name, layer in layers.items() if (found := layer.input_as_grid()) is not None},
+        layers={
+            name: Trained(layer.weight_as_codes(), layer.input_as_grid(), record.notice)
+            for name, layer in layers.items()
+        },
         record=record,
     )
 
@@ -195,4 +241,8 @@ def watch_(model: nn.Module, layers: Mapping[str, QuantLinear], examples: Sequen
 def _trained_tensors(model: nn.Module, source: Source) -> dict[str, Tensor]:
     """The network's tensors without those of the fake quantisers, in the dtypes that they are stored in."""
     values = model.state_dict()
-    return {name: values[name].to("cpu", source.weights.get(name).dtype) for name in source.weights.names() if name in values}
+    return {
+        name: values[name].to("cpu", source.weights.get(name).dtype)
+        for name in source.weights.names()
+        if name in values
+    }

@@ -4,8 +4,10 @@ A *method* is one paper in one file: a frozen dataclass whose fields are its set
 and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
 recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
 
-There are three kinds. A recipe's steps name any number of *smoothers*, and then one method that rounds: a *solver*, or one of
-*quantisation-aware training*, which trains the network with its rounding in place (aware.py). Most methods are solvers: they see one linear layer at a time, and all they learn of the data is the
+There are three kinds, in the order in which a recipe's steps may name them: any number of *smoothers*, at most one
+*activation quantizer*, which says how the runtime rounds the inputs of layers, and one method that rounds weights. That is a
+*solver*, or one of quantisation-*aware training*, which trains the network with its rounding in place, of weights and of
+inputs (aware.py). Most methods are solvers: they see one linear layer at a time, and all they learn of the data is the
 Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
 
     class MyRounding(frozen dataclass):
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from compresslab.numerics.fake_quantize import FakeQuantizer
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, QuantWeight
+from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 
 Along = Literal["in", "out"]
 
@@ -71,10 +73,6 @@ class Rounding(Method, Protocol):
         """The grid of the weights that come out."""
         ...
 
-    def activation_grid(self) -> Grid | None:
-        """The grid on which the runtime rounds the layer's input, or None if the input stays in float."""
-        ...
-
 
 @runtime_checkable
 class Solver(Rounding, Protocol):
@@ -102,6 +100,10 @@ class Solver(Rounding, Protocol):
 @runtime_checkable
 class AwareTraining(Rounding, Protocol):
     """A method that trains a network while its weights and inputs are rounded, and says how they are."""
+
+    def activation_grid(self) -> Grid | None:
+        """The grid on which inputs are rounded, or None if they stay in float."""
+        ...
 
     def weight_quantizer(self, rows: int, scale_dtype: torch.dtype) -> FakeQuantizer:
         """What rounds a weight [rows, in] during the training."""
@@ -135,6 +137,56 @@ class Smoother(Method, Protocol):
         ...
 
 
+@runtime_checkable
+class Observer(Protocol):
+    """What an activation quantizer wants to know of one input, gathered batch by batch as the calibration text passes.
+
+    Its size must not depend on how many tokens it has seen.
+    """
+
+    def add_(self, x: Tensor) -> None:
+        """Take in the tokens x [..., in], of any float dtype."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSolution:
+    """How the runtime shall round one layer's input.
+
+    Attributes:
+        input: None where the input must stay in float, which the note then gives the reason for.
+        note: anything out of the ordinary that the report must tell, else "".
+    """
+
+    input: QuantInput | None
+    note: str = ""
+
+
+@runtime_checkable
+class ActivationQuantizer(Method, Protocol):
+    """A method that says how the runtime rounds the inputs of layers. Any solver may round the weights beside it."""
+
+    def activation_grid(self) -> Grid:
+        """The grid on which the runtime rounds the input."""
+        ...
+
+    def observer(self, features: int) -> Observer | None:
+        """What shall watch an input of this width during calibration; None if the runtime fits its own scales."""
+        ...
+
+    def fit(self, observer: Observer | None, *, scale_dtype: torch.dtype) -> InputSolution:
+        """What to round with, from what was seen.
+
+        Args:
+            observer: None for a method without data, and for a layer that no calibration token reached.
+            scale_dtype: the dtype in which scales are stored.
+
+        Raises:
+            ValueError: if the input cannot be handled; the driver adds the layer's name.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord:
     """What happened to one layer. Lengths in bytes are those of the tensors on disk.
@@ -144,6 +196,7 @@ class LayerRecord:
             tokens when there were any (`sqnr_of` = "output"), of the weight itself otherwise (`sqnr_of` = "weight").
         nonzero_frac: share of weights that are not exactly zero.
         seconds: time of the solve, without the forward and the Gram matrix.
+        activation_bits: width of the codes that the runtime rounds the layer's input to; None if that stays in float.
     """
 
     name: str
@@ -157,6 +210,7 @@ class LayerRecord:
     sqnr_of: str
     seconds: float
     note: str = ""
+    activation_bits: int | None = None
 
 
 Batches = Sequence[dict[str, Tensor]]

@@ -211,6 +211,10 @@ class Forward(ABC):
         """What the last of these blocks returned in an earlier run."""
         return None
 
+    def _observers(self, features: int) -> dict[Any, Any]:
+        """What shall watch an input of this width beside its Gram matrix, by who asked for it."""
+        return {}
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
@@ -272,6 +276,7 @@ class Forward(ABC):
         gram = self.grams.get(stop.layer)
         if gram is None:
             gram = Gram(x.shape[-1], precision=self.calibration.gram_precision, device=x.device)
+            gram.observers = self._observers(x.shape[-1])
             self.grams[stop.layer] = gram
         try:
             gram.add_(_real_tokens(x, walk.batch.get("attention_mask")))
@@ -339,6 +344,10 @@ class Compression(Forward):
 
     def _state(self, done: Sequence[str]) -> BlockState | None:
         return self.job.sink.last_state(done)
+
+    def _observers(self, features: int) -> dict[Any, Any]:
+        asked = dict.fromkeys(self.job.activations.values())
+        return {quantizer: seen for quantizer in asked if (seen := quantizer.observer(features)) is not None}
 
     def _solve(self, layer: str, gram: Gram | None) -> None:
         solved = solve_layer(self.job, layer, self.layers[layer][1], gram)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from compresslab.contract import Method, Rounding
+from compresslab.activations.dynamic import Dynamic
+from compresslab.activations.static import Static
+from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.dorefa import DoReFa
@@ -27,6 +29,8 @@ METHODS: dict[str, type] = {
     "awq": AWQ,
     "smoothquant": SmoothQuant,
     "qep": QEP,
+    "static": Static,
+    "dynamic": Dynamic,
     "ste": STE,
     "lsq": LSQ,
     "pact": PACT,
@@ -52,6 +56,7 @@ def build(name: str, settings: dict[str, Any]) -> Method:
         method = cls(**settings)
         if isinstance(method, Rounding):
             method.grid()
+        if isinstance(method, ActivationQuantizer | AwareTraining):
             method.activation_grid()
     except ValueError as error:
         raise CompressLabError(f"method {name}: {error}") from None

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import layerwise, methods, models
-from compresslab.contract import Along, Smoother, Solver
+from compresslab.contract import ActivationQuantizer, Along, Smoother, Solver
 from compresslab.deploy.compressed_tensors import Layout
 from compresslab.errors import CompressLabError, unknown
 from compresslab.measure import size
@@ -79,7 +79,8 @@ def parse_budget(text: str) -> Budget:
 
 def share_out(
     calibration: Pass, recipe: Recipe, solvers: Mapping[str, Solver], budget: Budget, *, sensitivity: str = "gram",
-    smoothers: Sequence[Smoother] = (), on_layer: Callable[[str], None] = lambda name: None,
+    smoothers: Sequence[Smoother] = (), activations: Mapping[str, ActivationQuantizer] | None = None,
+    on_layer: Callable[[str], None] = lambda name: None,
 ) -> Recipe:  # fmt: skip
     """The recipe with the `layers` that do least damage within the budget.
 
@@ -87,6 +88,7 @@ def share_out(
         solvers: what the recipe as it is would round every planned layer with.
         sensitivity: "gram" for the noise of each layer's output, "kl" for what leaving one layer out does to the logits.
         smoothers: the recipe's own; what is surveyed is the smoothed network.
+        activations: what rounds the inputs of layers; the survey leaves them in float.
 
     Raises:
         CompressLabError: a method without a choice of bits, a format that cannot mix them, or a budget that is too small
@@ -97,8 +99,9 @@ def share_out(
     step = recipe.rounding
     widths = _solvers_by_width(step)
     if smoothers:
-        calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers))
-    layout, damage = _layout(solvers, widths, calibration, step), _damage(sensitivity, calibration, recipe)
+        calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers, activations))
+    layout = _layout(solvers, activations, widths, calibration, step)
+    damage = _damage(sensitivity, calibration, recipe)
     survey = Survey(calibration, step, widths, layout, damage)
     books = _books(calibration, budget)
     options = survey.options(count_headers=budget.unit == "MB", on_layer=on_layer)
@@ -132,7 +135,8 @@ def _solvers_by_width(step: Step) -> dict[str, Solver]:
 
 
 def _layout(
-    solvers: Mapping[str, Solver], widths: Mapping[str, Solver], calibration: Pass, step: Step
+    solvers: Mapping[str, Solver], activations: Mapping[str, ActivationQuantizer] | None,
+    widths: Mapping[str, Solver], calibration: Pass, step: Step,
 ) -> Layout:  # fmt: skip
     """How an artifact of many widths is written. CompressLabError if the format cannot hold one, before any work."""
     turns = list(widths.values())
@@ -140,7 +144,7 @@ def _layout(
         name: solver if differing_settings(step.layers, name) else turns[i % len(turns)]
         for i, (name, solver) in enumerate(solvers.items())
     }
-    layout, skeleton = Layout(trial), calibration.source.skeleton()
+    layout, skeleton = Layout(trial, activations), calibration.source.skeleton()
     for name in trial:
         layout.check_module(name, skeleton.get_submodule(name))
     return layout

@@ -314,6 +314,16 @@ def quiet_transformers() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def classes_of_texts(source: Source) -> dict[int, str]:
+    """The classes that a model sorts texts into, by number. CompressLabError if it is no such model."""
+    if not source.architecture.endswith("ForSequenceClassification") or source.config.problem_type == "regression":
+        raise CompressLabError(
+            f"{source.name} ({source.architecture}) is neither a causal language model nor a classifier of texts: to train it, "
+            "give compress() a data set object whose items are dicts of what it takes, with 'labels'"
+        )
+    return {int(number): str(name) for number, name in (source.config.id2label or {}).items()}
+
+
 def is_language_model(model: nn.Module) -> bool:
     """Whether a model predicts the next token, so that perplexity and decoding make sense of it."""
     return type(model).__name__.endswith("ForCausalLM") or type(model).__name__.endswith("LMHeadModel")

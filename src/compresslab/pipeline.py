@@ -1,7 +1,7 @@
 """compress(): the whole data flow on one page.
 
-    read -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer, writing codes -> assemble
-         -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
+    read -> plan and preflight -> (share out a budget) -> smooth -> (train) -> calibrate -> solve layer by layer, writing codes
+         -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
 """
@@ -22,20 +22,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from compresslab import aware, layerwise, mixed, models, preflight, solving
 from compresslab import data as datasets
-from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
-from compresslab.contract import Smoother, Solver
-from compresslab.deploy.compressed_tensors import Layout, scheme_of
+from compresslab.contract import ActivationQuantizer, AwareTraining, Smoother, Solver
+from compresslab.deploy.compressed_tensors import Layout
 from compresslab.errors import CompressLabError
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
-from compresslab.plan import Plan, make_plan
-from compresslab.recipe import Recipe
+from compresslab.plan import Plan, check_patterns, make_plan
+from compresslab.recipe import FLOAT, Recipe, differing_settings
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
 from compresslab.smoothing import smoothed
+from compresslab.training import collate
 
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
@@ -51,7 +52,7 @@ class Progress:
 def compress(
     model: str | Path | nn.Module,
     recipe: str | Path | Recipe = recipes.DEFAULT,
-    data: str | datasets.Calibration | None = "wiki",
+    data: Any = "wiki",
     *,
     out: str | Path,
     settings: dict[str, Any] | None = None,
@@ -70,7 +71,8 @@ def compress(
         model: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed.
         recipe: a shipped recipe's name, a YAML file, or a Recipe.
         data: text for calibration and evaluation (see data/), or a ready Calibration; a method without data uses it
-            for the evaluation only. None leaves both out.
+            for the evaluation only. None leaves both out. A method that trains a classifier takes texts with labels, or
+            any data set object whose items are dicts of what the model takes, with "labels".
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
         budget: "3.5bits" per weight or "80MB" of weight files: choose the bits of every layer to stay within it.
@@ -92,45 +94,54 @@ def compress(
         chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
         chosen = chosen.override(settings) if settings else chosen
         stages = _stages(chosen)
+        if wanted is not None and stages.trains:
+            raise CompressLabError(f"a budget chooses among roundings without training: {stages.name} trains")
         source = models.find(model)
         check_output(out, force, source.folder)
-        plan, solvers, layout = _planned(source, chosen)
-        windows = _windows(source, data, evaluation_windows) if measure else None
-        calibration = _calibration(source, stages, chosen, data, seed)
-        tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, 0)
+        plan, methods, layout = _planned(source, chosen)
+        found = _data(source, stages, chosen, data, seed)
+        windows = _windows(source, data, evaluation_windows) if measure and found.labelled is None else None
+        calibration = found.calibration
         surveys = len(stages.smoothers) + (wanted is not None)
-        preflight.check(preflight.estimate(source, plan, solvers, *tokens, where, surveys), out)
+        preflight.check(_needs(source, plan, methods, chosen, found, where, surveys), out)
 
     eligible = plan.layers
     if wanted is not None:
         with clock("share out"):
             progress.stage("survey", len(eligible))
             chosen = mixed.share_out(
-                _pass(source, plan, calibration, where), chosen, solvers, wanted, sensitivity=sensitivity,
-                smoothers=stages.smoothers, on_layer=progress.step,
+                _pass(source, plan, calibration, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
+                smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
             )  # fmt: skip
-            plan, solvers, layout = _planned(source, chosen)
+            plan, methods, layout = _planned(source, chosen)
 
-    key = _key(source, chosen, calibration, seed, where)
+    key = _key(source, chosen, found.labelled or calibration, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
-        job = _job(_pass(source, plan, calibration, where), stages, solvers, layout, writer, progress)
+        job = _job(_pass(source, plan, calibration, where), stages, methods, layout, writer, progress)
         if stages.smoothers:
             with clock("smooth"):
                 progress.stage("smooth", 1)
-                job = dataclasses.replace(job, source=smoothed(job, stages.smoothers, solvers))
+                job = dataclasses.replace(
+                    job, source=smoothed(job, stages.smoothers, methods.solvers, methods.activations)
+                )
                 progress.step("the inputs of layers")
+        training: dict[str, Any] = {}
+        if stages.trains:
+            with clock("train"):
+                job, training = _trained(job, chosen, found.examples, writer, seed, progress)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
             for record in writer.records():
                 progress.step(record.name)
             layerwise.run(job)
         with clock("write"):
-            folder = writer.assemble(source, layout.config(list(plan.skipped)))
+            in_float = [record.name for record in writer.records() if record.activation_bits is None]
+            folder = writer.assemble(source, layout.config(list(plan.skipped), in_float))
             if wanted is not None:
                 mixed.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, windows, data, measure, where, progress)
+            before, after = _measure(original, folder, writer, windows, found.labelled, data, measure, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -138,7 +149,7 @@ def compress(
             title=f"{source.name}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
             model=_describe(source),
-            data=None if calibration is None else _data_fields(calibration),
+            data=found.fields(training),
             environment=environment.describe(where),
             seconds=clock.seconds,
             before=(*sizes[0], *(before.measurements if before else ())),
@@ -166,9 +177,9 @@ def plan_only(
     chosen = chosen.override(settings) if settings else chosen
     stages = _stages(chosen)
     source = models.find(model)
-    plan, solvers, _ = _planned(source, chosen)
+    plan, methods, _ = _planned(source, chosen)
     tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if stages.needs_data else (0, 0)
-    estimate = preflight.estimate(source, plan, solvers, *tokens, pick_device(device), len(stages.smoothers))
+    estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
     return plan, estimate, chosen
 
 
@@ -205,51 +216,87 @@ class Stages:
 
     name: str
     smoothers: tuple[Smoother, ...]
+    activations: ActivationQuantizer | None
     solver: Solver
 
     @property
+    def trains(self) -> bool:
+        return isinstance(self.solver, aware.Untrained)
+
+    @property
     def needs_data(self) -> bool:
-        return bool(self.smoothers) or self.solver.needs_data
+        rounding = [method for method in (self.activations, self.solver) if method is not None]
+        return bool(self.smoothers) or any(method.needs_data for method in rounding)
+
+
+def _to_plan(method: Any) -> Any:
+    """A method as it is planned with: one that trains knows its grids, and no more until it has trained."""
+    return aware.Untrained(method) if isinstance(method, AwareTraining) else method
 
 
 def _stages(recipe: Recipe) -> Stages:
-    """CompressLabError unless the steps are any number of smoothers and then one solver."""
-    *before, (name, solver) = [(step.method, step.build()) for step in recipe.steps]
+    """CompressLabError unless the steps are any number of smoothers, at most one activation quantizer, and one solver."""
+    *before, (name, solver) = [(step.method, _to_plan(step.build())) for step in recipe.steps]
     smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
-    if not isinstance(solver, Solver) or len(smoothers) < len(before):
+    quantizers = [method for _, method in before if isinstance(method, ActivationQuantizer)]
+    in_order = all(isinstance(method, Smoother) for _, method in before[: len(smoothers)])
+    known = in_order and len(quantizers) < 2 and len(smoothers) + len(quantizers) == len(before)
+    if not isinstance(solver, Solver) or not known:
         names = ", ".join([*(name for name, _ in before), name])
         raise CompressLabError(
             f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), at the end and after any "
-            "that smooth (such as smoothquant)"
+            "that smooth (such as smoothquant), with at most one for activations (such as dynamic) between them"
         )
-    scheme_of(solver)  # a grid that no format holds is refused before any model is fetched
+    activations = quantizers[0] if quantizers else None
+    if activations and isinstance(solver, aware.Untrained):
+        raise CompressLabError(
+            f"method {name} rounds activations itself, as it trained them: leave out the other step for them"
+        )
+    Layout({"": solver}, {"": activations} if activations else {})  # a grid that no format holds is refused at once
     if isinstance(solver, Smoother):
         smoothers.append(solver)
-    return Stages(name=name, smoothers=tuple(smoothers), solver=solver)
+    return Stages(name=name, smoothers=tuple(smoothers), activations=activations, solver=solver)
 
 
-def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, dict[str, Solver], Layout]:
-    """The plan, the solver of every layer in it, and how these layers will be written."""
-    step = recipe.rounding
+@dataclass(frozen=True, kw_only=True)
+class LayerMethods:
+    """What works on each layer, by the layer's name; layers whose inputs stay in float have no activation quantizer."""
+
+    solvers: dict[str, Solver]
+    activations: dict[str, ActivationQuantizer]
+
+
+def _planned(source: models.Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]:
+    """The plan, what works on every layer in it, and how these layers will be written."""
+    step, inputs = recipe.rounding, recipe.activations
     plan = make_plan(source, recipe.ignore, step.layers)
-    solvers = {layer: method for layer in plan.layers if isinstance(method := step.build(layer), Solver)}
-    layout, skeleton = Layout(solvers), source.skeleton()
+    solvers: dict[str, Solver] = {layer: _to_plan(step.build(layer)) for layer in plan.layers}
+    trained = {layer: method for layer, method in solvers.items() if isinstance(method, aware.Untrained)}
+    activations: dict[str, ActivationQuantizer] = {x: m for x, m in trained.items() if m.method.activation_grid()}
+    if inputs is not None:
+        check_patterns(inputs.layers, plan.layers, plan.skipped, source)
+        rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]
+        activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
+    layout, skeleton = Layout(solvers, activations), source.skeleton()
     for name in plan.layers:
         layout.check_module(name, skeleton.get_submodule(name))
-    return plan, solvers, layout
+    return plan, LayerMethods(solvers=solvers, activations=activations), layout
 
 
 def _calibration(
-    source: models.Source, stages: Stages, recipe: Recipe, data: str | datasets.Calibration | None, seed: int
+    source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int
 ) -> datasets.Calibration | None:
     if not stages.needs_data:
         return None
     if data is None:
-        raise CompressLabError(
-            f"method {recipe.steps[0].method} needs calibration data: name it with --data, e.g. wiki"
-        )
+        needy = next(step.method for step in recipe.steps if step.build().needs_data)
+        raise CompressLabError(f"method {needy} needs calibration data: name it with --data, e.g. wiki")
     if isinstance(data, datasets.Calibration):
         return data
+    if not isinstance(data, str):
+        raise CompressLabError(
+            f"{type(data).__name__} is no text to calibrate on: name a source of text, or give a Calibration"
+        )
     length = recipe.calibration.sequence_length
     found = datasets.calibration(
         data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
@@ -260,13 +307,98 @@ def _calibration(
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from: windows of text, labelled examples, both (a classifier that is smoothed first), or nothing."""
+
+    calibration: datasets.Calibration | None
+    labelled: datasets.Labelled | None
+
+    @property
+    def examples(self) -> list[Any]:
+        """What is trained on: labelled examples, or else every window of text, towards its own next tokens."""
+        if self.labelled is not None:
+            return self.labelled.train
+        rows = [row for batch in self.calibration.batches for row in batch["input_ids"]] if self.calibration else []
+        return [{"input_ids": row, "labels": row} for row in rows]
+
+    def fields(self, training: dict[str, Any]) -> dict[str, Any] | None:
+        """What the report says of it, and of the training on it."""
+        found: Any = self.labelled or self.calibration
+        if found is None:
+            return None
+        bulk = ("batches", "train", "test")
+        fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name not in bulk}
+        return {key: value for key, value in fields.items() if value is not None} | training
+
+
+def _data(source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int) -> Data:
+    labelled = _labelled(source, stages, data, seed)
+    reads_text = labelled is None or bool(stages.smoothers)
+    calibration = _calibration(source, stages, recipe, data, seed) if reads_text else None
+    return Data(calibration=calibration, labelled=labelled)
+
+
+def _needs(
+    source: models.Source,
+    plan: Plan,
+    methods: LayerMethods,
+    recipe: Recipe,
+    found: Data,
+    device: torch.device,
+    surveys: int,
+) -> preflight.Estimate:
+    text = found.calibration
+    tokens = (text.samples, text.sequence_length) if text else (0, 0)
+    needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys)
+    if recipe.training is None:
+        return needs
+    examples = found.examples
+    length = max(len(example.get("input_ids", ())) for example in examples)
+    return preflight.with_training(needs, source, recipe.training.seen(len(examples)) * length, device)
+
+
+def _labelled(source: models.Source, stages: Stages, data: Any, seed: int) -> datasets.Labelled | None:
+    """What a classifier is trained on and measured with; None for a language model that predicts its own text."""
+    if not stages.trains or data is None or isinstance(data, datasets.Calibration):
+        return None
+    if not isinstance(data, str):
+        return datasets.labelled_examples(data, seed)
+    if models.is_language_model(source.skeleton()):
+        return None
+    classes = models.classes_of_texts(source)
+    return datasets.labelled_texts(data, source.tokenizer(), longest=_window_length(source), classes=classes)
+
+
+def _trained(
+    job: solving.Job, recipe: Recipe, examples: list[Any], writer: Writer, seed: int, progress: Progress
+) -> tuple[solving.Job, dict[str, Any]]:
+    """The job with the trained network and its codes in place of what was planned; and what to report of the training."""
+    assert recipe.training is not None
+    methods = {x: solver.method for x, solver in job.solvers.items() if isinstance(solver, aware.Untrained)}
+    progress.stage("train", recipe.training.steps_for(len(examples)))
+    outcome = aware.train(
+        job.source, methods, examples, recipe.training, writer.scratch("training"), seed=seed, device=job.device,
+        on_step=lambda done: progress.step("a step of the training"),
+    )  # fmt: skip
+    record = dataclasses.asdict(outcome.record) | {"losses": [f"{loss:.4f}" for _, loss in outcome.record.losses]}
+    return dataclasses.replace(
+        job, source=outcome.source, batches=None, solvers=outcome.layers,
+        activations={x: outcome.layers[x] for x in job.activations},
+    ), {"training": record}  # fmt: skip
+
+
 def _key(
-    source: models.Source, recipe: Recipe, calibration: datasets.Calibration | None, seed: int, device: torch.device
+    source: models.Source,
+    recipe: Recipe,
+    calibration: datasets.Calibration | datasets.Labelled | None,
+    seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """All that the codes depend on: a run is only continued by the same one."""
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "order of layers": list(recipe.rounding.layers),  # two mappings are equal in any order
+        "order of layers": [list(step.layers) for step in recipe.steps],  # two mappings are equal in any order
         "model": source.weights.sha256,
         "config": source.config.to_json_string(use_diff=True),
         "data": None if calibration is None else calibration.sha256,
@@ -294,7 +426,7 @@ def _pass(
 def _job(
     calibrated: solving.Pass,
     stages: Stages,
-    solvers: dict[str, Solver],
+    methods: LayerMethods,
     layout: Layout,
     writer: Writer,
     progress: Progress,
@@ -302,7 +434,8 @@ def _job(
     return solving.Job(
         **vars(calibrated),
         method=stages.name,
-        solvers=solvers,
+        solvers=methods.solvers,
+        activations=methods.activations,
         sink=writer,
         encode=layout.encode,
         on_layer=lambda record: progress.step(record.name),
@@ -346,8 +479,8 @@ def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, tokens: torch.Tensor | None, data: Any, everything: bool,
-    device: torch.device, progress: Progress,
+    original: Path, folder: Path, writer: Writer, tokens: torch.Tensor | None, labelled: datasets.Labelled | None, data: Any,
+    everything: bool, device: torch.device, progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
 
@@ -355,12 +488,15 @@ def _measure(
         CompressLabError: if a reloaded weight is not bit-equal to the solved one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        windows, said = None, ""
+        windows, examples, said = None, None, ""
         if tokens is not None:
             windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
             save_file({"input_ids": tokens}, windows)
+        if labelled is not None and everything:
+            examples, said = Path(scratch) / "examples.safetensors", labelled.test_split
+            save_file(collate(labelled.test), examples)
         job = fresh.Job(
-            folder=original, windows=windows, reference=Path(scratch) / "reference.safetensors", source=said,
+            folder=original, windows=windows, examples=examples, reference=Path(scratch) / "reference.safetensors", source=said,
             device=str(device), threads=torch.get_num_threads(), speed=everything,
         )  # fmt: skip
         before = None
@@ -395,11 +531,6 @@ def _describe(source: models.Source) -> dict[str, Any]:
         "revision": source.revision,
         "sha256": source.weights.sha256,
     }
-
-
-def _data_fields(calibration: datasets.Calibration) -> dict[str, Any]:
-    fields = {f.name: getattr(calibration, f.name) for f in dataclasses.fields(calibration) if f.name != "batches"}
-    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _embeddings(source: models.Source) -> set[str]:

@@ -43,7 +43,7 @@ def make_plan(
     Args:
         ignore: shell patterns of layer names to leave in float; "@outside-blocks" means every linear layer that is not
             part of a repeated block (output heads, classifiers, poolers).
-        differing: the `layers` of the recipe's step that rounds.
+        differing: the `layers` of the recipe's step that rounds weights.
 
     Raises:
         CompressLabError: a pattern that matches nothing, or nothing left to compress.
@@ -85,12 +85,18 @@ def make_plan(
 def _leave_in_float_(
     layers: dict[str, list[str]], skipped: dict[str, str], differing: Mapping[str, dict[str, Any] | str], source: Source
 ) -> None:
-    """Move what the recipe wants in float from `layers` to `skipped`.
+    """Move what the recipe wants in float from `layers` to `skipped`."""
+    check_patterns(differing, [name for unit in layers.values() for name in unit], skipped, source)
+    for unit, members in layers.items():
+        chosen = [name for name in members if differing_settings(differing, name) == FLOAT]
+        skipped.update(dict.fromkeys(chosen, "left in float by the recipe"))
+        layers[unit] = [name for name in members if name not in chosen]
 
-    Raises:
-        CompressLabError: a pattern that matches none of the layers: its settings would be lost without a word.
-    """
-    names = [name for unit in layers.values() for name in unit]
+
+def check_patterns(
+    differing: Mapping[str, dict[str, Any] | str], names: Sequence[str], skipped: Mapping[str, str], source: Source
+) -> None:
+    """CompressLabError for a pattern that matches none of the layers: its settings would be lost without a word."""
     for pattern in differing:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             matching = [name for name in skipped if fnmatch.fnmatchcase(name, pattern)]
@@ -99,10 +105,6 @@ def _leave_in_float_(
             raise CompressLabError(
                 f"pattern '{pattern}' of the recipe's layers matches {f'only {left[0]}' if left else named}"
             )
-    for unit, members in layers.items():
-        chosen = [name for name in members if differing_settings(differing, name) == FLOAT]
-        skipped.update(dict.fromkeys(chosen, "left in float by the recipe"))
-        layers[unit] = [name for name in members if name not in chosen]
 
 
 def unit_of(name: str, block_names: Iterable[str]) -> str:

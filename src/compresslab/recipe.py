@@ -15,8 +15,9 @@
     expect:
       smollm2-135m: {perplexity_ratio: [1.02, 1.2]}
 
-`layers` belongs to the step that rounds: shell patterns of layer names, and the settings in which these layers differ from
-the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one counts, and only that one.
+`layers` belongs to the steps that round, weights or activations: shell patterns of layer names, and the settings in which
+these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
+counts, and only that one.
 
 A recipe whose rounding step trains (ste, lsq, pact, dorefa) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
 Training.
@@ -39,7 +40,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import AwareTraining, Method, Rounding
+from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
@@ -67,7 +68,7 @@ class Step(BaseModel):
         settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
         method = methods.build(raw["method"], settings)
         filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
-        if isinstance(method, Rounding):
+        if isinstance(method, Rounding | ActivationQuantizer):
             return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
         if "layers" in raw:
             raise CompressLabError(f"method {raw['method']} has no 'layers': they belong to the step that rounds")
@@ -148,6 +149,10 @@ class Training(Strict):
             raise CompressLabError("training: name steps or epochs, not both")
         return self
 
+    def seen(self, examples: int) -> int:
+        """Examples that pass through the network in all."""
+        return self.steps_for(examples) * self.batch
+
     def steps_for(self, examples: int) -> int:
         """Steps of the optimiser over this many examples."""
         return self.steps or math.ceil(math.ceil(examples / self.batch) * (self.epochs or 3.0))
@@ -169,43 +174,53 @@ class Recipe(Strict):
     def _trains(self) -> Recipe:
         trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining)]
         if self.training is not None and not trains:
-            raise CompressLabError("'training' belongs to a recipe with a method that trains, such as lsq; this one has none")
+            raise CompressLabError(
+                "'training' belongs to a recipe with a method that trains, such as lsq; this one has none"
+            )
         if self.training is None and trains:
             object.__setattr__(self, "training", Training())  # written down as it will run, like every other default
         return self
 
     @property
     def rounding(self) -> Step:
-        """The step that rounds. StopIteration if there is none, which the pipeline refuses first."""
+        """The step that rounds weights. StopIteration if there is none, which the pipeline refuses first."""
         return next(step for step in self.steps if isinstance(step.build(), Rounding))
+
+    @property
+    def activations(self) -> Step | None:
+        """The step that says how inputs are rounded, if there is one."""
+        return next((step for step in self.steps if isinstance(step.build(), ActivationQuantizer)), None)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def override(self, settings: dict[str, Any]) -> Recipe:
-        """A copy with settings replaced: a key of the steps that have it, or "ignore", or "calibration.samples" and the like.
+        """A copy with settings replaced: a key of a step, or "ignore", or "calibration.samples" and the like.
+
+        Of several steps that have a key the last one takes it, which rounds the weights; "dynamic.bits" names the step.
 
         Raises:
             CompressLabError: a key that neither the recipe nor its method has.
         """
         raw = self.model_dump(mode="json")
+        steps = {step["method"]: step for step in raw["steps"]}
         for key, value in settings.items():
             where: dict[str, Any] = raw
             *path, leaf = key.split(".")
             for part in path:
-                if not isinstance(where.get(part), dict):
+                inner = steps.get(part, raw.get(part)) if where is raw else None
+                if not isinstance(inner, dict):
                     raise unknown("recipe setting", key, _settings_of(raw))
-                where = where[part]
+                where = inner
             if path or leaf in ("ignore", "name", "summary"):
-                if leaf not in where:
+                if leaf not in where or leaf == "method":
                     raise unknown("recipe setting", key, _settings_of(raw))
                 where[leaf] = value
             else:
                 takers = [step for step in raw["steps"] if leaf in step and leaf != "method"]
                 if not takers:
                     raise unknown("recipe setting", key, _settings_of(raw))
-                for step in takers:
-                    step[leaf] = value
+                takers[-1][leaf] = value
         return parse(raw, f"recipe '{self.name}' with --set")
 
 

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compresslab import layerwise
-from compresslab.contract import Smoother, Solver
+from compresslab.contract import ActivationQuantizer, Smoother, Solver
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, is_transposed, linear_layers, weight_of
 from compresslab.numerics.gram import Gram
@@ -60,13 +60,17 @@ class Place:
     divided: dict[str, float]
 
 
-def smoothed(calibration: Pass, smoothers: Sequence[Smoother], solvers: Mapping[str, Solver]) -> Source:
+def smoothed(
+    calibration: Pass, smoothers: Sequence[Smoother], solvers: Mapping[str, Solver],
+    activations: Mapping[str, ActivationQuantizer] | None = None,
+) -> Source:  # fmt: skip
     """The model with the scales of these smoothers, one after the other, folded in: another source, the same network.
 
     Args:
         calibration: the model, the plan of what will be rounded, and the batches to learn the scales from.
         solvers: what will round every planned layer. Of layers that share a scale, the one with the fewest bits says on
             which grid: its error is the one that counts.
+        activations: what will round the inputs of layers; none for those left in float.
 
     Raises:
         CompressLabError: naming the place, where a smoother gives up or returns what is no scale.
@@ -74,7 +78,7 @@ def smoothed(calibration: Pass, smoothers: Sequence[Smoother], solvers: Mapping[
     assert calibration.batches is not None
     found = places(calibration.source, calibration.plan, calibration.batches[0])
     for smoother in smoothers:
-        scales = _survey(calibration, found, smoother, solvers)
+        scales = _survey(calibration, found, smoother, solvers, activations or {})
         calibration = dataclasses.replace(calibration, source=fold(calibration.source, found, scales))
     return calibration.source
 
@@ -95,8 +99,9 @@ def fold(source: Source, found: Sequence[Place], scales: Mapping[str, Tensor]) -
 
 
 def _survey(
-    calibration: Pass, found: Sequence[Place], smoother: Smoother, solvers: Mapping[str, Solver]
-) -> dict[str, Tensor]:
+    calibration: Pass, found: Sequence[Place], smoother: Smoother, solvers: Mapping[str, Solver],
+    activations: Mapping[str, ActivationQuantizer],
+) -> dict[str, Tensor]:  # fmt: skip
     """s of every place that a calibration token reached, by the name of the norm."""
     source, device = calibration.source, calibration.device
     skeleton = source.skeleton()
@@ -112,9 +117,10 @@ def _survey(
             read_weight(source, name, skeleton.get_submodule(name)).to(device, torch.float32).contiguous()
             for name in planned
         ]
-        coarsest = min((solvers[name] for name in planned), key=lambda solver: solver.grid().bits)
+        coarsest = min(planned, key=lambda name: solvers[name].grid().bits)
+        inputs = activations[coarsest].activation_grid() if coarsest in activations else None
         try:
-            s = smoother.smooth(weights, gram, grid=coarsest.grid(), activation_grid=coarsest.activation_grid())
+            s = smoother.smooth(weights, gram, grid=solvers[coarsest].grid(), activation_grid=inputs)
         except ValueError as error:
             raise CompressLabError(f"smoothing what {', '.join(place.layers)} read: {error}") from error
         bad = ~(torch.isfinite(s) & (s > 0))

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compresslab.contract import Along, Batches, LayerRecord, Solution, Solver
+from compresslab.contract import ActivationQuantizer, Along, Batches, InputSolution, LayerRecord, Solution, Solver
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, is_transposed
 from compresslab.numerics.gram import Gram, Precision
-from compresslab.numerics.grid import QuantWeight
+from compresslab.numerics.grid import QuantInput, QuantWeight
 from compresslab.numerics.linalg import quadratic_error
 from compresslab.plan import Plan, Unit
 
@@ -57,7 +57,7 @@ class Sink(Protocol):
         ...
 
 
-Encode = Callable[[str, QuantWeight, nn.Module], dict[str, Tensor]]
+Encode = Callable[[str, QuantWeight, nn.Module, QuantInput | None], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,9 @@ class Job(Pass):
     Attributes:
         method: the solver's name.
         solvers: the solver of every planned layer, by the layer's name; one method with settings that may differ.
-        encode: layer, QuantWeight, module -> the tensors that stand for the weight on disk, by the suffix of their names.
+        encode: layer, QuantWeight, module, QuantInput -> the tensors that stand for these on disk, by the suffix of their
+            names.
+        activations: how the runtime shall round the input of a layer, by the layer's name; none for those left in float.
         on_layer: told of every finished layer, for progress bars.
     """
 
@@ -91,6 +93,7 @@ class Job(Pass):
     solvers: Mapping[str, Solver]
     sink: Sink
     encode: Encode
+    activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
     on_layer: Callable[[LayerRecord], None] = lambda record: None
 
     @property
@@ -143,16 +146,26 @@ def solve_layer(job: Job, name: str, module: nn.Module, gram: Gram | None) -> So
     try:
         along: Along = "out" if is_transposed(module) else "in"
         solution = job.solvers[name].solve(weight, gram, scale_dtype=stored.dtype, groups_along=along)
+        rounding = solve_input(job, name, gram, stored.dtype)
     except ValueError as error:
         raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
-    return describe(job, name, module, stored, solution, gram, time.perf_counter() - started)
+    return describe(job, name, module, stored, solution, rounding, gram, time.perf_counter() - started)
+
+
+def solve_input(job: Job, name: str, gram: Gram | None, scale_dtype: torch.dtype) -> InputSolution:
+    """How the runtime shall round a layer's input."""
+    quantizer = job.activations.get(name)
+    if quantizer is None:
+        return InputSolution(input=None)
+    return quantizer.fit(None if gram is None else gram.observers.get(quantizer), scale_dtype=scale_dtype)
 
 
 def describe(
-    job: Job, name: str, module: nn.Module, stored: Tensor, solution: Solution, gram: Gram | None, seconds: float
-) -> Solved:
+    job: Job, name: str, module: nn.Module, stored: Tensor, solution: Solution, rounding: InputSolution,
+    gram: Gram | None, seconds: float,
+) -> Solved:  # fmt: skip
     """A solution with its tensors on disk and its record; `stored` [out, in] is the weight as it was read."""
-    tensors = job.encode(name, solution.weight, module)
+    tensors = job.encode(name, solution.weight, module, rounding.input)
     bytes_after = sum(t.numel() * t.element_size() for t in tensors.values())
     transposed = is_transposed(module)
     return Solved(
@@ -170,9 +183,16 @@ def describe(
             sqnr_db=sqnr_db(stored.to(job.device, torch.float32), solution.weight, gram),
             sqnr_of="weight" if gram is None else "output",
             seconds=seconds,
-            note=solution.note,
+            note=joined_notes(solution.note, rounding.note),
+            activation_bits=None if rounding.input is None else rounding.input.grid.bits,
         ),
     )
+
+
+def joined_notes(*notes: str) -> str:
+    """Remarks of several methods on one layer, each one once."""
+    remarks = [remark for note in notes for remark in note.split("; ") if remark]
+    return "; ".join(dict.fromkeys(remarks))
 
 
 def nonzero_frac(weight: QuantWeight) -> float:

@@ -223,7 +223,9 @@ class _Trainer(transformers.Trainer):
     def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
         found = super().evaluate(*arguments, **more)
         if not math.isfinite(found["eval_loss"]):
-            raise _NotFinite(f"the loss on the examples held back is {found['eval_loss']} after step {self.state.global_step}")
+            raise _NotFinite(
+                f"the loss on the examples held back is {found['eval_loss']} after step {self.state.global_step}"
+            )
         return found
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from compresslab.numerics.gram import Gram, best_precision
+from compresslab.numerics.histogram import InputStatistics
 from compresslab.quantize.qep import QEP
 
 
@@ -17,6 +18,7 @@ def compile_kernels() -> None:
     gram = Gram(128, precision=best_precision())
     gram.add_(x)
     gram.add_drift_(x + 1, x)
+    InputStatistics(128).add_(x)
     for symmetric in (False, True):
         QEP(symmetric=symmetric).solve(torch.randn(128, 128), gram, scale_dtype=torch.bfloat16)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compresslab import recipe as recipes
-from compresslab.contract import Along, Solver
+from compresslab.activations.dynamic import Dynamic
+from compresslab.contract import ActivationQuantizer, Along, Solver
 from compresslab.deploy.compressed_tensors import Layout, read_weights
 from compresslab.errors import CompressLabError
 from compresslab.numerics.gram import Gram
@@ -38,10 +38,11 @@ def scheme_of(layout: Layout) -> QuantizationScheme:
 
 
 def opened(
-    solver: Solver, scale_dtype: torch.dtype, gram: Gram | None = None, *, transposed: bool = False
-) -> tuple[Tensor, Tensor]:
+    solver: Solver, scale_dtype: torch.dtype, gram: Gram | None = None, *, transposed: bool = False,
+    activations: ActivationQuantizer | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The weight as compressed-tensors reads it, and as we meant it, both as the module keeps it."""
-    layout = Layout({"layer": solver})
+    layout = Layout({"layer": solver}, {} if activations is None else {"layer": activations})
     along: Along = "out" if transposed else "in"
     solved = solver.solve(weights(), gram, scale_dtype=scale_dtype, groups_along=along).weight
     module = Conv1D(ROWS, COLUMNS) if transposed else nn.Linear(COLUMNS, ROWS, bias=False)
@@ -87,9 +88,10 @@ def test_solved_from_data_read_back(transposed: bool) -> None:
     assert torch.equal(theirs, ours)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_int8_weights_read_back(scale_dtype: torch.dtype) -> None:
-    theirs, ours = opened(RTN(bits=8, activation_bits=8), scale_dtype)
+def test_int8_weights_read_back(scale_dtype: torch.dtype, symmetric: bool) -> None:
+    theirs, ours = opened(RTN(bits=8, symmetric=symmetric), scale_dtype, activations=Dynamic())
     assert torch.equal(theirs, ours.to(scale_dtype))
 
 
@@ -112,9 +114,12 @@ def test_the_same_bytes_as_their_own_compressor(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("name", list(recipes.shipped()))
 def test_the_config_of_every_recipe_is_valid(name: str) -> None:
-    solver = recipes.read(name).rounding.build()
+    recipe = recipes.read(name)
+    solver, quantizer = recipe.rounding.build(), recipe.activations and recipe.activations.build()
     assert isinstance(solver, Solver)
-    config = Layout({"a": solver, "b": solver}).config(["lm_head", "model.embed_tokens"])
+    assert quantizer is None or isinstance(quantizer, ActivationQuantizer)
+    layout = Layout({"a": solver, "b": solver}, {"a": quantizer, "b": quantizer} if quantizer else {})
+    config = layout.config(["lm_head", "model.embed_tokens"])
     parsed = QuantizationConfig.model_validate(config)
     assert parsed.format == config["format"]
     assert parsed.ignore == ["lm_head", "model.embed_tokens"]
@@ -123,28 +128,33 @@ def test_the_config_of_every_recipe_is_valid(name: str) -> None:
     assert scheme.targets == ["Linear"]
     assert (scheme.weights.num_bits, scheme.weights.symmetric) == (grid.bits, grid.symmetric)
     assert (scheme.weights.strategy, scheme.weights.group_size) == (grid.granularity, grid.group_size)
-    activations = solver.activation_grid()
-    if activations is None:
+    if quantizer is None:
         assert scheme.input_activations is None
-    else:
-        assert scheme.input_activations.num_bits == activations.bits
-        assert scheme.input_activations.strategy == "token"
-        assert scheme.input_activations.dynamic is True
+        return
+    inputs = quantizer.activation_grid()
+    assert (scheme.input_activations.num_bits, scheme.input_activations.symmetric) == (inputs.bits, inputs.symmetric)
+    assert scheme.input_activations.strategy == inputs.granularity
+    assert scheme.input_activations.dynamic is not quantizer.needs_data
 
 
-@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 4, "group_size": 20}, {"bits": 8, "symmetric": False}])
-def test_8_bit_activations_need_symmetric_8_bit_weights(settings: dict[str, Any]) -> None:
-    with pytest.raises(CompressLabError, match="bits=8, symmetric=true and activation_bits=8"):
-        Layout({"layer": RTN(**settings, activation_bits=8)})
+def test_packed_asymmetric_channels_beside_rounded_activations_do_not_open() -> None:
+    Layout({"layer": RTN(bits=8, symmetric=False)}, {"layer": Dynamic()})
+    Layout({"layer": RTN(bits=4, symmetric=False, group_size=20)}, {"layer": Dynamic()})
+    with pytest.raises(
+        CompressLabError, match="nor one below 8 bits with rounded activations: set symmetric=true or a group"
+    ):
+        Layout({"layer": RTN(bits=4, symmetric=False)}, {"layer": Dynamic()})
 
 
 def test_modules_that_the_format_cannot_hold() -> None:
     packed = Layout(dict.fromkeys(("a.b", "c", "d"), RTN(bits=4, group_size=20)))
-    rounded = Layout({"a.b": RTN(bits=8, activation_bits=8)})
+    rounded = Layout({"a.b": RTN(bits=8)}, {"a.b": Dynamic(granularity="group", group_size=20)})
     packed.check_module("a.b", nn.Linear(COLUMNS, ROWS))
     rounded.check_module("a.b", nn.Linear(COLUMNS, ROWS))
     with pytest.raises(CompressLabError, match=r"layer a\.b is a Conv1D.*--ignore 'a\.b'"):
         rounded.check_module("a.b", Conv1D(ROWS, COLUMNS))
+    with pytest.raises(CompressLabError, match=r"layer a\.b: groups of 20 activations do not divide its 50 inputs"):
+        rounded.check_module("a.b", nn.Linear(50, ROWS))
     with pytest.raises(CompressLabError, match=r"layer c.*group size 20 does not divide 50 .*group_size"):
         packed.check_module("c", nn.Linear(50, ROWS))
     with pytest.raises(CompressLabError, match=r"layer d.*group size 20 does not divide 14 .*group_size"):
@@ -158,12 +168,13 @@ MIXED: dict[str, Solver] = {
     "a.four": RTN(bits=4, group_size=20),
     "b.three": RTN(bits=3, group_size=12, symmetric=False),
     "b.eight": RTN(bits=8),
-    "b.dynamic": RTN(bits=8, activation_bits=8),
+    "b.dynamic": RTN(bits=8),
 }
+INPUTS: dict[str, ActivationQuantizer] = {"b.dynamic": Dynamic()}
 
 
 def test_one_group_for_each_pair_of_grids() -> None:
-    layout = Layout(MIXED)
+    layout = Layout(MIXED, INPUTS)
     config = layout.config(["lm_head"])
     parsed = QuantizationConfig.model_validate(config)
     assert [scheme.targets for scheme in parsed.config_groups.values()] == [
@@ -184,7 +195,7 @@ def test_equal_grids_are_one_group_whatever_else_differs() -> None:
 
 @pytest.mark.parametrize("name", MIXED)
 def test_mixed_weights_read_back(name: str) -> None:
-    layout, solver = Layout(MIXED), MIXED[name]
+    layout, solver = Layout(MIXED, INPUTS), MIXED[name]
     module = nn.Linear(COLUMNS, ROWS, bias=False)
     layout.check_module(name, module)
     solved = solver.solve(weights(), None, scale_dtype=torch.bfloat16).weight
@@ -197,7 +208,7 @@ def test_mixed_weights_read_back(name: str) -> None:
 
 
 def test_the_mixed_folder_as_it_lies_on_disk(tmp_path: Path) -> None:
-    layout, module = Layout(MIXED), nn.Linear(COLUMNS, ROWS, bias=False)
+    layout, module = Layout(MIXED, INPUTS), nn.Linear(COLUMNS, ROWS, bias=False)
     solved = {name: s.solve(weights(), None, scale_dtype=torch.bfloat16).weight for name, s in MIXED.items()}
     tensors = {f"{n}.{suffix}": t for n, w in solved.items() for suffix, t in layout.encode(n, w, module).items()}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -52,7 +52,9 @@ def other_settings(cls: type) -> dict[str, Any]:
         elif field.name == "bits":
             settings["bits"] = 3 if field.default != 3 else 5
         elif field.name == "group_size":
-            settings["group_size"] = 32 if field.default != 32 else 16
+            with contextlib.suppress(ValueError):  # a method may want another setting beside it
+                cls(group_size=32 if field.default != 32 else 16)
+                settings["group_size"] = 32 if field.default != 32 else 16
     return settings
 
 
@@ -147,7 +149,7 @@ def test_works_under_inference_mode(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("with_data", [True, False], ids=["data", "no-data"])
-@pytest.mark.parametrize("name", [name for name, setting in SETTINGS if setting == "group_size"])
+@pytest.mark.parametrize("name", [n for n, key in SETTINGS if key == "group_size" and hasattr(METHODS[n], "solve")])
 def test_a_group_size_that_does_not_divide_names_both(name: str, with_data: bool) -> None:
     solver = METHODS[name](group_size=48)
     gram = gram_of() if with_data else None
@@ -238,7 +240,7 @@ def test_a_value_out_of_range_is_the_users_fault(name: str, settings: dict[str, 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("rtn", {"activation_bits": 99}),
+        ("dynamic", {"bits": 99}),
         ("gptq", {"damp_frac": -1.0}),
         ("gptq", {"damp_frac": float("nan")}),  # feedback_factor would never return
         ("gptq", {"damp_frac": float("inf")}),

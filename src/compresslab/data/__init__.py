@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from compresslab.data.catalogue import DATASETS, SPLIT_NAMES, Dataset, Kind, Labels
 from compresslab.data.files import images
+from compresslab.data.labelled import Labelled, labelled_examples, labelled_texts
 from compresslab.data.offline import (
     LabelledImages,
     RatedDocuments,
@@ -31,6 +32,7 @@ __all__ = [
     "Calibration",
     "Dataset",
     "Kind",
+    "Labelled",
     "LabelledImages",
     "Labels",
     "RatedDocuments",
@@ -41,6 +43,8 @@ __all__ = [
     "documents_with_similarity",
     "images",
     "is_cached",
+    "labelled_examples",
+    "labelled_texts",
     "texts",
     "windows",
     "word_pairs",

@@ -51,7 +51,9 @@ def labelled_texts(
 
     def examples(part: Texts) -> list[Example]:
         assert part.labels is not None
-        encoded = tokenizer(part.documents, truncation=True, max_length=longest, return_attention_mask=False)["input_ids"]
+        encoded = tokenizer(part.documents, truncation=True, max_length=longest, return_attention_mask=False)[
+            "input_ids"
+        ]
         numbers = _numbers(part.labels, classes, source)
         pairs = zip(encoded, numbers, strict=True)
         return [{"input_ids": torch.tensor(ids), "labels": torch.tensor(label)} for ids, label in pairs]
@@ -95,7 +97,10 @@ def _test_texts(source: str) -> Texts:
     """The test split; or the validation split, where the first is not there or has no labels."""
     try:
         found = texts(source, "test")
-        if found.labels is not None and min(found.labels) not in (-1, "-1"):  # the hub's word for a label that is kept secret
+        if found.labels is not None and min(found.labels) not in (
+            -1,
+            "-1",
+        ):  # the hub's word for a label that is kept secret
             return found
     except CompressLabError:
         pass  # of a folder or a hub data set; the validation split is named in every figure that is measured on it

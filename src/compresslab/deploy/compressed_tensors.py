@@ -1,7 +1,8 @@
 """The compressed-tensors layout: what transformers and vLLM open.
 
 Two formats of it are written. "pack-quantized" holds weights of 2 to 8 bits in int32 words beside their scales;
-"int-quantized" holds int8 weights as they are and tells the runtime to round activations per token too.
+"int-quantized" holds codes as they are, in int8, for 8-bit weights whose layers round their inputs too. How an input is
+rounded stands in the config; where its range is fixed, `input_scale` and `input_zero_point` lie beside the weight.
 
 One grid for all layers makes one config group. Where layers differ (mixed precision) each pair of grids makes a group of its
 own, whose targets are the names of its layers; Layout says how such a folder is opened, and what that costs.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,80 +22,86 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresslab.contract import Solver
+from compresslab.contract import ActivationQuantizer, Solver
 from compresslab.errors import CompressLabError
 from compresslab.models import weight_of
-from compresslab.numerics.grid import Grid, QuantWeight
+from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 from compresslab.numerics.packing import pack_int32, unpack_int32
 from compresslab.weights import FolderWeights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How the layers of one config group are written."""
+    """How the layers of one config group are written.
+
+    Attributes:
+        activations: the grid that inputs are rounded on; None for those that stay in float.
+        dynamic: the runtime fits the scales of inputs itself.
+    """
 
     weights: Grid
     activations: Grid | None
+    dynamic: bool = False
 
     @property
     def format(self) -> str:
-        return "pack-quantized" if self.activations is None else "int-quantized"
+        return "int-quantized" if self.activations is not None and self.weights.bits == 8 else "pack-quantized"
 
-    def config(self, targets: Sequence[str], *, blocks: bool) -> dict[str, Any]:
+    def config(self, targets: Sequence[str], *, blocks: bool, rounds_inputs: bool = True) -> dict[str, Any]:
         """A group of config_groups.
 
         Args:
-            blocks: write an asymmetric grid as blocks of one row (see Layout).
+            blocks: write a packed asymmetric grid as blocks of one row (see Layout).
+            rounds_inputs: False for layers whose inputs stay in float whatever the scheme says.
         """
         weights = _args(self.weights)
-        if blocks and not self.weights.symmetric:
+        if blocks and not self.weights.symmetric and self.format == "pack-quantized":
             weights |= {"strategy": "block", "group_size": None, "block_structure": [1, self.weights.group_size]}
         group: dict[str, Any] = {"targets": list(targets), "weights": weights, "input_activations": None}
-        if self.activations is not None:
-            group["input_activations"] = _args(self.activations) | {"dynamic": True}
+        if self.activations is not None and rounds_inputs:
+            group["input_activations"] = _args(self.activations) | {"dynamic": self.dynamic}
+            if self.dynamic:
+                group["input_activations"]["observer"] = None
         return group | {"output_activations": None, "format": self.format}
 
 
-def scheme_of(solver: Solver) -> Scheme:
-    """CompressLabError if the format cannot hold the method's grids."""
-    weights, activations = solver.grid(), solver.activation_grid()
-    wanted = (8, True)
-    found = activations and {(grid.bits, grid.symmetric) for grid in (weights, activations)}
-    if found and found != {wanted}:
-        raise CompressLabError(
-            "compressed-tensors holds 8-bit activations with symmetric 8-bit weights only: "
-            f"set bits=8, symmetric=true and activation_bits=8 (asked for weights of {weights.bits} bits)"
-        )
-    return Scheme(weights=weights, activations=activations)
+def scheme_of(solver: Solver, quantizer: ActivationQuantizer | None = None) -> Scheme:
+    """How a layer is written that these two methods are for."""
+    if quantizer is None:
+        return Scheme(weights=solver.grid(), activations=None)
+    return Scheme(weights=solver.grid(), activations=quantizer.activation_grid(), dynamic=not quantizer.needs_data)
 
 
 class Layout:
     """How the layers of one run are written.
 
-    transformers can open a folder in two ways. Told to "dequantize", it multiplies each weight out as it reads it, and takes
-    every layer to be of the first group. So a mixed folder is opened the other way: packed modules are filled from the file
-    and multiplied out on the first forward. That way wants zero points unpacked, as int8, which the format has for grids that
-    are given as blocks: an asymmetric group of g weights is then a block of 1 x g. vLLM reads groups and no such blocks: what
-    it shall open needs one grid, or symmetric ones of 4 and 8 bits.
+    transformers can open a folder in two ways. Told to "dequantize", it multiplies each weight out as it reads it, takes
+    every layer to be of the first group, and rounds no input. So a folder that is mixed or rounds inputs is opened the other
+    way: packed modules are filled from the file and multiplied out on the first forward. That way wants zero points unpacked,
+    as int8, which the format has for grids that are given as blocks: an asymmetric group of g weights is then a block of
+    1 x g. vLLM reads groups and no such blocks: what it shall open needs one grid, or symmetric ones of 4 and 8 bits.
 
     Args:
         solvers: the solver of every layer, by the layer's name.
+        activations: how the inputs of layers are rounded; none for those left in float.
 
     Raises:
         CompressLabError: if the format cannot hold the grids; before any work is done.
     """
 
-    def __init__(self, solvers: Mapping[str, Solver]) -> None:
-        known = {solver: scheme_of(solver) for solver in dict.fromkeys(solvers.values())}
-        self.schemes = {layer: known[solver] for layer, solver in solvers.items()}
+    def __init__(
+        self, solvers: Mapping[str, Solver], activations: Mapping[str, ActivationQuantizer] | None = None
+    ) -> None:
+        self.schemes = {layer: scheme_of(solver, (activations or {}).get(layer)) for layer, solver in solvers.items()}
         distinct = list(dict.fromkeys(self.schemes.values()))
         self.is_mixed = len(distinct) > 1
         self.is_multiplied_on_reading = not self.is_mixed and all(s.activations is None for s in distinct)
         for scheme in distinct:
-            if self.is_mixed and not scheme.weights.symmetric and scheme.weights.group_size is None:
+            packed = not self.is_multiplied_on_reading and scheme.format == "pack-quantized"
+            if packed and not scheme.weights.symmetric and scheme.weights.group_size is None:
                 raise CompressLabError(
-                    "transformers opens no asymmetric grid per output channel beside other grids: "
-                    "set symmetric=true or a group_size"
+                    "transformers opens no asymmetric grid per output channel beside other grids, nor one below 8 bits "
+                    "with rounded activations: set symmetric=true or a group_size"
                 )
 
     def check_module(self, name: str, module: nn.Module) -> None:
@@ -105,6 +112,12 @@ class Layout:
             raise CompressLabError(
                 f"layer {name} is a {kind}, and transformers rounds the activations of torch.nn.Linear only: "
                 f"take a weight-only recipe such as w8a16, or leave the layer in float with --ignore '{name}'"
+            )
+        activations = self.schemes[name].activations
+        if activations is not None and activations.group_size is not None and columns % activations.group_size:
+            raise CompressLabError(
+                f"layer {name}: groups of {activations.group_size} activations do not divide its {columns} inputs: "
+                "set another group_size of the method dynamic"
             )
         if self.is_mixed and not isinstance(module, nn.Linear):
             raise CompressLabError(
@@ -118,21 +131,31 @@ class Layout:
                 f"layer {name}, stored as {rows} x {columns}: {error}; set another group_size"
             ) from None
 
-    def encode(self, name: str, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
-        """The tensors of one layer, by the suffix that replaces ".weight"; transposed for a module that keeps [in, out]."""
+    def encode(
+        self, name: str, weight: QuantWeight, module: nn.Module, rounding: QuantInput | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of one layer, by the suffix that replaces ".weight"; transposed for a module that keeps [in, out].
+
+        Args:
+            rounding: how its input is rounded, if it is.
+        """
+        return self._weight_tensors(name, weight, module) | _input_tensors(rounding)
+
+    def _weight_tensors(self, name: str, weight: QuantWeight, module: nn.Module) -> dict[str, Tensor]:
         if not isinstance(module, nn.Linear):
             zero_point = None if weight.zero_point is None else weight.zero_point.t().contiguous()
             weight = dataclasses.replace(
                 weight, codes=weight.codes.t().contiguous(), scale=weight.scale.t().contiguous(), zero_point=zero_point
             )
         if self.schemes[name].format == "int-quantized":
-            return {"weight": weight.codes, "weight_scale": weight.scale}
+            zeros = {} if weight.zero_point is None else {"weight_zero_point": weight.zero_point.contiguous()}
+            return {"weight": weight.codes, "weight_scale": weight.scale} | zeros
         tensors = {
             "weight_packed": pack_int32(weight.codes, weight.grid.bits),
             "weight_scale": weight.scale.contiguous(),
             "weight_shape": torch.tensor(weight.codes.shape),
         }
-        if weight.zero_point is not None and self.is_mixed:
+        if weight.zero_point is not None and not self.is_multiplied_on_reading:
             tensors["weight_zero_point"] = weight.zero_point.contiguous()
         elif weight.zero_point is not None:
             tensors["weight_zero_point"] = pack_int32(weight.zero_point, weight.grid.bits, dim=0)
@@ -149,16 +172,21 @@ class Layout:
             opened = opened.to(weight.scale.dtype)
         return opened.t() if transposed else opened
 
-    def config(self, ignore: Sequence[str]) -> dict[str, Any]:
-        """The quantization_config of config.json."""
-        members: dict[Scheme, list[str]] = {}
+    def config(self, ignore: Sequence[str], in_float: Collection[str] = ()) -> dict[str, Any]:
+        """The quantization_config of config.json.
+
+        Args:
+            in_float: layers whose inputs stay in float after all, because calibration found no range for them.
+        """
+        members: dict[tuple[Scheme, bool], list[str]] = {}
         for layer, scheme in self.schemes.items():
-            members.setdefault(scheme, []).append(layer)
+            members.setdefault((scheme, layer not in in_float), []).append(layer)
+        blocks = not self.is_multiplied_on_reading
         groups = [
-            scheme.config(layers if self.is_mixed else ["Linear"], blocks=self.is_mixed)
-            for scheme, layers in members.items()
+            scheme.config(layers if len(members) > 1 else ["Linear"], blocks=blocks, rounds_inputs=rounds)
+            for (scheme, rounds), layers in members.items()
         ]
-        formats = {scheme.format for scheme in members}
+        formats = {scheme.format for scheme, _ in members}
         config = {
             "quant_method": "compressed-tensors",
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -194,6 +222,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
         scale, zero_point = weights.get(name), None
         if f"{layer}.weight" in weights.names():
             codes = weights.get(f"{layer}.weight")
+            zero_point = None if grid.symmetric else weights.get(f"{layer}.weight_zero_point")
         else:
             rows, columns = weights.get(f"{layer}.weight_shape").tolist()
             codes = unpack_int32(weights.get(f"{layer}.weight_packed"), grid.bits, columns)
@@ -202,6 +231,13 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
                 if zero_point.dtype != torch.int8:
                     zero_point = unpack_int32(zero_point, grid.bits, rows, dim=0)
         yield layer, QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
+
+
+def _input_tensors(rounding: QuantInput | None) -> dict[str, Tensor]:
+    if rounding is None or rounding.scale is None:
+        return {}
+    zeros = {} if rounding.zero_point is None else {"input_zero_point": rounding.zero_point}
+    return {"input_scale": rounding.scale} | zeros
 
 
 def _args(grid: Grid) -> dict[str, Any]:

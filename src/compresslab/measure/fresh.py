@@ -34,6 +34,7 @@ class Job(Frozen):
     Attributes:
         folder: the model.
         windows: safetensors file with "input_ids" [n, L], or None to leave quality and speed out.
+        examples: safetensors file with labelled examples in one batch, to count how often the model is right.
         reference: file for the hidden states of the uncompressed encoder; written if absent, compared with if there.
         weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
         source: where the windows come from, in words.
@@ -42,6 +43,7 @@ class Job(Frozen):
 
     folder: Path
     windows: Path | None = None
+    examples: Path | None = None
     reference: Path | None = None
     weights_sha256: dict[str, str] = Field(default_factory=dict)
     source: str = ""
@@ -106,6 +108,10 @@ def _run(job: Job) -> Result:
     model = models.load(job.folder, dtype=torch.float32).to(job.device)
     if windows is not None:
         found += _quality(job, model, windows)
+    if job.examples is not None:
+        from compresslab.measure import quality
+
+        found.append(quality.accuracy(model, load_file(job.examples), conditions=job.source))
     models.decompress_(model)
     differing = [name for name, sha256 in job.weights_sha256.items() if _hash(model, name) != sha256]
     return Result(

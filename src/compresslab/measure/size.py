@@ -59,11 +59,11 @@ def read_header(path: Path) -> tuple[int, dict[str, dict]]:
 
 def _kind(name: str, entry: dict, embeddings: set[str]) -> str:
     leaf = name.rpartition(".")[2]
-    if leaf == "weight_zero_point":  # packed, or int8 in a mixed artifact
+    if leaf in ("weight_zero_point", "input_zero_point"):  # packed, or int8 in a mixed artifact
         return "zero points"
     if leaf == "weight_packed" or entry["dtype"] == "I8":
         return "codes"
-    if leaf in ("weight_scale", "weight_shape"):
+    if leaf in ("weight_scale", "weight_shape", "input_scale"):
         return "scales"
     if name in embeddings:
         return "embeddings"

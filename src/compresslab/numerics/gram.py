@@ -44,6 +44,7 @@ class Gram:
         features: in, the width of X.
         tokens: how many rows of X have been added.
         largest: max |X| of every channel, float32 [in].
+        observers: what else watches X, by whoever asked for it (activations/); fed with the same tokens.
         drift: (X* - X)^T X, float32 [in, in], where X* is what the uncompressed network has in the place of X; or None.
     """
 
@@ -54,6 +55,7 @@ class Gram:
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.largest = torch.zeros(features, dtype=torch.float32, device=device)
         self.drift: Tensor | None = None
+        self.observers: dict[Any, Any] = {}
         self._cache: dict[Any, Any] = {}
 
     def add_(self, x: Tensor) -> None:
@@ -70,6 +72,8 @@ class Gram:
                 self._add_int8_(part)
             else:
                 self._add_float_(part)
+        for observer in self.observers.values():
+            observer.add_(x)
         self.tokens += x.shape[0]
         self._cache.clear()
 

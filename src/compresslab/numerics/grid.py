@@ -128,6 +128,26 @@ class QuantInput:
     scale: Tensor | None
     zero_point: Tensor | None
 
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the runtime makes of x [..., in].
+
+        Returns:
+            codes int8 [..., in]; scale float32 and zero point int8, both [..., G] or, for one of all tokens, [1].
+        """
+        grouped = x.float().unflatten(-1, (self.grid.groups(x.shape[-1]), -1))
+        if self.scale is not None:
+            scale, zero_point = self.scale.float(), self.zero_point
+        elif self.grid.granularity == "tensor":
+            scale, zero_point = fit_range(x.amin().reshape(1), x.amax().reshape(1), self.grid, torch.float32)
+        else:
+            scale, zero_point = fit_range(grouped.amin(dim=-1), grouped.amax(dim=-1), self.grid, torch.float32)
+        # Rounded last, as runtimes do it: a tie with an odd zero point would fall the other way.
+        codes = grouped / scale[..., None]
+        if zero_point is not None:
+            codes += zero_point[..., None]
+        codes = codes.clamp_(self.grid.qmin, self.grid.qmax).round_().to(torch.int8)
+        return codes.flatten(-2), scale, zero_point
+
 
 def per_element(
     scale: Tensor, zero_point: Tensor | None, shape: Sequence[int], group_index: Tensor | None = None

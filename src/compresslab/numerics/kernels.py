@@ -154,3 +154,17 @@ def shrink_ranges(weight, importance, low, high, shrinks, levels, symmetric, out
                     best[r] = total[r]
                     out_low[first + r, g] = low[first + r, g] * shrink
                     out_high[first + r, g] = high[first + r, g] * shrink
+
+
+@numba.njit(cache=True)
+def count(values, inverse, counts):
+    """counts[floor(values * inverse) + len(counts) / 2] += 1 for every value.
+
+    Args:
+        values: float32 [n].
+        inverse: float32, 1 / the width of a bin; a power of two, so that the product is exact.
+        counts: int64 [bins], changed.
+    """
+    middle = counts.shape[0] // 2
+    for v in values:
+        counts[int(np.floor(v * inverse)) + middle] += 1

@@ -91,9 +91,6 @@ class AWQ:
     def grid(self) -> Grid:
         return Grid.of_weights(self.bits, self.symmetric, self.group_size)
 
-    def activation_grid(self) -> Grid | None:
-        return None
-
     def smooth(self, weights: Sequence[Tensor], gram: Gram, *, grid: Grid, activation_grid: Grid | None) -> Tensor:
         loudness = loudness_of(gram)
         best, least = torch.ones_like(loudness), math.inf

@@ -82,9 +82,6 @@ class GPTQ:
     def grid(self) -> Grid:
         return Grid.of_weights(self.bits, self.symmetric, self.group_size)
 
-    def activation_grid(self) -> Grid | None:
-        return None
-
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
     ) -> Solution:

@@ -1,8 +1,7 @@
 """Round to nearest (RTN): every weight goes to the nearest point of its group's grid. No data.
 
 Paper. The affine grid of Jacob et al., "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", arXiv 1712.05877, section 2.1; with 8-bit activations, rounded per token at run time,
-it is the W8A8 scheme of ZeroQuant, arXiv 2206.01861.
+Integer-Arithmetic-Only Inference", arXiv 1712.05877, section 2.1.
 
 Method. For each group of W [out, in] take the extremes, spread 2^bits levels evenly between them so that 0 is one of
 them, round. Error of a weight: at most scale / 2, and scale^2 / 12 on average if weights are smooth on that scale.
@@ -30,13 +29,12 @@ from compresslab.numerics.grid import Grid, round_to_nearest
 
 @dataclass(frozen=True, kw_only=True)
 class RTN:
-    """Round-to-nearest quantisation of weights, with or without dynamic activations.
+    """Round-to-nearest quantisation of weights.
 
     Args:
         bits: width of a weight code, 2 to 8.
         group_size: input channels that share a scale; None for one scale per output channel.
         symmetric: fix the zero point at 0.
-        activation_bits: 8 for activations rounded per token at run time; None leaves them in float.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -52,15 +50,9 @@ class RTN:
     bits: int = 8
     group_size: int | None = None
     symmetric: bool = True
-    activation_bits: int | None = None
 
     def grid(self) -> Grid:
         return Grid.of_weights(self.bits, self.symmetric, self.group_size)
-
-    def activation_grid(self) -> Grid | None:
-        if self.activation_bits is None:
-            return None
-        return Grid(bits=self.activation_bits, symmetric=True, granularity="token")
 
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"

@@ -55,6 +55,7 @@ class Layer(Frozen):
     sqnr_of: str
     seconds: float
     note: str = ""
+    activation_bits: int | None = None
 
 
 class Bytes(Frozen):
