@@ -91,17 +91,13 @@ def compress(
 
     with clock("read"):
         check_output(out, force)
-        chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
-        chosen = chosen.override(settings) if settings else chosen
-        stages = _stages(chosen)
-        if wanted is not None and stages.trains:
-            raise CompressLabError(f"a budget chooses among roundings without training: {stages.name} trains")
+        chosen = _chosen(recipe, settings)
+        stages = _stages(chosen, has_budget=wanted is not None)
         source = models.find(model)
         check_output(out, force, source.folder)
         plan, methods, layout = _planned(source, chosen)
         found = _data(source, stages, chosen, data, seed)
         windows = _windows(source, data, evaluation_windows) if measure and found.labelled is None else None
-        calibration = found.calibration
         surveys = len(stages.smoothers) + (wanted is not None)
         preflight.check(_needs(source, plan, methods, chosen, found, where, surveys), out)
 
@@ -110,14 +106,14 @@ def compress(
         with clock("share out"):
             progress.stage("survey", len(eligible))
             chosen = mixed.share_out(
-                _pass(source, plan, calibration, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
+                _pass(source, plan, found.calibration, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
                 smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
             )  # fmt: skip
             plan, methods, layout = _planned(source, chosen)
 
-    key = _key(source, chosen, found.labelled or calibration, seed, where)
+    key = _key(source, chosen, found.labelled or found.calibration, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
-        job = _job(_pass(source, plan, calibration, where), stages, methods, layout, writer, progress)
+        job = _job(_pass(source, plan, found.calibration, where), stages, methods, layout, writer, progress)
         if stages.smoothers:
             with clock("smooth"):
                 progress.stage("smooth", 1)
@@ -125,10 +121,7 @@ def compress(
                     job, source=smoothed(job, stages.smoothers, methods.solvers, methods.activations)
                 )
                 progress.step("the inputs of layers")
-        training: dict[str, Any] = {}
-        if stages.trains:
-            with clock("train"):
-                job, training = _trained(job, chosen, found.examples, writer, seed, progress)
+        job, training = _trained(job, chosen, found, writer, seed, progress, clock)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
             for record in writer.records():
@@ -173,13 +166,15 @@ def plan_only(
     device: str = "auto",
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
-    chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
-    chosen = chosen.override(settings) if settings else chosen
+    chosen = _chosen(recipe, settings)
     stages = _stages(chosen)
     source = models.find(model)
     plan, methods, _ = _planned(source, chosen)
     tokens = (chosen.calibration.samples, chosen.calibration.sequence_length) if stages.needs_data else (0, 0)
     estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
+    if chosen.training is not None:
+        seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
+        estimate = preflight.with_training(estimate, source, seen, pick_device(device))
     return plan, estimate, chosen
 
 
@@ -234,7 +229,12 @@ def _to_plan(method: Any) -> Any:
     return aware.Untrained(method) if isinstance(method, AwareTraining) else method
 
 
-def _stages(recipe: Recipe) -> Stages:
+def _chosen(recipe: str | Path | Recipe, settings: dict[str, Any] | None) -> Recipe:
+    found = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
+    return found.override(settings) if settings else found
+
+
+def _stages(recipe: Recipe, has_budget: bool = False) -> Stages:
     """CompressLabError unless the steps are any number of smoothers, at most one activation quantizer, and one solver."""
     *before, (name, solver) = [(step.method, _to_plan(step.build())) for step in recipe.steps]
     smoothers = [method for _, method in before if isinstance(method, Smoother) and not isinstance(method, Solver)]
@@ -248,6 +248,10 @@ def _stages(recipe: Recipe) -> Stages:
             "that smooth (such as smoothquant), with at most one for activations (such as dynamic) between them"
         )
     activations = quantizers[0] if quantizers else None
+    if has_budget and isinstance(solver, aware.Untrained):
+        raise CompressLabError(
+            f"a budget chooses among methods without training: leave it out, or take another than {name}"
+        )
     if activations and isinstance(solver, aware.Untrained):
         raise CompressLabError(
             f"method {name} rounds activations itself, as it trained them: leave out the other step for them"
@@ -348,7 +352,7 @@ def _needs(
     device: torch.device,
     surveys: int,
 ) -> preflight.Estimate:
-    text = found.calibration
+    text = found.calibration if recipe.training is None or surveys else None  # a training alone takes no Gram matrix
     tokens = (text.samples, text.sequence_length) if text else (0, 0)
     needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys)
     if recipe.training is None:
@@ -371,21 +375,23 @@ def _labelled(source: models.Source, stages: Stages, data: Any, seed: int) -> da
 
 
 def _trained(
-    job: solving.Job, recipe: Recipe, examples: list[Any], writer: Writer, seed: int, progress: Progress
+    job: solving.Job, recipe: Recipe, found: Data, writer: Writer, seed: int, progress: Progress, clock: Clock
 ) -> tuple[solving.Job, dict[str, Any]]:
-    """The job with the trained network and its codes in place of what was planned; and what to report of the training."""
-    assert recipe.training is not None
+    """Where a recipe trains: the trained network and its codes in place of what was planned, and what to report of it."""
+    if recipe.training is None:
+        return job, {}
     methods = {x: solver.method for x, solver in job.solvers.items() if isinstance(solver, aware.Untrained)}
+    examples = found.examples
     progress.stage("train", recipe.training.steps_for(len(examples)))
-    outcome = aware.train(
-        job.source, methods, examples, recipe.training, writer.scratch("training"), seed=seed, device=job.device,
-        on_step=lambda done: progress.step("a step of the training"),
-    )  # fmt: skip
+    with clock("train"):
+        outcome = aware.train(
+            job.source, methods, examples, recipe.training, writer.scratch("training"), seed=seed, device=job.device,
+            on_step=lambda done: progress.step("a step of the training"),
+        )  # fmt: skip
     record = dataclasses.asdict(outcome.record) | {"losses": [f"{loss:.4f}" for _, loss in outcome.record.losses]}
-    return dataclasses.replace(
-        job, source=outcome.source, batches=None, solvers=outcome.layers,
-        activations={x: outcome.layers[x] for x in job.activations},
-    ), {"training": record}  # fmt: skip
+    activations = {layer: outcome.layers[layer] for layer in job.activations}
+    job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, activations=activations)
+    return job, {"training": record}
 
 
 def _key(
