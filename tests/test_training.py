@@ -205,9 +205,8 @@ def test_rows_of_different_lengths_are_filled_up() -> None:
     assert "attention_mask" not in collate([{"input_ids": rows[0]}, {"input_ids": rows[0]}])
 
 
-def test_steps_or_epochs() -> None:
+def test_epochs_or_steps() -> None:
     assert Training(steps=7).steps_for(1000) == 7
     assert Training(epochs=2, batch=10).steps_for(95) == 20
     assert Training(batch=10).steps_for(95) == 30
-    with pytest.raises(CompressLabError, match="steps or epochs, not both"):
-        Training(steps=1, epochs=1.0)
+    assert Training(steps=1, epochs=5.0, batch=10).steps_for(95) == 1

@@ -126,7 +126,8 @@ class Training(Strict):
     """How long and how fast to train.
 
     Attributes:
-        steps: of the optimiser; or `epochs`, passes over the examples. 3 epochs where neither is said.
+        epochs: passes over the examples.
+        steps: of the optimiser, in place of `epochs` where it is named.
         warmup: share of the steps over which the learning rate rises from 0, before it falls to 0 along a cosine.
         batch: examples in one step.
         checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
@@ -134,7 +135,7 @@ class Training(Strict):
     """
 
     steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float = Field(default=3.0, gt=0)
     learning_rate: float = Field(default=1e-4, gt=0, lt=10)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     batch: int = Field(default=16, ge=1)
@@ -143,19 +144,13 @@ class Training(Strict):
     checks: int = Field(default=10, ge=1)
     held_back: float = Field(default=0.1, gt=0, lt=1)
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Training:
-        if self.steps is not None and self.epochs is not None:
-            raise CompressLabError("training: name steps or epochs, not both")
-        return self
-
     def seen(self, examples: int) -> int:
         """Examples that pass through the network in all."""
         return self.steps_for(examples) * self.batch
 
     def steps_for(self, examples: int) -> int:
         """Steps of the optimiser over this many examples."""
-        return self.steps or math.ceil(math.ceil(examples / self.batch) * (self.epochs or 3.0))
+        return self.steps or math.ceil(math.ceil(examples / self.batch) * self.epochs)
 
 
 class Recipe(Strict):
