@@ -422,6 +422,17 @@ def test_training_settings_can_be_overridden_and_are_written_down() -> None:
         recipe_of().override({"training.step": 99})
 
 
+def test_the_preflight_knows_what_training_takes(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    parameters = sum(p.numel() for p in tiny.make("llama").parameters())
+    _, needs, chosen = pipeline.plan_only(str(model), recipe_of())
+    _, without, _ = pipeline.plan_only(str(model), tiny.recipe("rtn", symmetric=True, group_size=None))
+    assert needs.memory_bytes - without.memory_bytes >= 16 * parameters
+    assert needs.disk_bytes - without.disk_bytes >= 24 * parameters
+    assert needs.parts["train"] > 0
+    assert chosen.training is not None
+
+
 def test_what_stands_for_a_solver_is_one() -> None:
     assert isinstance(aware.Untrained(METHODS["lsq"]()), Solver)
     assert not isinstance(METHODS["lsq"](), Solver)

@@ -382,7 +382,7 @@ def _trained(
         return job, {}
     methods = {x: solver.method for x, solver in job.solvers.items() if isinstance(solver, aware.Untrained)}
     examples = found.examples
-    progress.stage("train", recipe.training.steps_for(len(examples)))
+    progress.stage("train", recipe.training.steps_for(round(len(examples) * (1 - recipe.training.held_back))))
     with clock("train"):
         outcome = aware.train(
             job.source, methods, examples, recipe.training, writer.scratch("training"), seed=seed, device=job.device,

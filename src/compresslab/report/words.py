@@ -120,7 +120,9 @@ def claims(report: Report) -> list[tuple[str, str]]:
         made.append((f"perplexity {human(b.value, '1')} -> {human(a.value, '1')} ({text})", tone))
     elif "accuracy" in pairs:
         b, a = pairs["accuracy"]
-        made.append((f"accuracy {100 * b.value:.1f} % -> {100 * a.value:.1f} %", "bad" if a.value < b.value else "good"))
+        made.append(
+            (f"accuracy {100 * b.value:.1f} % -> {100 * a.value:.1f} %", "bad" if a.value < b.value else "good")
+        )
     elif "output_cosine" in after:
         made.append((f"output cosine {human(after['output_cosine'].value, '1')}", ""))
     return made or [("nothing was measured both before and after", "")]
