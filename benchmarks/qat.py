@@ -49,9 +49,9 @@ def main() -> None:
     arguments.add_argument("--sst2", type=Path, help="a folder with train.tsv and dev.tsv instead of the digits")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--bits", type=int, nargs="+", default=[4, 2])
-    arguments.add_argument("--float-steps", type=int, default=1000)
+    arguments.add_argument("--float-steps", type=int, default=800)
     arguments.add_argument(
-        "--steps", type=int, default=200, help="of every training that starts from the float network"
+        "--steps", type=int, default=150, help="of every training that starts from the float network"
     )
     arguments.add_argument("--learning-rate", type=float, default=1e-3)
     arguments.add_argument("--name", help="name of the result file")
@@ -85,7 +85,7 @@ def write(
         "benchmark": name,
         "task": "SST-2, a BERT of 4 layers from scratch"
         if options.sst2
-        else "digits of 8 x 8 pixels, a ViT of 6 layers",
+        else "digits of 8 x 8 pixels, a ViT of 4 layers",
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "seeds_done": list(rows["float"]),
         "test_examples": len(task(options, options.seeds[0])[2]),
@@ -215,7 +215,7 @@ def digits(seed: int) -> tuple[Callable[[], nn.Module], list[Example], list[Exam
         for i in order[TEST_IMAGES:]
     ]
     config = transformers.ViTConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, image_size=8, patch_size=2,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=8, patch_size=2,
         num_channels=1, num_labels=10,
     )  # fmt: skip
     return lambda: transformers.ViTForImageClassification(config), train, test
