@@ -259,10 +259,12 @@ def test_verdict_uses_only_what_was_measured() -> None:
     per_token = make(after=measured({"decode_ms_per_token": 31.4, "weight_bytes": 269_060_552.0 / 4}))
     assert words.verdict(per_token) == "4.0x smaller, decode 2.0x slower"
     assert "Perplexity was not measured" in render.to_markdown(per_token)
-    cosine = Measurement(name="output_cosine", value=0.99871, unit="1", n=9, device="cpu", conditions="hidden states")
+    cosine = Measurement(
+        name="embedding_cosine", value=0.99871, unit="1", n=9, device="cpu", conditions="hidden states"
+    )
     forward = [Measurement(name="forward_ms", value=v, unit="ms", n=3, device="cpu", conditions="") for v in (9, 18)]
     encoder = make(before=forward[:1], after=(forward[1], cosine))
-    assert words.verdict(encoder) == "forward 2.0x slower, output cosine 0.99871"
+    assert words.verdict(encoder) == "forward 2.0x slower, embedding cosine 0.99871"
     nothing = make(before=(), after=(), layers=(), skipped={}, bytes=(), data=None, seconds={})
     assert words.verdict(nothing) == "nothing was measured both before and after"
     assert len(everything(nothing)) == 6

@@ -26,13 +26,16 @@ def evaluate(
     Raises:
         CompressLabError: if there is no such model, or too little text.
     """
-    from compresslab.pipeline import pick_device
+    from compresslab.pipeline import PASSAGES, pick_device
 
     folder = models.locate(model)
-    tokens = datasets.windows(data, models.load_tokenizer(folder, str(model)), length=length, count=windows)
+    tokenizer = models.load_tokenizer(folder, str(model))
+    texts = {"input_ids": datasets.windows(data, tokenizer, length=length, count=windows)}
+    if models.is_encoder(models.read_config(folder)):
+        texts |= datasets.encoder_texts(data, tokenizer, count=PASSAGES * windows, longest=length)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "windows.safetensors"
-        save_file({"input_ids": tokens}, path)
+        save_file(texts, path)
         job = fresh.Job(
             folder=folder, windows=path, source=f"{data}, test split", device=str(pick_device(device)),
             threads=torch.get_num_threads(), packed=_is_artifact(folder),

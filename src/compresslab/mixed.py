@@ -100,7 +100,7 @@ def share_out(
     widths = _solvers_by_width(step)
     if smoothers:
         calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers, activations))
-    layout = _layout(solvers, activations, widths, calibration, step)
+    layout = _layout(solvers, widths, calibration, step, activations)
     damage = _damage(sensitivity, calibration, recipe)
     survey = Survey(calibration, step, widths, layout, damage)
     books = _books(calibration, budget)
@@ -135,8 +135,8 @@ def _solvers_by_width(step: Step) -> dict[str, Solver]:
 
 
 def _layout(
-    solvers: Mapping[str, Solver], activations: Mapping[str, ActivationQuantizer] | None,
-    widths: Mapping[str, Solver], calibration: Pass, step: Step,
+    solvers: Mapping[str, Solver], widths: Mapping[str, Solver], calibration: Pass, step: Step,
+    activations: Mapping[str, ActivationQuantizer] | None = None,
 ) -> Layout:  # fmt: skip
     """How an artifact of many widths is written. CompressLabError if the format cannot hold one, before any work."""
     turns = list(widths.values())

@@ -255,10 +255,14 @@ def locate(model: str | Path) -> Path:
     return _folder(str(model), None)[0]
 
 
+def read_config(folder: Path | str) -> transformers.PretrainedConfig:
+    """The configuration of a model or an artifact."""
+    return transformers.AutoConfig.from_pretrained(folder)
+
+
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
     """The whole model of a folder, float or compressed, opened by plain transformers, in eval mode."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    cls = getattr(transformers, config.architectures[0])
+    cls = getattr(transformers, (read_config(folder).architectures or [""])[0])
     with quiet_transformers():
         return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
@@ -327,6 +331,14 @@ def classes_of_texts(source: Source) -> dict[int, str]:
 def is_language_model(model: nn.Module) -> bool:
     """Whether a model predicts the next token, so that perplexity and decoding make sense of it."""
     return type(model).__name__.endswith("ForCausalLM") or type(model).__name__.endswith("LMHeadModel")
+
+
+def is_encoder(config: transformers.PretrainedConfig) -> bool:
+    """Whether a model without a head returns a hidden state for every token, so that texts can be embedded with it."""
+    architecture = (config.architectures or [""])[0]
+    reads_text = getattr(config, "vocab_size", None) is not None
+    two_sided = getattr(config, "is_encoder_decoder", False) and not architecture.endswith("EncoderModel")
+    return architecture.endswith("Model") and reads_text and not two_sided
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -38,6 +38,7 @@ from compresslab.report.schema import Layer, Parity, Report
 from compresslab.smoothing import smoothed
 from compresslab.training import collate
 
+PASSAGES = 8  # an encoder embeds for every evaluation window
 BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 
@@ -97,7 +98,7 @@ def compress(
         check_output(out, force, source.folder)
         plan, methods, layout = _planned(source, chosen)
         found = _data(source, stages, chosen, data, seed)
-        windows = _windows(source, data, evaluation_windows) if measure and found.labelled is None else None
+        texts = _texts(source, data, evaluation_windows) if measure and found.labelled is None else None
         surveys = len(stages.smoothers) + (wanted is not None)
         preflight.check(_needs(source, plan, methods, chosen, found, where, surveys), out)
 
@@ -134,7 +135,7 @@ def compress(
                 mixed.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, windows, found.labelled, data, measure, where, progress)
+            before, after = _measure(original, folder, writer, texts, found.labelled, data, measure, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -460,13 +461,19 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _windows(source: models.Source, data: Any, count: int) -> torch.Tensor | None:
-    """Token windows [n, length] of the text's test split, or None without a text or a tokenizer to measure with."""
+def _texts(source: models.Source, data: Any, count: int) -> dict[str, torch.Tensor] | None:
+    """Token windows [n, length] of the text's test split, and for an encoder what it embeds; None without a text or a
+    tokenizer to measure with.
+    """
     if not isinstance(data, str) or not source.has_tokenizer():
         return None
-    windows = datasets.windows(data, source.tokenizer(), length=_window_length(source), count=count)
+    tokenizer, length = source.tokenizer(), _window_length(source)
+    windows = datasets.windows(data, tokenizer, length=length, count=count)
     _check_tokens(source, windows)
-    return windows
+    if not models.is_encoder(source.config):
+        return {"input_ids": windows}
+    passages = datasets.encoder_texts(data, tokenizer, count=PASSAGES * count, longest=length)
+    return {"input_ids": windows} | passages
 
 
 def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
@@ -485,8 +492,8 @@ def _check_tokens(source: models.Source, ids: torch.Tensor) -> None:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, tokens: torch.Tensor | None, labelled: datasets.Labelled | None, data: Any,
-    everything: bool, device: torch.device, progress: Progress,
+    original: Path, folder: Path, writer: Writer, texts: dict[str, torch.Tensor] | None, labelled: datasets.Labelled | None,
+    data: Any, everything: bool, device: torch.device, progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
 
@@ -495,9 +502,9 @@ def _measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         windows, examples, said = None, None, ""
-        if tokens is not None:
+        if texts is not None:
             windows, said = Path(scratch) / "windows.safetensors", f"{data}, test split"
-            save_file({"input_ids": tokens}, windows)
+            save_file(texts, windows)
         if labelled is not None and everything:
             examples, said = Path(scratch) / "examples.safetensors", labelled.test_split
             save_file(collate(labelled.test), examples)

@@ -23,6 +23,7 @@ from compresslab.data.offline import (
     is_cached,
     word_pairs,
 )
+from compresslab.data.passages import encoder_texts, passages, rated_documents
 from compresslab.data.sources import Texts, texts
 from compresslab.data.tokens import Calibration, calibration, windows
 
@@ -41,10 +42,13 @@ __all__ = [
     "calibration",
     "digits",
     "documents_with_similarity",
+    "encoder_texts",
     "images",
     "is_cached",
     "labelled_examples",
     "labelled_texts",
+    "passages",
+    "rated_documents",
     "texts",
     "windows",
     "word_pairs",

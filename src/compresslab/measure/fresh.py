@@ -33,9 +33,10 @@ class Job(Frozen):
 
     Attributes:
         folder: the model.
-        windows: safetensors file with "input_ids" [n, L], or None to leave quality and speed out.
+        windows: safetensors file with "input_ids" [n, L], or None to leave quality and speed out. For an encoder also with
+            "passages." and perhaps "rated.", as data.encoder_texts makes them.
         examples: safetensors file with labelled examples in one batch, to count how often the model is right.
-        reference: file for the hidden states of the uncompressed encoder; written if absent, compared with if there.
+        reference: file for the embeddings of the uncompressed encoder; written if absent, compared with if there.
         weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
         source: where the windows come from, in words.
         packed: whether the folder is an artifact whose layers may also run on torch's packed kernels.
@@ -84,7 +85,8 @@ def _run(job: Job) -> Result:
 
     torch.set_num_threads(job.threads)
     found: list[Measurement] = []
-    windows = None if job.windows is None else load_file(job.windows)["input_ids"]
+    texts = {} if job.windows is None else load_file(job.windows)
+    windows = texts.get("input_ids")
     started = time.perf_counter()
     model = models.load(job.folder).to(job.device)
     load_ms = (time.perf_counter() - started) * 1000
@@ -107,7 +109,7 @@ def _run(job: Job) -> Result:
     gc.collect()
     model = models.load(job.folder, dtype=torch.float32).to(job.device)
     if windows is not None:
-        found += _quality(job, model, windows)
+        found += _quality(job, model, texts)
     if job.examples is not None:
         from compresslab.measure import quality
 
@@ -133,19 +135,24 @@ def _on_packed_kernels(
     return speed.language_model_speed(model, windows[:1, :128], conditions=said) + plain
 
 
-def _quality(job: Job, model: torch.nn.Module, windows: Tensor) -> list[Measurement]:
+def _quality(job: Job, model: torch.nn.Module, texts: dict[str, Tensor]) -> list[Measurement]:
     from compresslab import models
     from compresslab.measure import quality
 
     if models.is_language_model(model):
-        return [quality.perplexity(model, windows, conditions=job.source)]
-    if job.reference is None or not hasattr(model, "config"):
+        return [quality.perplexity(model, texts["input_ids"], conditions=job.source)]
+    if "passages.input_ids" not in texts:
         return []
-    states = quality.hidden_states(model, windows)
-    if not job.reference.exists():
-        save_file({"states": states}, job.reference)
-        return []
-    return [quality.output_cosine(load_file(job.reference)["states"], states, conditions=job.source)]
+    found = quality.embeddings(model, texts["passages.input_ids"], texts["passages.attention_mask"])
+    measured: list[Measurement] = []
+    if job.reference is not None and job.reference.exists():
+        measured = quality.embedding_agreement(load_file(job.reference)["embeddings"], found, conditions=job.source)
+    elif job.reference is not None:
+        save_file({"embeddings": found}, job.reference)
+    if "rated.similarity" in texts:
+        documents = quality.embeddings(model, texts["rated.input_ids"], texts["rated.attention_mask"])
+        measured += quality.document_similarity(documents, texts["rated.similarity"], conditions="lee")
+    return measured
 
 
 def _hash(model: torch.nn.Module, layer: str) -> str:

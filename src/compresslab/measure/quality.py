@@ -72,25 +72,76 @@ def accuracy(model: nn.Module, batch: dict[str, Tensor], *, batch_size: int = 32
     )
 
 
-def hidden_states(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> Tensor:
-    """The last hidden state of an encoder for every token, float32 [n * L, width]."""
+def embeddings(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, batch_size: int = 16) -> Tensor:
+    """Each text's embedding, float32 [n, width]: the mean of the last hidden state over its tokens, scaled to length 1.
+
+    Args:
+        model: an encoder; it returns last_hidden_state [batch, tokens, width].
+        input_ids, attention_mask: int64 [n, tokens]; padding has mask 0 and counts for nothing.
+    """
     device = next(model.parameters()).device
+    found = []
     with torch.inference_mode():
-        parts = [
-            model(input_ids=batch.to(device)).last_hidden_state.float().cpu() for batch in windows.split(batch_size)
-        ]
-    return torch.cat(parts).flatten(0, 1)
+        for start in range(0, len(input_ids), batch_size):
+            rows = slice(start, start + batch_size)
+            longest = int(attention_mask[rows].sum(dim=1).max())
+            ids, mask = input_ids[rows, :longest].to(device), attention_mask[rows, :longest].to(device)
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            mean = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            found.append(nn.functional.normalize(mean, dim=1).cpu())
+    return torch.cat(found)
 
 
-def output_cosine(reference: Tensor, found: Tensor, *, conditions: str = "") -> Measurement:
-    """Mean cosine between the uncompressed and the compressed model's outputs, token by token; rows [tokens, width]."""
-    cosine = nn.functional.cosine_similarity(reference, found, dim=1)
+def embedding_agreement(reference: Tensor, found: Tensor, *, conditions: str = "") -> list[Measurement]:
+    """How near a compressed encoder's embeddings [n, width], of length 1, are to those of the uncompressed one.
+
+    The mean and the least cosine between the two embeddings of a text; and Pearson's correlation of the cosines of all
+    pairs of texts, which is what a search by similarity lives on (left out below three texts).
+    """
+    n = len(reference)
+    cosine = (reference * found).sum(dim=1)
+    said = "mean-pooled embeddings against the uncompressed model's" + (f", {conditions}" if conditions else "")
+    spread = float(cosine.std()) if n > 1 else None
+    measured = [
+        _of_embeddings("embedding_cosine", float(cosine.mean()), n, said, spread),
+        _of_embeddings("embedding_cosine_min", float(cosine.min()), n, f"the worst of {n} texts; {said}"),
+    ]
+    pairs = [_pairs(x @ x.t()) for x in (reference, found)]
+    correlation = pearson(*pairs)
+    if correlation is not None:
+        measured.append(_of_embeddings("similarity_correlation", correlation, len(pairs[0]), f"pairs of texts; {said}"))
+    return measured
+
+
+def document_similarity(found: Tensor, rated: Tensor, *, conditions: str = "") -> list[Measurement]:
+    """Pearson's correlation of the cosines of all pairs of documents with what people said; none if it is undefined.
+
+    Args:
+        found: embeddings of length 1, [n, width].
+        rated: similarity by human judgement, [n, n].
+    """
+    cosines, judged = _pairs(found @ found.t()), _pairs(rated)
+    correlation = pearson(cosines, judged)
+    if correlation is None:
+        return []
+    said = "Pearson's, of cosines with human similarity" + (f", {conditions}" if conditions else "")
+    return [_of_embeddings("document_similarity_correlation", correlation, len(cosines), said)]
+
+
+def pearson(a: Tensor, b: Tensor) -> float | None:
+    """The correlation of two rows of numbers; None where one of them does not vary."""
+    a, b = (x.double() - x.double().mean() for x in (a, b))
+    scale = float(a.norm() * b.norm())
+    return float(a @ b) / scale if len(a) > 1 and scale > 0 else None
+
+
+def _pairs(similarity: Tensor) -> Tensor:
+    """The entries above the diagonal of [n, n]."""
+    rows, columns = torch.triu_indices(len(similarity), len(similarity), offset=1)
+    return similarity[rows, columns]
+
+
+def _of_embeddings(name: str, value: float, n: int, conditions: str, spread: float | None = None) -> Measurement:
     return Measurement(
-        name="output_cosine",
-        value=float(cosine.mean()),
-        unit="1",
-        n=len(cosine),
-        spread=float(cosine.std()) if len(cosine) > 1 else None,
-        device=device_label("cpu"),
-        conditions=f"last hidden state against the uncompressed model's{', ' + conditions if conditions else ''}",
+        name=name, value=value, unit="1", n=n, spread=spread, device=device_label("cpu"), conditions=conditions
     )

@@ -123,8 +123,8 @@ def claims(report: Report) -> list[tuple[str, str]]:
         made.append(
             (f"accuracy {100 * b.value:.1f} % -> {100 * a.value:.1f} %", "bad" if a.value < b.value else "good")
         )
-    elif "output_cosine" in after:
-        made.append((f"output cosine {human(after['output_cosine'].value, '1')}", ""))
+    elif "embedding_cosine" in after:
+        made.append((f"embedding cosine {human(after['embedding_cosine'].value, '1')}", ""))
     return made or [("nothing was measured both before and after", "")]
 
 
@@ -212,6 +212,11 @@ def limitations(report: Report) -> list[str]:
         )
         if (b.conditions, b.n) != (a.conditions, a.n):
             found.append("Perplexity was measured under different conditions before and after (see the table).")
+    elif cosine := next((m for m in report.after if m.name == "embedding_cosine"), None):
+        found.append(
+            f"Embeddings of {cosine.n} texts have a mean cosine of {human(cosine.value, '1')} to those of the original. "
+            "Other languages, lengths and kinds of text can differ more."
+        )
     else:
         found.append("Perplexity was not measured before and after: the table holds all that is known of quality.")
     slower = [row.label for row in table_rows(report) if "slower" in row.change and row.tone == "bad"]
