@@ -37,7 +37,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def images(count: int = 24, seed: int = 0) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        {"pixel_values": torch.randn(3, 8, 8, generator=generator) + (1 if i % 2 else -1), "labels": torch.tensor(i % 2)}
+        {
+            "pixel_values": torch.randn(3, 8, 8, generator=generator) + (1 if i % 2 else -1),
+            "labels": torch.tensor(i % 2),
+        }
         for i in range(count)
     ]
 
@@ -59,7 +62,6 @@ def run(model: nn.Module, folder: Path, method: Any, examples: Any, **more: Any)
     source = models.find(model)
     layers = make_plan(source, ["@outside-blocks"]).layers
     return aware.train(source, dict.fromkeys(layers, method), examples, SETTINGS, folder, **more)
-
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
@@ -172,13 +174,19 @@ def test_the_network_given_is_not_changed(tmp_path: Path) -> None:
     network = tiny.make("vit")
     run(network, tmp_path, METHODS["ste"](), images())
     untouched = tiny.make("vit")
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), untouched.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), untouched.state_dict().values(), strict=True)
+    )
 
 
 def test_biases_and_norms_are_trained_too(tmp_path: Path) -> None:
     outcome = run(tiny.make("vit"), tmp_path, METHODS["lsq"](), images())
     before = tiny.make("vit").state_dict()
-    changed = {name for name in outcome.source.weights.names() if not torch.equal(outcome.source.weights.get(name), before[name])}
+    changed = {
+        name
+        for name in outcome.source.weights.names()
+        if not torch.equal(outcome.source.weights.get(name), before[name])
+    }
     assert {name for name in changed if name.endswith("bias")}
     assert not {name for name in outcome.source.weights.names() if "quantizer" in name}
 
@@ -241,7 +249,12 @@ def test_a_training_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> N
     kill.calls = 0  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
         compress(
-            tiny.make("vit"), recipe_of(), images(), out=tmp_path / "out", measure=False, progress=pipeline.Progress(step=kill)
+            tiny.make("vit"),
+            recipe_of(),
+            images(),
+            out=tmp_path / "out",
+            measure=False,
+            progress=pipeline.Progress(step=kill),
         )
     other = recipe_of(training={"steps": 6, "learning_rate": 1e-3, "batch": 4, "checks": 2})
     changed, _ = compress(tiny.make("vit"), other, images(), out=tmp_path / "out", measure=False)
@@ -268,7 +281,10 @@ def classifier(folder: Path) -> Path:
 
 def table(path: Path, labels: tuple[str, str] = ("0", "1"), count: int = 60) -> Path:
     known = tiny.words()
-    rows = [f"{' '.join(known[(i % 2) * 50 + (i * k) % 40] for k in range(1, 4 + i % 5))}\t{labels[i % 2]}" for i in range(count)]
+    rows = [
+        f"{' '.join(known[(i % 2) * 50 + (i * k) % 40] for k in range(1, 4 + i % 5))}\t{labels[i % 2]}"
+        for i in range(count)
+    ]
     path.write_text("text\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return path
 
@@ -336,7 +352,9 @@ def test_a_folder_without_a_test_file_is_measured_on_its_validation_file(tmp_pat
 
 def test_a_label_that_the_model_does_not_know(tmp_path: Path) -> None:
     model = classifier(tmp_path / "model")
-    with pytest.raises(CompressLabError, match=r"label 'blue', which the model does not know; it knows 0 dull, 1 bright"):
+    with pytest.raises(
+        CompressLabError, match=r"label 'blue', which the model does not know; it knows 0 dull, 1 bright"
+    ):
         compress(str(model), recipe_of(), str(table(tmp_path / "t.tsv", ("blue", "dull"))), out=tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 

@@ -106,7 +106,9 @@ def test_the_best_network_leaves_not_the_last(tmp_path: Path) -> None:
     """Labels of the training set are the wrong way round, so the loss on what is held back only rises."""
     model = vit()
     wrong = [e | {"labels": 1 - e["labels"]} for e in images()]
-    record = train_(model, wrong, Training(steps=20, learning_rate=3e-3, batch=8, checks=5), tmp_path, held_back=images())
+    record = train_(
+        model, wrong, Training(steps=20, learning_rate=3e-3, batch=8, checks=5), tmp_path, held_back=images()
+    )
     losses = dict(record.losses)
     assert losses[20] > 1.2 * losses[4]
     assert record.best_step == 4

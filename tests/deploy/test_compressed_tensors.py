@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from compresslab import recipe as recipes
 from compresslab.activations.dynamic import Dynamic
-from compresslab.contract import ActivationQuantizer, Along, Solver
+from compresslab.aware import Untrained
+from compresslab.contract import ActivationQuantizer, Along, AwareTraining, Solver
 from compresslab.deploy.compressed_tensors import Layout, read_weights
 from compresslab.errors import CompressLabError
 from compresslab.numerics.gram import Gram
