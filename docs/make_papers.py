@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compresslab.activations.static import CALIBRATORS
 from compresslab.methods import METHODS
 
 HEAD = """# Methods and their papers
 
-Made by `python docs/make_papers.py` from the table of methods; do not edit. The figure is the paper's own or that of the
+Made by `python docs/make_papers.py` from the tables of methods and of the calibrators of `static`; do not edit. The figure is the paper's own or that of the
 source in brackets; what our implementation reaches is in [results/](../results).
 
 | method | file | paper | figure it is known for |
@@ -19,7 +20,7 @@ source in brackets; what our implementation reaches is in [results/](../results)
 def text() -> str:
     """The whole file."""
     rows = []
-    for name, cls in METHODS.items():
+    for name, cls in (METHODS | {f"static: {name}": cls for name, cls in CALIBRATORS.items()}).items():
         paper = cls.paper
         link = f", [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else ""
         file = cls.__module__.removeprefix("compresslab.").replace(".", "/") + ".py"

@@ -7,12 +7,14 @@ import torch
 
 import tiny
 from compresslab import warm
+from compresslab.activations.static import Static
 from compresslab.numerics import kernels
 from compresslab.numerics.gram import best_precision
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.qep import QEP
 
-KERNELS = ["round_block_with_feedback", "shrink_ranges", "add_scaled", "quantize_columns_bf16"]
+KERNELS = ["round_block_with_feedback", "shrink_ranges", "add_scaled", "quantize_columns_bf16", "count"]
+LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
 
 @pytest.mark.skipif(
@@ -29,5 +31,6 @@ def test_a_run_compiles_nothing_that_was_not_compiled_before() -> None:
             solver=solver,
             compute_dtype=torch.bfloat16,
             gram_precision="int8",
+            activations=dict.fromkeys(LAYERS, Static(calibrator="percentile")),
         )
     assert {name: list(getattr(kernels, name).signatures) for name in KERNELS} == before

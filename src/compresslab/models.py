@@ -338,7 +338,7 @@ def is_encoder(config: transformers.PretrainedConfig) -> bool:
     architecture = (config.architectures or [""])[0]
     reads_text = getattr(config, "vocab_size", None) is not None
     two_sided = getattr(config, "is_encoder_decoder", False) and not architecture.endswith("EncoderModel")
-    return architecture.endswith("Model") and reads_text and not two_sided
+    return architecture.endswith("Model") and "Head" not in architecture and reads_text and not two_sided
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -303,7 +303,8 @@ def _calibration(
             f"{type(data).__name__} is no text to calibrate on: name a source of text, or give a Calibration"
         )
     length = recipe.calibration.sequence_length
-    found = datasets.calibration(
+    gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
+    found = gather(
         data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
         batch_size=max(1, BATCH_TOKENS // length),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from compresslab.data.offline import (
     is_cached,
     word_pairs,
 )
-from compresslab.data.passages import encoder_texts, passages, rated_documents
+from compresslab.data.passages import calibration_passages, encoder_texts, passages, rated_documents
 from compresslab.data.sources import Texts, texts
 from compresslab.data.tokens import Calibration, calibration, windows
 
@@ -40,6 +40,7 @@ __all__ = [
     "Texts",
     "WordPair",
     "calibration",
+    "calibration_passages",
     "digits",
     "documents_with_similarity",
     "encoder_texts",
