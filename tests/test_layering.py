@@ -28,13 +28,14 @@ ROWS: list[tuple[str, ...]] = [
     ("methods",),
     ("weights", "wheels", "architectures", "edits"),
     ("recipe", "zoo", "data", "models", "deploy", "report"),
-    ("plan", "flow"),
+    ("plan", "flow", "training"),
     ("solving",),
     ("refining",),
-    ("layerwise", "tracing", "watching", "replaying", "smoothing", "rewriting"),
+    ("layerwise", "tracing", "watching", "replaying", "smoothing", "rewriting", "aware"),
     ("artifact", "measure", "preflight", "budget", "damage"),
     ("rotating", "mixed"),
-    ("stages", "questions"),
+    ("stages",),
+    ("questions", "learning"),
     ("pipeline", "evaluation", "warm"),
     ("cli",),
 ]
@@ -125,8 +126,8 @@ def test_search_knows_nothing_but_the_contract_and_numerics(module: str) -> None
 
 
 @pytest.mark.parametrize("module", ALL_BUT_ROOT)
-def test_models_and_data_come_from_three_files(module: str) -> None:
-    files = ("compresslab.models", "compresslab.data.hub", "compresslab.zoo")
+def test_models_and_data_come_from_four_files(module: str) -> None:
+    files = ("compresslab.models", "compresslab.training", "compresslab.data.hub", "compresslab.zoo")
     if module in files or within(module, "compresslab.deploy", "compresslab.architectures"):
         return
     assert not outsiders(module) & {"transformers", "datasets", "tokenizers", "huggingface_hub"}

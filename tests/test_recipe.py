@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import tiny
 from compresslab import methods, recipe, zoo
-from compresslab.contract import ActivationQuantizer, Solver
+from compresslab.contract import ActivationQuantizer, Rounding
 from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
 
@@ -28,7 +28,7 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     assert found.name == name
     assert found.summary.endswith(".")
     solver = found.rounding.build()
-    assert isinstance(solver, Solver)
+    assert isinstance(solver, Rounding)
     if solver.grid().format == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(CompressLabError, match="pip install bitsandbytes"):
             layout_of({"": solver})
@@ -188,7 +188,7 @@ def test_layers_that_are_wrong(layers: object, pattern: str) -> None:
 
 
 def test_layers_belong_to_the_step_that_rounds() -> None:
-    others = [name for name, cls in methods.METHODS.items() if not isinstance(cls(), Solver | ActivationQuantizer)]
+    others = [name for name, cls in methods.METHODS.items() if not isinstance(cls(), Rounding | ActivationQuantizer)]
     for name in others:
         with pytest.raises(
             CompressLabError, match=f"method {name} has no 'layers': they belong to the step that rounds"

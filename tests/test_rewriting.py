@@ -17,7 +17,7 @@ from compresslab.contract import BatchNorm
 from compresslab.edits import ChannelClip
 from compresslab.errors import CompressLabError
 from compresslab.flow import flow_of
-from compresslab.mixed import _whole_model
+from compresslab.damage import whole_model
 from compresslab.models import Source
 from compresslab.numerics.gram import Gram
 from compresslab.quantize.batchnorm_folding import BatchNormFolding
@@ -101,7 +101,7 @@ def test_settings_out_of_range_are_refused() -> None:
 
 def outputs(source: Source) -> Tensor:
     with torch.inference_mode():
-        return _whole_model(source, torch.device("cpu"))(**tiny.picture_batches(4)[0]).logits
+        return whole_model(source, torch.device("cpu"), torch.float32)(**tiny.picture_batches(4)[0]).logits
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -146,8 +146,10 @@ def test_relu6_is_clipped_where_its_channel_was() -> None:
     loud = {"pixel_values": 30 * tiny.picture_batches(4)[0]["pixel_values"]}
     run = {how: rewritten(source, [CrossLayerEqualization(relu6=how)]) for how in RELU6}
     with torch.inference_mode():
-        before = _whole_model(source, torch.device("cpu"))(**loud).logits
-        after = {how: _whole_model(found, torch.device("cpu"))(**loud).logits for how, found in run.items()}
+        before = whole_model(source, torch.device("cpu"), torch.float32)(**loud).logits
+        after = {
+            how: whole_model(found, torch.device("cpu"), torch.float32)(**loud).logits for how, found in run.items()
+        }
     torch.testing.assert_close(after["rescale"], before, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(after["keep"], before, rtol=1e-3, atol=1e-4)
     assert float((after["replace"] - before).abs().max()) > 0.1
@@ -177,7 +179,7 @@ def test_linear_layers_are_equalised_through_a_relu() -> None:
     ]
     equalized = rewritten(source, [CrossLayerEqualization()])
     batch = {"input_ids": torch.randint(3, 50, (2, 8))}
-    before, after = (_whole_model(s, torch.device("cpu"))(**batch).logits for s in (source, equalized))
+    before, after = (whole_model(s, torch.device("cpu"), torch.float32)(**batch).logits for s in (source, equalized))
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
     assert not torch.equal(
         equalized.weights.get(f"{found[0].first}.weight"), source.weights.get(f"{found[0].first}.weight")

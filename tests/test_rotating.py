@@ -17,7 +17,7 @@ import test_smoothing
 import tiny
 from compresslab import models, pipeline
 from compresslab.errors import CompressLabError
-from compresslab.mixed import whole_model
+from compresslab.damage import whole_model
 from compresslab.quantize.rotation import QuaRot
 from compresslab.recipe import parse
 from compresslab.rotating import rotated, said_of, stream_of

@@ -160,7 +160,7 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._lock.release()
-        if kind is not None and not self._progress["units"]:
+        if kind is not None and not self._progress["units"] and not any(self.partial.glob("*/checkpoint-*")):
             shutil.rmtree(self.partial, ignore_errors=True)  # nothing in it to go on from
 
     def _read_progress(self) -> None:
@@ -189,6 +189,11 @@ class Writer:
     def _damaged(self, entries: Iterable[dict[str, Any]]) -> list[Path]:
         files = [(self.partial / entry["file"], entry["sha256"]) for entry in entries]
         return [path for path, sha256 in files if not path.exists() or file_sha256(path) != sha256]
+
+    def scratch(self, stage: str) -> Path:
+        """A folder for what a stage before the solving must keep over a kill. A run with another key has another one."""
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        return self.partial / f"{stage}-{digest[:16]}"
 
     # -- layerwise.Sink ----------------------------------------------------------------------------------------------
 

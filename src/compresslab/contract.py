@@ -4,10 +4,8 @@ A *method* is one paper in one file: a frozen dataclass whose fields are its set
 and whose class constants say where it comes from and what it needs. Add the class to `methods.METHODS` and it has a
 recipe key, a command-line switch, a row in docs/papers.md, and must pass the contract tests.
 
-There are five kinds, in the order in which a recipe's steps may name them: *rotations* and *smoothers*, any number of each; at
-most one *activation quantizer*, which says how the runtime rounds the inputs of layers, and one *cache rounding*, which says how
-it keeps keys and values; and one *solver*, which rounds weights. Most
-methods are solvers: they see one linear layer at a time, and all they learn of the data is the
+Of the kinds that a recipe's steps may name (stages.py has their order), most methods are *solvers*: they round the weight of one
+linear layer at a time, and all they learn of the data is the
 Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers H once and streams the layers past any solver:
 
     class MyRounding(frozen dataclass):
@@ -25,6 +23,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from compresslab.numerics.fake_quantize import FakeQuantizer
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 
@@ -65,12 +64,17 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class Solver(Method, Protocol):
-    """A method that works on one linear layer at a time."""
+class Rounding(Method, Protocol):
+    """A method that puts weights on a grid."""
 
     def grid(self) -> Grid:
-        """The grid of the weights that `solve` returns."""
+        """The grid of the weights that come out."""
         ...
+
+
+@runtime_checkable
+class Solver(Rounding, Protocol):
+    """A method that works on one linear layer at a time."""
 
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
@@ -88,6 +92,23 @@ class Solver(Method, Protocol):
         Raises:
             ValueError: if the layer cannot be handled; the driver adds the layer's name.
         """
+        ...
+
+
+@runtime_checkable
+class AwareTraining(Rounding, Protocol):
+    """A method that trains a network while its weights and inputs are rounded, and says how they are."""
+
+    def activation_grid(self) -> Grid | None:
+        """The grid on which inputs are rounded, or None if they stay in float."""
+        ...
+
+    def weight_quantizer(self, rows: int, scale_dtype: torch.dtype) -> FakeQuantizer:
+        """What rounds a weight [rows, in] during the training."""
+        ...
+
+    def input_quantizer(self, scale_dtype: torch.dtype) -> FakeQuantizer | None:
+        """What rounds a layer's input during the training; None leaves it in float."""
         ...
 
 

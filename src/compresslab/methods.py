@@ -11,21 +11,25 @@ from typing import Any
 
 from compresslab.activations.dynamic import Dynamic
 from compresslab.activations.static import Static
-from compresslab.contract import ActivationQuantizer, Method, Solver
+from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
 from compresslab.errors import CompressLabError, unknown
 from compresslab.quantize.autoround import AutoRound
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.batchnorm_folding import BatchNormFolding
 from compresslab.quantize.bias_correction import BiasCorrection
 from compresslab.quantize.cross_layer_equalization import CrossLayerEqualization
+from compresslab.quantize.dorefa import DoReFa
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.hqq import HQQ
 from compresslab.quantize.kv_cache import KVCache
+from compresslab.quantize.lsq import LSQ
+from compresslab.quantize.pact import PACT
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.quantease import QuantEase
 from compresslab.quantize.rotation import QuaRot
 from compresslab.quantize.rtn import RTN
 from compresslab.quantize.smoothquant import SmoothQuant
+from compresslab.quantize.ste import STE
 
 METHODS: dict[str, type] = {
     "rtn": RTN,
@@ -43,6 +47,10 @@ METHODS: dict[str, type] = {
     "static": Static,
     "dynamic": Dynamic,
     "hqq": HQQ,
+    "ste": STE,
+    "lsq": LSQ,
+    "pact": PACT,
+    "dorefa": DoReFa,
 }
 
 
@@ -62,9 +70,9 @@ def build(name: str, settings: dict[str, Any]) -> Method:
         _check_type(name, key, value, str(fields[key].type))
     try:
         method = cls(**settings)
-        if isinstance(method, Solver):
+        if isinstance(method, Rounding):
             method.grid()
-        if isinstance(method, ActivationQuantizer):
+        if isinstance(method, ActivationQuantizer | AwareTraining):
             method.activation_grid()
     except ValueError as error:
         raise CompressLabError(f"method {name}: {error}") from None

@@ -320,6 +320,24 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto") -> nn.Module:
         return cls.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 
+def materialise(source: Source) -> nn.Module:
+    """The whole network of a source in float32, in eval mode, with parameters that can be trained.
+
+    Optional parts that the checkpoint lacks (an encoder's pooler) are zero.
+    """
+    model = source.skeleton()
+    stored = set(source.weights.names())
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = source.weights.get(name).float() if name in stored else torch.zeros(parameter.shape)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(source.weights.get(name))
+    tie_weights(model)
+    return model
+
+
 def decompress_(model: nn.Module) -> None:
     """Have transformers multiply out compressed weights now that it would on the first forward; bitsandbytes' in float32."""
     if hasattr(model, "ct_decompress_hook"):
@@ -367,6 +385,16 @@ def quiet_transformers() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers and blocks of any architecture
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def classes_of_texts(source: Source) -> dict[int, str]:
+    """The classes that a model sorts texts into, by number. CompressLabError if it is no such model."""
+    if not source.architecture.endswith("ForSequenceClassification") or source.config.problem_type == "regression":
+        raise CompressLabError(
+            f"{source.name} ({source.architecture}) is neither a causal language model nor a classifier of texts: to train it, "
+            "give compress() a data set object whose items are dicts of what it takes, with 'labels'"
+        )
+    return {int(number): str(name) for number, name in (source.config.id2label or {}).items()}
 
 
 def is_language_model(model: nn.Module) -> bool:

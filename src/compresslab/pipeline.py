@@ -1,6 +1,6 @@
 """compress(): the whole data flow on one page.
 
-    read -> (rewrite, rotate) -> plan and preflight -> (share out a budget) -> smooth -> calibrate -> solve layer by layer
+    read -> (rewrite, rotate) -> plan and preflight -> (share out a budget) -> smooth -> (train) -> calibrate -> solve
          -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
@@ -21,27 +21,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from compresslab import aware, layerwise, mixed, models, preflight, solving
 from compresslab import budget as budgets
-from compresslab import data as datasets
-from compresslab import layerwise, mixed, models, preflight, solving
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
 from compresslab.deploy import kv_cache
 from compresslab.deploy.layouts import Layout
 from compresslab.errors import CompressLabError
+from compresslab.learning import Material
 from compresslab.measure import environment, fresh, size
 from compresslab.numerics.gram import best_precision
 from compresslab.plan import Plan
-from compresslab.questions import Questions, check_tokens
+from compresslab.questions import Questions
 from compresslab.recipe import Recipe
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
 from compresslab.rotating import said_of
 from compresslab.smoothing import smoothed
-from compresslab.stages import LayerMethods, Stages, needs_data, planned, stages_of
-
-BATCH_PICTURES = 2  # patches of more pictures no longer fit the caches, nor what the allocator keeps
-BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
+from compresslab.stages import LayerMethods, Stages, planned, stages_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +52,7 @@ class Progress:
 def compress(
     model: str | Path | nn.Module,
     recipe: str | Path | Recipe = recipes.DEFAULT,
-    data: str | datasets.Calibration | None = "wiki",
+    data: Any = "wiki",
     *,
     out: str | Path,
     settings: dict[str, Any] | None = None,
@@ -74,7 +71,8 @@ def compress(
         model: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed.
         recipe: a shipped recipe's name, a YAML file, or a Recipe.
         data: text or pictures for calibration and evaluation (see data/), or a ready Calibration; a method without data uses it
-            for the evaluation only. None leaves both out.
+            for the evaluation only. None leaves both out. A method that trains a classifier takes texts with labels, or any
+            data set object whose items are dicts of what the model takes, with "labels".
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
         budget: "3.5bits" per weight, "80MB" of weight files or "20ms" per decoded token: choose the bits of every layer to
@@ -93,36 +91,30 @@ def compress(
 
     with clock("read"):
         check_output(out, force)
-        chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
-        chosen = chosen.override(settings) if settings else chosen
-        stages = stages_of(chosen)
+        chosen = _chosen(recipe, settings)
+        stages = stages_of(chosen, has_budget=wanted is not None)
         given = models.find(model)
         check_output(out, force, given.folder)
         source = stages.transformed(given)
         plan, methods, layout = planned(source, chosen)
-        asked = (
-            Questions.of(given, data, evaluation_windows, rounds_cache=stages.cache is not None)
-            if measure
-            else Questions()
-        )
-        calibration = _calibration(source, stages, chosen, data, seed)
-        tokens = (calibration.samples, calibration.sequence_length) if calibration else (0, None)
+        material = Material.of(source, stages, chosen, data, seed)
+        asked = Questions.of(given, data, evaluation_windows, stages, material.labelled) if measure else Questions()
         surveys = len(stages.smoothers) + (wanted is not None)
-        preflight.check(preflight.estimate(source, plan, methods.solvers, *tokens, where, surveys), out)
+        preflight.check(material.needs(source, plan, methods, chosen, where, surveys), out)
 
     eligible = plan.layers
     if wanted is not None:
         with clock("share out"):
             progress.stage("survey", len(eligible))
             chosen, search = mixed.share_out(
-                _pass(source, plan, calibration, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
+                _pass(source, plan, material, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
                 smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
             )  # fmt: skip
             plan, methods, layout = planned(source, chosen)
 
-    key = _key(source, chosen, calibration, seed, where)
+    key = _key(source, chosen, material, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
-        job = _job(_pass(source, plan, calibration, where), stages, methods, layout, writer, progress)
+        job = _job(_pass(source, plan, material, where), stages, methods, layout, writer, progress)
         if stages.smoothers:
             with clock("smooth"):
                 progress.stage("smooth", 1)
@@ -130,6 +122,7 @@ def compress(
                     job, source=smoothed(job, stages.smoothers, methods.solvers, methods.activations)
                 )
                 progress.step("the inputs of layers")
+        job, training = _trained(job, chosen, material, writer, seed, progress, clock)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
             for record in writer.records():
@@ -151,7 +144,7 @@ def compress(
             title=f"{source.name}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
             model=_describe(given) | ({"changed": said_of(given, source)} if stages.rotations else {}),
-            data=None if calibration is None else _data_fields(calibration),
+            data=material.fields(training),
             environment=environment.describe(where),
             seconds=clock.seconds,
             before=(*sizes[0], *(before.measurements if before else ())),
@@ -176,15 +169,22 @@ def plan_only(
     device: str = "auto",
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
-    chosen = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
-    chosen = chosen.override(settings) if settings else chosen
+    chosen = _chosen(recipe, settings)
     stages = stages_of(chosen)
     source = stages.transformed(models.find(model))
     plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length
     tokens = (chosen.calibration.samples if stages.needs_data else 0, length)
     estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
+    if chosen.training is not None:
+        seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
+        estimate = preflight.with_training(estimate, source, seen, pick_device(device))
     return plan, estimate, chosen
+
+
+def _chosen(recipe: str | Path | Recipe, settings: dict[str, Any] | None) -> Recipe:
+    found = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
+    return found.override(settings) if settings else found
 
 
 class Clock:
@@ -214,41 +214,34 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def _calibration(
-    source: models.Source, stages: Stages, recipe: Recipe, data: str | datasets.Calibration | None, seed: int
-) -> datasets.Calibration | None:
-    if not stages.needs_data:
-        return None
-    if data is None:
-        needy = next(step.method for step in recipe.steps if needs_data(step.build()))
-        raise CompressLabError(f"method {needy} needs calibration data: name it with --data, e.g. wiki")
-    if isinstance(data, datasets.Calibration):
-        return data
-    if source.reads_images:
-        return datasets.image_calibration(
-            data, source.image_processor(), samples=recipe.calibration.samples, seed=seed, batch_size=BATCH_PICTURES
-        )
-    length = recipe.calibration.sequence_length
-    gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
-    found = gather(
-        data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
-        batch_size=max(1, BATCH_TOKENS // length),
-    )  # fmt: skip
-    for batch in found.batches:
-        check_tokens(source, batch["input_ids"])
-    return found
+def _trained(
+    job: solving.Job, recipe: Recipe, material: Material, writer: Writer, seed: int, progress: Progress, clock: Clock
+) -> tuple[solving.Job, dict[str, Any]]:
+    """Where a recipe trains: the trained network and its codes in place of what was planned, and what to report of it."""
+    if recipe.training is None:
+        return job, {}
+    methods = {x: solver.method for x, solver in job.solvers.items() if isinstance(solver, aware.Untrained)}
+    examples = material.examples
+    progress.stage("train", recipe.training.steps_for(round(len(examples) * (1 - recipe.training.held_back))))
+    with clock("train"):
+        outcome = aware.train(
+            job.source, methods, examples, recipe.training, writer.scratch("training"), seed=seed, device=job.device,
+            on_step=lambda done: progress.step("a step of the training"),
+        )  # fmt: skip
+    record = dataclasses.asdict(outcome.record) | {"losses": [f"{loss:.4f}" for _, loss in outcome.record.losses]}
+    activations = {layer: outcome.layers[layer] for layer in job.activations}
+    job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, activations=activations)
+    return job, {"training": record}
 
 
-def _key(
-    source: models.Source, recipe: Recipe, calibration: datasets.Calibration | None, seed: int, device: torch.device
-) -> dict[str, Any]:
+def _key(source: models.Source, recipe: Recipe, material: Material, seed: int, device: torch.device) -> dict[str, Any]:
     """All that the codes depend on: a run is only continued by the same one."""
     return {
         "recipe": recipe.model_dump(mode="json"),
         "order of layers": [list(step.layers) for step in recipe.steps],  # two mappings are equal in any order
         "model": source.weights.sha256,
         "config": source.config.to_json_string(use_diff=True),
-        "data": None if calibration is None else calibration.sha256,
+        "data": None if material.found is None else material.found.sha256,
         "seed": seed,
         "version": environment.version(),
         "device": device.type,
@@ -262,13 +255,11 @@ def _compute_dtype(source: models.Source, device: torch.device) -> torch.dtype:
     return torch.float32 if source.reads_images else solving.best_compute_dtype(device)
 
 
-def _pass(
-    source: models.Source, plan: Plan, calibration: datasets.Calibration | None, device: torch.device
-) -> solving.Pass:
+def _pass(source: models.Source, plan: Plan, material: Material, device: torch.device) -> solving.Pass:
     return solving.Pass(
         source=source,
         plan=plan,
-        batches=None if calibration is None else calibration.batches,
+        batches=material.batches,
         device=device,
         compute_dtype=_compute_dtype(source, device),
         gram_precision=best_precision(device),
@@ -351,11 +342,6 @@ def _describe(source: models.Source) -> dict[str, Any]:
         "revision": source.revision,
         "sha256": source.weights.sha256,
     }
-
-
-def _data_fields(calibration: datasets.Calibration) -> dict[str, Any]:
-    fields = {f.name: getattr(calibration, f.name) for f in dataclasses.fields(calibration) if f.name != "batches"}
-    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _embeddings(source: models.Source) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -104,6 +104,23 @@ def estimate(
         seconds=sum(parts.values()),
         artifact_bytes=int(artifact),
         parts=parts,
+    )
+
+
+def with_training(found: Estimate, source: Source, tokens: int, device: torch.device) -> Estimate:
+    """The estimate with a training before it: weights, gradients and two moments in float32, and three checkpoints.
+
+    Args:
+        tokens: that pass through the network in all; 0 where examples are no text, and time is not foretold.
+    """
+    parameters = sum(numel(source, name) for name in source.weights.names())
+    seconds = 6 * parameters * tokens / rates(device)[2] if tokens else 0.0
+    return replace(
+        found,
+        memory_bytes=found.memory_bytes + 20 * parameters,
+        disk_bytes=found.disk_bytes + 3 * 12 * parameters,
+        seconds=found.seconds + seconds,
+        parts=found.parts | {"train": seconds},
     )
 
 

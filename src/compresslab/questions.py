@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from compresslab import data as datasets
 from compresslab import models
 from compresslab.errors import CompressLabError
+from compresslab.stages import Stages
+from compresslab.training import collate
 
 PASSAGES = 8  # an encoder embeds for every evaluation window
 LONG_WINDOWS, LONG_TOKENS = 4, 2048  # of the text on which a rounded KV cache is compared with a float one
@@ -25,31 +27,45 @@ class Questions:
         texts: "input_ids" [n, length], and for an encoder what it embeds.
         late: windows [n, length] for what a rounded KV cache does to late tokens.
         images: a source of pictures.
+        examples: labelled examples in one batch.
     """
 
     texts: dict[str, torch.Tensor] | None = None
     late: torch.Tensor | None = None
     images: str | None = None
+    examples: dict[str, torch.Tensor] | None = None
     said: str = ""
 
     @classmethod
-    def of(cls, source: models.Source, data: Any, count: int, *, rounds_cache: bool) -> Questions:
-        """Nothing, where there is no source of data or the model can be asked nothing."""
+    def of(
+        cls, source: models.Source, data: Any, count: int, stages: Stages, labelled: datasets.Labelled | None
+    ) -> Questions:
+        """Nothing, where there is no source of data or the model can be asked nothing.
+
+        Args:
+            labelled: what a classifier was trained on, whose test split it is then asked.
+        """
+        if labelled is not None:
+            return cls(examples=collate(labelled.test), said=labelled.test_split)
         texts = _texts(source, data, count)
-        late = _long_windows(source, data) if rounds_cache and texts is not None else None
+        late = _long_windows(source, data) if stages.cache is not None and texts is not None else None
         return cls(texts=texts, late=late, images=_images(source, data), said=f"{data}, test split")
 
     def save(self, scratch: Path) -> dict[str, Any]:
         """Write them for another process; the fields of its measure.fresh.Job that say where they are."""
         windows, late = scratch / "windows.safetensors", scratch / "long_windows.safetensors"
+        examples = scratch / "examples.safetensors"
         if self.texts is not None:
             save_file(self.texts, windows)
         if self.late is not None:
             save_file({"input_ids": self.late}, late)
+        if self.examples is not None:
+            save_file(self.examples, examples)
         return {
             "windows": None if self.texts is None else windows,
             "long_windows": None if self.late is None else late,
             "images": self.images,
+            "examples": None if self.examples is None else examples,
             "source": self.said,
         }
 

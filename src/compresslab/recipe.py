@@ -19,6 +19,9 @@
 these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
+A recipe whose rounding step trains (ste, lsq, pact, dorefa) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
+Training.
+
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
 else can be constructed from it.
 """
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -36,7 +40,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import ActivationQuantizer, Method, Solver
+from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
@@ -64,7 +68,7 @@ class Step(BaseModel):
         settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
         method = methods.build(raw["method"], settings)
         filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
-        if isinstance(method, Solver | ActivationQuantizer):
+        if isinstance(method, Rounding | ActivationQuantizer):
             return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
         if "layers" in raw:
             raise CompressLabError(f"method {raw['method']} has no 'layers': they belong to the step that rounds")
@@ -118,6 +122,37 @@ class CalibrationSize(Strict):
     sequence_length: int = Field(default=512, ge=2)
 
 
+class Training(Strict):
+    """How long and how fast to train.
+
+    Attributes:
+        epochs: passes over the examples.
+        steps: of the optimiser, in place of `epochs` where it is named.
+        warmup: share of the steps over which the learning rate rises from 0, before it falls to 0 along a cosine.
+        batch: examples in one step.
+        checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
+        held_back: share of the examples that only this loss sees.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float = Field(default=3.0, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, lt=10)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    batch: int = Field(default=16, ge=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    checks: int = Field(default=10, ge=1)
+    held_back: float = Field(default=0.1, gt=0, lt=1)
+
+    def seen(self, examples: int) -> int:
+        """Examples that pass through the network in all."""
+        return self.steps_for(examples) * self.batch
+
+    def steps_for(self, examples: int) -> int:
+        """Steps of the optimiser over this many examples."""
+        return self.steps or math.ceil(math.ceil(examples / self.batch) * self.epochs)
+
+
 class Recipe(Strict):
     """A recipe as it will run."""
 
@@ -127,12 +162,24 @@ class Recipe(Strict):
     steps: tuple[Step, ...] = Field(min_length=1, strict=False)
     ignore: tuple[str, ...] = Field(default=("@outside-blocks",), strict=False)
     calibration: CalibrationSize = CalibrationSize()
+    training: Training | None = None
     expect: dict[str, dict[str, list[float]]] = {}
+
+    @model_validator(mode="after")
+    def _trains(self) -> Recipe:
+        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining)]
+        if self.training is not None and not trains:
+            raise CompressLabError(
+                "'training' belongs to a recipe with a method that trains, such as lsq; this one has none"
+            )
+        if self.training is None and trains:
+            object.__setattr__(self, "training", Training())  # written down as it will run, like every other default
+        return self
 
     @property
     def rounding(self) -> Step:
         """The step that rounds weights. StopIteration if there is none, which the pipeline refuses first."""
-        return next(step for step in self.steps if isinstance(step.build(), Solver))
+        return next(step for step in self.steps if isinstance(step.build(), Rounding))
 
     @property
     def activations(self) -> Step | None:
@@ -174,7 +221,8 @@ class Recipe(Strict):
 
 def _settings_of(raw: dict[str, Any]) -> list[str]:
     own = [key for step in raw["steps"] for key in step if key != "method"]
-    return [*own, "ignore", "calibration.samples", "calibration.sequence_length"]
+    inner = [f"{block}.{key}" for block in ("calibration", "training") for key in raw.get(block) or ()]
+    return [*own, "ignore", *inner]
 
 
 def shipped() -> dict[str, Path]:
@@ -224,6 +272,6 @@ def _first_fault(error: ValidationError) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] != "extra_forbidden":
         return f"{path}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
-    known = [*Recipe.model_fields, *CalibrationSize.model_fields]
+    known = [*Recipe.model_fields, *CalibrationSize.model_fields, *Training.model_fields]
     near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
     return f"unknown key '{path}'" + (f": did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from compresslab import aware
 from compresslab.contract import (
     ActivationQuantizer,
+    AwareTraining,
     CacheRounding,
     Corrector,
     Equalizer,
@@ -54,6 +56,10 @@ class Stages:
     correctors: tuple[Corrector, ...]
 
     @property
+    def trains(self) -> bool:
+        return isinstance(self.solver, aware.Untrained)
+
+    @property
     def needs_data(self) -> bool:
         rounding = (self.activations, self.cache, self.solver, self.refiner, *self.correctors)
         return bool(self.smoothers) or any(needs_data(method) for method in rounding if method is not None)
@@ -70,9 +76,9 @@ def needs_data(method: Method) -> bool:
     return method.needs_data or (isinstance(method, CacheRounding) and method.is_static)
 
 
-def stages_of(recipe: Recipe) -> Stages:
+def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     """CompressLabError unless the steps are such as _KINDS tells, with one solver."""
-    built = [(step.method, step.build()) for step in recipe.steps]
+    built = [(step.method, _to_plan(step.build())) for step in recipe.steps]
     found: list[list[Any]] = [[] for _ in _KINDS]
     kinds = [_kind(method) for _, method in built]
     for kind, (_, method) in zip(kinds, built, strict=True):
@@ -87,6 +93,8 @@ def stages_of(recipe: Recipe) -> Stages:
         )
     (solver,) = solvers
     activations = quantizers[0] if quantizers else None
+    if isinstance(solver, aware.Untrained):
+        _check_training(recipe.rounding.method, activations, has_budget)
     check_formats(solver, activations)
     if isinstance(solver, Smoother):
         smoothers.append(solver)
@@ -97,8 +105,24 @@ def stages_of(recipe: Recipe) -> Stages:
     )  # fmt: skip
 
 
+def _to_plan(method: Any) -> Any:
+    """A method as it is planned with: one that trains knows its grids, and no more until it has trained."""
+    return aware.Untrained(method) if isinstance(method, AwareTraining) else method
+
+
+def _check_training(name: str, activations: ActivationQuantizer | None, has_budget: bool) -> None:
+    if has_budget:
+        raise CompressLabError(
+            f"a budget chooses among methods without training: leave it out, or take another than {name}"
+        )
+    if activations:
+        raise CompressLabError(
+            f"method {name} rounds activations itself, as it trained them: leave out the other step for them"
+        )
+
+
 def _kind(method: Any) -> int:
-    """Its place in _KINDS; a solver that smooths too is a solver."""
+    """Its place in _KINDS; a solver that smooths too, or rounds inputs too as a trained one does, is a solver."""
     places = [place for place, (protocol, *_) in enumerate(_KINDS) if isinstance(method, protocol)]
     return places[-1]
 
@@ -115,8 +139,9 @@ def planned(source: Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]
     """The plan, what works on every layer in it, and how these layers will be written."""
     step, inputs = recipe.rounding, recipe.activations
     plan = make_plan(source, recipe.ignore, step.layers)
-    solvers = {layer: method for layer in plan.layers if isinstance(method := step.build(layer), Solver)}
-    activations: dict[str, ActivationQuantizer] = {}
+    solvers: dict[str, Solver] = {layer: _to_plan(step.build(layer)) for layer in plan.layers}
+    trained = {layer: method for layer, method in solvers.items() if isinstance(method, aware.Untrained)}
+    activations: dict[str, ActivationQuantizer] = {x: m for x, m in trained.items() if m.method.activation_grid()}
     if inputs is not None:
         check_patterns(inputs.layers, plan.layers, plan.skipped, source)
         rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tiny
 from compresslab import models
 from compresslab.contract import Rotation
-from compresslab.mixed import whole_model
+from compresslab.damage import whole_model
 from compresslab.quantize.rotation import QuaRot
 from compresslab.rotating import rotated
 from oracles import quarot as oracle

@@ -16,6 +16,7 @@ from __future__ import annotations
 from compresslab.data.catalogue import DATASETS, SPLIT_NAMES, Dataset, Kind, Labels
 from compresslab.data.files import images
 from compresslab.data.images import Pictures, image_batches, image_calibration, label_ids, pictures
+from compresslab.data.labelled import Labelled, labelled_examples, labelled_texts
 from compresslab.data.offline import (
     LabelledImages,
     RatedDocuments,
@@ -35,6 +36,7 @@ __all__ = [
     "Calibration",
     "Dataset",
     "Kind",
+    "Labelled",
     "LabelledImages",
     "Labels",
     "Pictures",
@@ -51,6 +53,8 @@ __all__ = [
     "images",
     "is_cached",
     "label_ids",
+    "labelled_examples",
+    "labelled_texts",
     "passages",
     "pictures",
     "rated_documents",

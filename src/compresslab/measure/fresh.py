@@ -43,6 +43,7 @@ class Job(Frozen):
             "passages." and perhaps "rated.", as data.encoder_texts makes them.
         images: a source of labelled pictures (data/images.py) whose test split is measured on, in place of windows.
         long_windows: "input_ids" for the quality by position, read through the KV cache that the folder asks for.
+        examples: safetensors file with labelled examples in one batch, to count how often the model is right.
         reference: file for what the uncompressed encoder or classifier gives; written if absent, compared with if there.
         weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
         source: where the windows come from, in words.
@@ -53,6 +54,7 @@ class Job(Frozen):
     windows: Path | None = None
     images: str | None = None
     long_windows: Path | None = None
+    examples: Path | None = None
     reference: Path | None = None
     weights_sha256: dict[str, str] = Field(default_factory=dict)
     source: str = ""
@@ -130,6 +132,10 @@ def _run(job: Job) -> Result:
         found += _quality_by_position(job, model)
     if job.images is not None and models.is_image_classifier(model):
         found += _accuracy(job, job.images, model)
+    if job.examples is not None:
+        from compresslab.measure import quality
+
+        found.append(quality.accuracy(model, load_file(job.examples), conditions=job.source))
     differing = [name for name, sha256 in job.weights_sha256.items() if _hash(model, name) != sha256]
     return Result(
         measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)

@@ -138,6 +138,34 @@ def cache_bytes(model: nn.Module, prompt: Tensor, cache: Any, nbytes: Callable[[
     )
 
 
+def accuracy(model: nn.Module, batch: dict[str, Tensor], *, batch_size: int = 32, conditions: str = "") -> Measurement:
+    """The share of examples whose largest logit is that of their label, with its standard error.
+
+    Args:
+        batch: what the model takes, all examples in one, and "labels", int64 [n].
+    """
+    device = next(model.parameters()).device
+    inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    count = len(labels)
+    right = 0
+    with torch.inference_mode():
+        for start in range(0, count, batch_size):
+            part = slice(start, start + batch_size)
+            logits = model(**{key: value[part].to(device) for key, value in inputs.items()}).logits
+            right += int((logits.argmax(dim=-1).cpu() == labels[part]).sum())
+    share = right / count
+    return Measurement(
+        name="accuracy",
+        value=share,
+        unit="1",
+        n=count,
+        spread=math.sqrt(share * (1 - share) / count),
+        device=device_label(device),
+        conditions=f"share of examples classified as labelled, {next(model.parameters()).dtype}".replace("torch.", "")
+        + (f", {conditions}" if conditions else ""),
+    )
+
+
 def embeddings(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, batch_size: int = 16) -> Tensor:
     """Each text's embedding, float32 [n, width]: the mean of the last hidden state over its tokens, scaled to length 1.
 

@@ -126,6 +126,11 @@ def claims(report: Report) -> list[tuple[str, str]]:
         b, a = pairs["top1_accuracy"]
         text = f"top-1 {100 * b.value:.1f} % -> {100 * a.value:.1f} % ({100 * (a.value - b.value):+.1f} points)"
         made.append((text, "same" if a.value == b.value else change_and_tone(b, a)[1]))
+    elif "accuracy" in pairs:
+        b, a = pairs["accuracy"]
+        made.append(
+            (f"accuracy {100 * b.value:.1f} % -> {100 * a.value:.1f} %", "bad" if a.value < b.value else "good")
+        )
     elif "embedding_cosine" in after:
         made.append((f"embedding cosine {human(after['embedding_cosine'].value, '1')}", ""))
     return made or [("nothing was measured both before and after", "")]

@@ -1,0 +1,214 @@
+"""The shared training loop: it learns, gives the same bits, goes on after a kill, keeps the best, says when it diverges."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from compresslab.errors import CompressLabError
+from compresslab.recipe import Training
+from compresslab.training import Record, collate, split, train_
+
+SETTINGS = Training(steps=12, learning_rate=3e-3, batch=4, checks=4)
+
+
+@pytest.fixture(autouse=True)
+def _quick() -> Iterator[None]:
+    with tiny.quick():
+        yield
+
+
+def images(count: int = 24, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Bright or dark pictures: a task a network of this size learns in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        pixels = torch.randn(3, 8, 8, generator=generator) + (2 if i % 2 else -2)
+        made.append({"pixel_values": pixels, "labels": torch.tensor(i % 2)})
+    return made
+
+
+def vit(**more: Any) -> nn.Module:
+    return tiny.make("vit", **more)
+
+
+def run(folder: Path, settings: Training = SETTINGS, **more: Any) -> tuple[nn.Module, Record]:
+    model = vit(hidden_dropout_prob=0.1)
+    return model, train_(model, images(), settings, folder, **more)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    model, record = run(tmp_path, Training(steps=40, learning_rate=3e-3, batch=8, checks=4))
+    assert record.steps == 40
+    assert [step for step, _ in record.losses] == [10, 20, 30, 40]
+    assert record.best_loss < 0.2
+    assert record.notice == ""
+    assert not model.training
+    fresh = images(seed=9)
+    found = model(pixel_values=torch.stack([e["pixel_values"] for e in fresh])).logits.argmax(1)
+    assert float((found == torch.stack([e["labels"] for e in fresh])).float().mean()) > 0.95
+
+
+def test_the_same_bits_every_time_and_others_for_another_seed(tmp_path: Path) -> None:
+    one, first = run(tmp_path / "one")
+    two, second = run(tmp_path / "two")
+    other, _ = run(tmp_path / "other", seed=1)
+    assert same(one, two)
+    assert first == second
+    assert not same(one, other)
+
+
+@pytest.mark.parametrize("at", [4, 8, 11])
+def test_a_killed_training_goes_on_with_the_same_bits(tmp_path: Path, at: int) -> None:
+    whole, record = run(tmp_path / "whole")
+    seen: list[float] = []
+
+    def kill(progress: float) -> None:
+        if progress * 12 >= at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", on_step=kill)
+    again, second = run(tmp_path / "killed", on_step=seen.append)
+    assert same(whole, again)
+    assert second == record
+    assert min(seen) * 12 == pytest.approx(at // 3 * 3)  # from the last check on, not from the start
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_not_used(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole")
+    run(tmp_path / "half")
+    (tmp_path / "half" / "checkpoint-12" / "trainer_state.json").unlink()
+    again, record = run(tmp_path / "half")
+    assert same(whole, again)
+    assert record.steps == 12
+
+
+def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
+    whole, record = run(tmp_path)
+    again, second = run(tmp_path, on_step=lambda progress: pytest.fail("trained again"))
+    assert same(whole, again)
+    assert second == record
+
+
+def test_the_best_network_leaves_not_the_last(tmp_path: Path) -> None:
+    """Labels of the training set are the wrong way round, so the loss on what is held back only rises."""
+    model = vit()
+    wrong = [e | {"labels": 1 - e["labels"]} for e in images()]
+    record = train_(
+        model, wrong, Training(steps=20, learning_rate=3e-3, batch=8, checks=5), tmp_path, held_back=images()
+    )
+    losses = dict(record.losses)
+    assert losses[20] > 1.2 * losses[4]
+    assert record.best_step == 4
+    batch = collate(images())
+    with torch.no_grad():
+        assert float(model(**batch).loss) == pytest.approx(losses[4], rel=1e-5)
+
+
+def diverging(after: int) -> Any:
+    calls = []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if model.training:
+            calls.append(0)
+        found: Tensor = model(**batch).loss
+        return found * float("nan") if len(calls) > after else found
+
+    return loss
+
+
+def test_a_divergence_ends_at_the_last_good_check_and_says_so(tmp_path: Path) -> None:
+    model, record = run(tmp_path / "a", loss=diverging(after=7))
+    assert "diverged: the loss of step 8 is nan; the network is that of step 6" in record.notice
+    assert "learning rate (0.003)" in record.notice
+    assert record.best_step == 6
+    short, _ = run(tmp_path / "b", loss=diverging(after=99))
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert not same(model, short)
+
+
+def test_a_divergence_before_any_check_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CompressLabError, match=r"diverged: the loss of step 2 is nan.*lower the learning rate"):
+        run(tmp_path, loss=diverging(after=1))
+
+
+def test_a_loss_of_its_own(tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(pixel_values=batch["pixel_values"]).logits.square().mean()
+
+    model = vit()
+    record = train_(model, [{"pixel_values": e["pixel_values"]} for e in images()], SETTINGS, tmp_path, loss=loss)
+    assert record.losses[-1][1] < record.losses[0][1]
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err == ""
+
+
+def test_examples_without_labels_are_the_users_fault(tmp_path: Path) -> None:
+    with pytest.raises(CompressLabError, match="no labels"):
+        train_(vit(), [{"pixel_values": e["pixel_values"]} for e in images()], SETTINGS, tmp_path)
+
+
+def test_one_example_is_too_few(tmp_path: Path) -> None:
+    with pytest.raises(CompressLabError, match="1 examples are too few"):
+        train_(vit(), images(1), SETTINGS, tmp_path)
+
+
+def test_tied_weights_stay_tied_through_a_resume(tmp_path: Path) -> None:
+    def language(count: int = 8) -> list[dict[str, Tensor]]:
+        ids = tiny.token_batches(count)[0]["input_ids"]
+        return [{"input_ids": row, "labels": row} for row in ids]
+
+    def train(folder: Path, **more: Any) -> Any:
+        model = tiny.make("llama-tied")
+        train_(model, language(), Training(steps=6, learning_rate=1e-3, batch=2, checks=3), folder, **more)
+        return model
+
+    whole = train(tmp_path / "whole")
+    with contextlib.suppress(KeyboardInterrupt):
+        train(tmp_path / "killed", on_step=lambda p: (_ for _ in ()).throw(KeyboardInterrupt) if p > 0.6 else None)
+    again = train(tmp_path / "killed")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert same(whole, again)
+
+
+def test_what_is_held_back_is_not_trained_on() -> None:
+    examples: Any = [{"n": torch.tensor(i)} for i in range(30)]
+    rest, back = split(examples, 0.1, seed=3)
+    assert len(back) == 3
+    assert sorted(int(e["n"]) for e in [*rest, *back]) == list(range(30))
+    assert split(examples, 0.1, seed=3)[1] == back
+    assert split(examples, 0.1, seed=4)[1] != back
+    assert len(split(examples[:2], 0.9, seed=0)[0]) == 1
+
+
+def test_rows_of_different_lengths_are_filled_up() -> None:
+    rows = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    batch = collate([{"input_ids": row, "labels": row} for row in rows])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+    assert "attention_mask" not in collate([{"input_ids": rows[0]}, {"input_ids": rows[0]}])
+
+
+def test_epochs_or_steps() -> None:
+    assert Training(steps=7).steps_for(1000) == 7
+    assert Training(epochs=2, batch=10).steps_for(95) == 20
+    assert Training(batch=10).steps_for(95) == 30
+    assert Training(steps=1, epochs=5.0, batch=10).steps_for(95) == 1
