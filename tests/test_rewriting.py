@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import tiny
 from compresslab import models
 from compresslab.contract import BatchNorm
+from compresslab.damage import whole_model
 from compresslab.edits import ChannelClip
 from compresslab.errors import CompressLabError
 from compresslab.flow import flow_of
-from compresslab.damage import whole_model
 from compresslab.models import Source
 from compresslab.numerics.gram import Gram
 from compresslab.quantize.batchnorm_folding import BatchNormFolding

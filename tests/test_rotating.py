@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 import test_smoothing
 import tiny
 from compresslab import models, pipeline
-from compresslab.errors import CompressLabError
 from compresslab.damage import whole_model
+from compresslab.errors import CompressLabError
 from compresslab.quantize.rotation import QuaRot
 from compresslab.recipe import parse
 from compresslab.rotating import rotated, said_of, stream_of
@@ -83,7 +83,7 @@ def test_the_logits_stay_what_they_were(kind: str, heads: bool) -> None:
     source = models.find(model)
     before = logits_of(model)
     turned = rotated(source, QuaRot(heads=heads, seed=2))
-    after = logits_of(whole_model(turned, CPU))
+    after = logits_of(whole_model(turned, CPU, torch.float32))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()) + 1e-6)
     changed = [n for n in source.weights.names() if not torch.equal(source.weights.get(n), turned.weights.get(n))]
     assert sum(name.endswith("proj.weight") or "embed" in name or "wte" in name for name in changed) >= 1
@@ -100,7 +100,9 @@ def test_gpt2_of_a_width_without_a_hadamard_matrix() -> None:
     """18 channels: a random rotation, which keeps the mean."""
     model = tiny.make("gpt2", n_embd=18, n_head=3)
     turned = rotated(models.find(model), QuaRot())
-    torch.testing.assert_close(logits_of(whole_model(turned, CPU)), logits_of(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(whole_model(turned, CPU, torch.float32)), logits_of(model), rtol=1e-4, atol=1e-4
+    )
 
 
 def _activated(x: Tensor) -> Tensor:
@@ -143,7 +145,9 @@ def test_what_commutes_with_rotations_is_not(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(LlamaDecoderLayer, "forward", doubled)
     model = network("llama")
     turned = rotated(models.find(model), QuaRot())
-    torch.testing.assert_close(logits_of(whole_model(turned, CPU)), logits_of(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(whole_model(turned, CPU, torch.float32)), logits_of(model), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_what_else_reads_a_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def _oracle(model: Any, ids: Tensor, rotation: Tensor, **more: Any) -> tuple[lis
 def test_streams_values_and_logits_are_those_of_rotated_activations() -> None:
     model, method = _llama(), QuaRot(seed=5)
     ids = tiny.token_batches(1, length=7)[0]["input_ids"]
-    turned = whole_model(rotated(models.find(model.float()), method), CPU)
+    turned = whole_model(rotated(models.find(model.float()), method), CPU, torch.float32)
     seen: dict[str, Tensor] = {}
     for name, module in turned.named_modules():
         if name.endswith(("layernorm", "model.norm")):
