@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tiny
 from compresslab import budget as budgets
-from compresslab import damage, layerwise, methods, mixed, models, pipeline
+from compresslab import damage, data, layerwise, methods, mixed, models, pipeline
 from compresslab.artifact import Artifact, Writer
 from compresslab.contract import Smoother, Solver
 from compresslab.deploy import torch_packed
@@ -73,7 +73,7 @@ def test_plain_transformers_opens_a_mixed_artifact_bit_by_bit(text: Path, tmp_pa
     recipe = tiny.recipe().override({"layers": LAYERS})
     with tiny.quick():
         artifact, report = pipeline.compress(
-            original, recipe, pipeline.datasets.Calibration(**calibration_fields()), out=tmp_path / "out", measure=False
+            original, recipe, data.Calibration(**calibration_fields()), out=tmp_path / "out", measure=False
         )
     assert report.parity.tensors == 13 and report.parity.max_abs_difference == 0
     assert report.skipped["model.layers.0.mlp.down_proj"] == "left in float by the recipe"

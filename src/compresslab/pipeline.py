@@ -130,7 +130,7 @@ def compress(
             layerwise.run(job)
         with clock("write"):
             in_float = [record.name for record in writer.records() if record.activation_bits is None]
-            config = layout.config(list(plan.skipped), in_float) | kv_cache.config(stages.cache, source.config)
+            config = layout.config(list(plan.skipped), in_float) | kv_cache.scheme_config(stages.cache, source.config)
             folder = writer.assemble(source, config)
             if wanted is not None:
                 budgets.check(folder, wanted, source, eligible)

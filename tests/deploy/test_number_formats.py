@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from compresslab import mixed, pipeline
+from compresslab.activations.dynamic import Dynamic
 from compresslab.contract import Along
 from compresslab.deploy import bitsandbytes, compressed_tensors, torch_packed
 from compresslab.deploy.layouts import layout_of, read_weights
@@ -123,8 +124,10 @@ def test_a_format_that_nobody_holds_is_refused_with_what_can_be_had() -> None:
 
 
 def test_activations_of_8_bits_go_with_integers_only() -> None:
-    with pytest.raises(CompressLabError, match=r"symmetric 8-bit weights only.*format fp8-e4m3"):
-        layout_of({"layer": RTN(bits=8, format="fp8-e4m3", activation_bits=8)})
+    with pytest.raises(
+        CompressLabError, match=r"weights in format fp8-e4m3 cannot be written beside inputs rounded to int"
+    ):
+        layout_of({"layer": RTN(bits=8, format="fp8-e4m3")}, {"layer": Dynamic()})
 
 
 def test_a_group_size_that_does_not_divide_a_layer_is_refused() -> None:
@@ -190,10 +193,10 @@ def test_an_artifact_opens_with_the_very_weights_that_were_solved(name: str, tmp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_4_bit_floats_beside_other_grids_are_refused_where_they_would_not_open(dtype: torch.dtype) -> None:
     alone, other = RTN(**settings_of("nvfp4")), RTN(bits=8)
-    layout_of({"a": alone, "b": alone}, dtype)
-    layout_of({"a": alone, "b": other}, torch.bfloat16)
+    layout_of({"a": alone, "b": alone}, dtype=dtype)
+    layout_of({"a": alone, "b": other}, dtype=torch.bfloat16)
     with pytest.raises(CompressLabError, match=r"opens nvfp4 beside other grids in bfloat16 only"):
-        layout_of({"a": alone, "b": other}, dtype)
+        layout_of({"a": alone, "b": other}, dtype=dtype)
 
 
 def test_a_budget_needs_a_choice_of_widths() -> None:
@@ -225,7 +228,7 @@ def test_without_the_library_nf4_is_refused_with_what_can_be_had() -> None:
 def test_nf4_by_the_rules_of_its_layout(scale_dtype: torch.dtype, tmp_path: Path) -> None:
     """Multiplied out weight by weight from the stored bytes, as the library's documentation has it."""
     solver = RTN(**settings_of("nf4", 64))
-    layout, weight = layout_of({"a.layer": solver}, scale_dtype), torch.cat([weights(), weights() * 3], dim=1)
+    layout, weight = layout_of({"a.layer": solver}, dtype=scale_dtype), torch.cat([weights(), weights() * 3], dim=1)
     solved = solver.solve(weight, None, scale_dtype=scale_dtype).weight
     module = nn.Linear(2 * COLUMNS, ROWS, bias=False)
     layout.check_module("a.layer", module)
@@ -260,8 +263,8 @@ def test_what_nf4_cannot_be() -> None:
         layout_of({"a": nf4, "b": RTN(bits=4)})
     with pytest.raises(CompressLabError, match=r"groups of 64, 128, .*, not 16"):
         layout_of({"a": RTN(**settings_of("nf4", 16))})
-    with pytest.raises(CompressLabError, match=r"leave activation_bits out"):
-        layout_of({"a": RTN(**settings_of("nf4", 64), activation_bits=8)})
+    with pytest.raises(CompressLabError, match=r"leave out the step that rounds them"):
+        layout_of({"a": RTN(**settings_of("nf4", 64))}, {"a": Dynamic()})
     layout = layout_of({"a": nf4})
     with pytest.raises(CompressLabError, match=r"layer a is a Conv1D"):
         layout.check_module("a", Conv1D(ROWS, COLUMNS))

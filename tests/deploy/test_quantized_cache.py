@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from compresslab import pipeline
+from compresslab import data, pipeline
 from compresslab.deploy import kv_cache
 from compresslab.deploy.kv_cache import RoundedLayer, method_of, new_cache, scheme
 from compresslab.errors import CompressLabError
@@ -176,7 +176,7 @@ def test_static_scales_lie_where_runtimes_look(tmp_path: Path, monkeypatch: pyte
         for leaf in ("k_scale", "v_scale"):
             assert tensors[f"model.layers.{layer}.self_attn.{leaf}"].shape == (1,)
     # The loudest value of the artifact's own network over the calibration tokens, up to the forward's dtype.
-    batches = pipeline.datasets.calibration(
+    batches = data.calibration(
         str(tmp_path / "text.txt"), artifact.tokenizer(), samples=4, sequence_length=16, batch_size=4
     ).batches
     loudest: list[float] = []

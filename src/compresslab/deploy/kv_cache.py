@@ -196,17 +196,20 @@ def _static_scales(folder: Path) -> list[tuple[Tensor, Tensor]]:
     return [(weights.get(f"{owner}.{KEY_SCALE}"), weights.get(f"{owner}.{VALUE_SCALE}")) for owner in owners]
 
 
-def config(method: CacheRounding | None, model_config: Any) -> dict[str, Any]:
-    """What a quantization_config says of the cache; nothing without a method for it."""
-    return {} if method is None else {"kv_cache_scheme": scheme(method, model_config)}
+def scheme_config(method: CacheRounding | None, config: Any) -> dict[str, Any]:
+    """What a quantization_config says of the cache; nothing where it is not rounded."""
+    found = scheme(method, config)
+    return {} if found is None else {"kv_cache_scheme": found}
 
 
-def scheme(method: CacheRounding, config: Any) -> dict[str, Any] | None:
+def scheme(method: CacheRounding | None, config: Any) -> dict[str, Any] | None:
     """The kv_cache_scheme of a quantization_config; None for a cache that is not rounded.
 
     A scale for each token and head is written as a group as wide as a head: what compressed-tensors calls a token's scale is,
     for keys and values, one of a head over all tokens, those to come included.
     """
+    if method is None:
+        return None
     assert isinstance(method, KVCache), "the only method of its kind"
     if method.format == "bf16":
         return None
