@@ -1,6 +1,6 @@
 """A custom transformer at 4/4 and 2/2 bits (weights / activations): rounding after training against training with rounding.
 
-    python benchmarks/qat.py                      # scikit-learn's digits, three seeds; about 6 minutes on one core
+    python benchmarks/qat.py                      # scikit-learn's digits, three seeds; about 10 minutes on one core
     python benchmarks/qat.py --sst2 FOLDER        # a folder with train.tsv and dev.tsv of sentences and labels
 
 For each seed a small network is trained in float. Then, from that same network and with the same number of further steps:
@@ -49,7 +49,7 @@ def main() -> None:
     arguments.add_argument("--sst2", type=Path, help="a folder with train.tsv and dev.tsv instead of the digits")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--bits", type=int, nargs="+", default=[4, 2])
-    arguments.add_argument("--float-steps", type=int, default=500)
+    arguments.add_argument("--float-steps", type=int, default=2000)
     arguments.add_argument(
         "--steps", type=int, default=100, help="of every training that starts from the float network"
     )
