@@ -21,6 +21,7 @@ from compresslab.methods import METHODS
 from compresslab.numerics import integer
 from compresslab.plan import make_plan
 from compresslab.recipe import Recipe, Training
+from compresslab.stages import stages_of
 from compresslab.training import collate
 
 NAMES = ("ste", "lsq", "pact", "dorefa")
@@ -420,7 +421,7 @@ def test_a_budget_does_not_go_with_training(tmp_path: Path) -> None:
 def test_a_step_for_activations_beside_training() -> None:
     raw = {"name": "x", "version": 1, "steps": [{"method": "static"}, {"method": "lsq"}]}
     with pytest.raises(CompressLabError, match="method lsq rounds activations itself"):
-        pipeline._stages(recipe.parse(raw, "here"))
+        stages_of(recipe.parse(raw, "here"))
 
 
 def test_a_training_block_without_a_method_that_trains() -> None:

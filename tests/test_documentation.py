@@ -68,7 +68,7 @@ def test_public_names_resolve_and_are_few() -> None:
 
 def test_every_recipe_says_what_to_expect() -> None:
     for name in recipe.shipped():
-        assert recipe.read(name).expect, name
+        assert recipe.read(name).expect or recipe.read(name).training is not None, name
 
 
 def test_no_document_holds_a_machine_path() -> None:

@@ -56,6 +56,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("name", "model"), PROMISES)
 def test_a_recipe_keeps_its_promises(name: str, model: str, scratch: Path, tmp_path: Path) -> None:
+    if name == "w4a16-nf4":
+        pytest.importorskip("bitsandbytes", reason="opens NF4")
     chosen = recipe.read(name)
     few = {"calibration.samples": 16} if model == "smollm2-135m" else {}
     artifact, report = compress(model, chosen, out=tmp_path / "out", settings=few, measure=False)
@@ -69,6 +71,7 @@ def test_a_recipe_keeps_its_promises(name: str, model: str, scratch: Path, tmp_p
 
 
 def test_every_recipe_promises_something_that_is_measured() -> None:
-    for_pictures = {name for name in recipe.shipped() if list(recipe.read(name).expect) == ["efficientnet-lite0"]}
-    assert {name for name, _ in PROMISES} | for_pictures == set(recipe.shipped())
+    elsewhere = {name for name in recipe.shipped() if not recipe.read(name).expect.keys() & LAYERS.keys()}
+    assert elsewhere == {"w4a4-dorefa", "w4a4-lsq", "w4a4-pact", "w8a8-equalized-vision", "w8a8-static-vision"}
+    assert {name for name, _ in PROMISES} | elsewhere == set(recipe.shipped())
     assert {promise for name, model in PROMISES for promise in recipe.read(name).expect[model]} <= set(FOUND)

@@ -322,7 +322,7 @@ def test_a_smoothed_network_is_what_is_surveyed(
 ) -> None:
     sources = []
     survey = layerwise.survey
-    monkeypatch.setattr(layerwise, "survey", lambda p, visit: (sources.append(p.source), survey(p, visit))[1])
+    monkeypatch.setattr(layerwise, "survey", lambda p, *more: (sources.append(p.source), survey(p, *more))[1])
     raw = tiny.recipe().model_dump(mode="json")
     raw["steps"] = [{"method": method}, *raw["steps"]]
     artifact, _ = compress("6bits", recipe=Recipe.model_validate(raw))

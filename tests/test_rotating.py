@@ -273,7 +273,7 @@ def test_a_rotated_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_steps_out_of_order_are_refused(steps: list[dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(CompressLabError, match="it needs one that rounds .* at the end and after any that rotate"):
+    with pytest.raises(CompressLabError, match="it needs one that rounds .* any that rotate"):
         pipeline.compress(tmp_path, _recipe(*steps), out=tmp_path / "out")
 
 
@@ -282,6 +282,6 @@ def test_smoothing_finds_its_places_in_a_rotated_network() -> None:
     found = test_smoothing.places(
         source, test_smoothing.make_plan(source, (test_smoothing.OUTSIDE,)), tiny.token_batches(1)[0]
     )
-    assert len(found) == 4
+    assert len([place for place in found if place.behind_norm]) == 4
     again = dataclasses.replace(source, weights=source.weights)
     assert again.weights.sha256 == source.weights.sha256

@@ -585,7 +585,7 @@ def test_tensors_are_rescaled_in_float32_as_they_are_read(dtype: torch.dtype) ->
     tensors = {"a": torch.randn(4, 3).to(dtype), "b": torch.randn(3).to(dtype), "c": torch.arange(3)}
     factor = torch.tensor([0.3, 1.0, 7.0])
     inner = MemoryWeights(tensors)
-    changed = TransformedWeights(inner, {"a": [Rescale(factor=factor)], "b": [Rescale(factor=1 / factor, offset=1.0)]})
+    changed = TransformedWeights(inner, {"a": Rescale(factor=factor), "b": Rescale(factor=1 / factor, offset=1.0)})
     assert changed.names() == inner.names()
     assert changed.shape("a") == (4, 3)
     assert torch.equal(changed.get("a"), (tensors["a"].float() * factor).to(dtype))
@@ -602,15 +602,15 @@ def test_the_hash_is_that_of_the_weights_and_of_all_that_is_done_to_them() -> No
         for weights, changes in [
             (inner, {}),
             (other, {}),
-            (inner, {"a": [Rescale(factor=one)]}),
-            (inner, {"a": [Rescale(factor=two)]}),
-            (inner, {"b": [Rescale(factor=one)]}),
-            (inner, {"a": [Rescale(factor=one, offset=1.0)]}),
-            (inner, {"a": [Rescale(factor=one[:, None])]}),
+            (inner, {"a": Rescale(factor=one)}),
+            (inner, {"a": Rescale(factor=two)}),
+            (inner, {"b": Rescale(factor=one)}),
+            (inner, {"a": Rescale(factor=one, offset=1.0)}),
+            (inner, {"a": Rescale(factor=one[:, None])}),
         ]
     ]
     assert len({*hashes, inner.sha256, other.sha256}) == len(hashes) + 2
-    assert TransformedWeights(inner, {"a": [Rescale(factor=one.clone())]}).sha256 == hashes[2]
+    assert TransformedWeights(inner, {"a": Rescale(factor=one.clone())}).sha256 == hashes[2]
 
 
 # -- from a model to an artifact -------------------------------------------------------------------------------------

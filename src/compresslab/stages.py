@@ -35,7 +35,7 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
     (Smoother, math.inf, "any that smooth (such as smoothquant)"),
     (ActivationQuantizer, 1, "at most one for activations (such as dynamic)"),
     (CacheRounding, 1, "at most one for keys and values (kv-cache)"),
-    (Solver, 1, "one that rounds (such as gptq)"),
+    (Solver, 1, "the one that rounds"),
     (Refiner, 1, "at most one that refines blocks (such as autoround)"),
     (Corrector, math.inf, "any that correct (such as bias-correction)"),
 )
@@ -88,8 +88,8 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     if kinds != sorted(kinds) or not counts or not solvers:
         names = ", ".join(name for name, _ in built)
         raise CompressLabError(
-            f"recipe '{recipe.name}' has the steps {names}: in this order it may have "
-            f"{', '.join(words for *_, words in _KINDS)}; and it needs the one that rounds"
+            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), and may have in this order "
+            f"{', '.join(words for *_, words in _KINDS)}"
         )
     (solver,) = solvers
     activations = quantizers[0] if quantizers else None

@@ -12,13 +12,13 @@ from compresslab import numerics
 
 MODULES = [
     "compresslab.errors",
-    "compresslab.mixed",
+    "compresslab.budget",
     "compresslab.recipe",
     *(f"compresslab.numerics.{m.name}" for m in pkgutil.iter_modules(numerics.__path__)),
 ]
 WITH_EXAMPLES = {
     "compresslab.errors",
-    "compresslab.mixed",
+    "compresslab.budget",
     "compresslab.recipe",
     "compresslab.numerics.grid",
     "compresslab.numerics.packing",

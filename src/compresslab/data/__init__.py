@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from compresslab.data.catalogue import DATASETS, SPLIT_NAMES, Dataset, Kind, Labels
 from compresslab.data.files import images
-from compresslab.data.images import Pictures, image_batches, image_calibration, label_ids, pictures
 from compresslab.data.labelled import Labelled, labelled_examples, labelled_texts
+from compresslab.data.labelled_images import Pictures, image_batches, image_calibration, label_ids, pictures
 from compresslab.data.offline import (
     LabelledImages,
     RatedDocuments,

@@ -16,8 +16,8 @@ from compresslab.errors import CompressLabError
 class Calibration:
     """Token windows or pictures to calibrate on.
 
-    Of pictures (data/images.py) ``batches`` are dicts with ``pixel_values``, and there is no length and no count of tokens. Of
-    text ``batches`` are dicts with ``input_ids``, int64 [b, sequence_length]; every window is full, so there is no padding
+    Of pictures (labelled_images.py) ``batches`` are dicts with ``pixel_values``, and there is no length and no count of tokens.
+    Of text ``batches`` are dicts with ``input_ids``, int64 [b, sequence_length]; every window is full, so there is no padding
     and no mask. ``tokens`` is samples x sequence_length; ``sha256`` is that of the token ids in the order of the
     batches, as little-endian int64.
     """

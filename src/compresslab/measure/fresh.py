@@ -41,7 +41,7 @@ class Job(Frozen):
         folder: the model.
         windows: safetensors file with "input_ids" [n, L], or None to leave quality and speed out. For an encoder also with
             "passages." and perhaps "rated.", as data.encoder_texts makes them.
-        images: a source of labelled pictures (data/images.py) whose test split is measured on, in place of windows.
+        images: a source of labelled pictures (data/labelled_images.py) whose test split is measured on, in place of windows.
         long_windows: "input_ids" for the quality by position, read through the KV cache that the folder asks for.
         examples: safetensors file with labelled examples in one batch, to count how often the model is right.
         reference: file for what the uncompressed encoder or classifier gives; written if absent, compared with if there.

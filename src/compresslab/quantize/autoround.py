@@ -79,7 +79,7 @@ class AutoRound:
 
     steps: int = 20
     offset_step: float = 0.03
-    scale_step: float = 0.001
+    scale_step: float = 0.003
     lean: float = 0.3
     batches: int = 1
     seed: int = 0
