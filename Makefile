@@ -10,7 +10,7 @@ DEMO ?= demo/smollm2-135m-w4a16-gptq
 help:
 	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
 	@echo "make test    all tests (under 10 minutes on two cores)"
-	@echo "make expectations  every shipped recipe on SmolLM2-135M, within its band (about 10 minutes)"
+	@echo "make expectations  every shipped recipe on SmolLM2-135M, within its band (about half an hour)"
 	@echo "make check   lint, types, formatting"
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
 

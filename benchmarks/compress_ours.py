@@ -14,6 +14,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from compresslab import pipeline  # noqa: E402
 from compresslab.data import Calibration  # noqa: E402
+from compresslab.learning import BATCH_TOKENS  # noqa: E402
 from compresslab.measure.environment import peak_memory_bytes  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     calibration = Calibration(
         source=tokens_file, revision="", split="calibration", samples=ids.shape[0], sequence_length=ids.shape[1],
         tokens=ids.numel(), seed=0, sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        batches=[{"input_ids": batch} for batch in ids.split(max(1, pipeline.BATCH_TOKENS // ids.shape[1]))],
+        batches=[{"input_ids": batch} for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1]))],
     )  # fmt: skip
     torch.set_num_threads(2)
     at_written: list[float] = []
