@@ -31,7 +31,7 @@ ROWS: list[tuple[str, ...]] = [
     ("plan", "flow", "training"),
     ("solving",),
     ("refining",),
-    ("layerwise", "tracing", "watching", "replaying", "smoothing", "rewriting", "aware"),
+    ("layerwise", "tracing", "replaying", "smoothing", "rewriting", "aware"),
     ("artifact", "measure", "preflight", "budget", "damage"),
     ("rotating", "mixed"),
     ("stages",),

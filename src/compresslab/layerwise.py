@@ -244,12 +244,13 @@ class Forward(ABC):
 
     def _hook(self) -> None:
         order = {name: position for position, (name, _) in enumerate(self.model.named_modules())}
+        # Before the layers' own hooks: a layer outside the blocks must have its weight when it is solved.
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in (*self.units[""].tensors, *self.source.tied)):
+            self.model.get_submodule(owner).register_forward_pre_hook(lambda module, args: self._load(""))
         for name, (unit, module) in self.layers.items():
             if unit not in self.finished:
                 stop = Stop(order=order[name], unit=unit, layer=name)
                 module.register_forward_pre_hook(lambda module, args, stop=stop: self._at_layer(stop, module, args[0]))
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in (*self.units[""].tensors, *self.source.tied)):
-            self.model.get_submodule(owner).register_forward_pre_hook(lambda module, args: self._load(""))
         lists: dict[str, list[str]] = {}
         for name in self.units:
             if name:

@@ -29,14 +29,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compresslab.contract import Rotation
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
-from compresslab.models import Source, is_transposed, weight_of
+from compresslab.models import Source, is_transposed, linear_layers, weight_of
 from compresslab.smoothing import TRACED_TOKENS, fold_constant
-from compresslab.watching import Trace
 from compresslab.weights import Chain, Change, Rescale, Rotate, TransformedWeights
 
 SMALLEST_GAIN = 1e-3  # of a norm's largest weight: its bias is divided by the weight
@@ -316,8 +316,8 @@ def _invariance(module: nn.Module, constant: float) -> str | None:
     return None
 
 
-class StreamTrace(Trace):
-    """Where the tensors of a running shell come from.
+class StreamTrace(TorchDispatchMode):
+    """Where the tensors of a running shell come from. Being a dispatch mode, it sees every operation of torch.
 
     Attributes:
         tables: embeddings that were looked up, with their width.
@@ -336,7 +336,19 @@ class StreamTrace(Trace):
         ] = {}  # by identity; kept, so that no other tensor can take it over
         self._sums: set[frozenset[str]] = set()
         self._spoilt_heads: set[str] = set()
-        super().__init__(shell, norms)
+        self._running: list[str] = []  # the norm that runs, if one does
+        self._owner: dict[int, str] = {}  # parameter, by identity -> norm or layer
+        super().__init__()
+        self.shell = shell
+        for name, module in linear_layers(shell).items():
+            if is_transposed(module) or type(module).forward is nn.Linear.forward:
+                module.forward = self._reader(name, module)
+                self._owner[id(module.weight)] = name
+        for name in norms:
+            module = shell.get_submodule(name)
+            self._owner |= {id(parameter): name for parameter in module.parameters(recurse=False)}
+            module.register_forward_pre_hook(self._before(name), with_kwargs=True)
+            module.register_forward_hook(self._after(name))
         self._embedding = {
             id(module.weight): name for name, module in shell.named_modules() if isinstance(module, nn.Embedding)
         }
@@ -452,13 +464,14 @@ class StreamTrace(Trace):
                 self._spoilt_heads.add(origin.layer)
 
     def _reader(self, name: str, module: nn.Module) -> Any:
-        plain = super()._reader(name, module)
+        """In place of a layer: it hands out zeros, and tells what it was given."""
+        shape = weight_of(module).shape
+        features = shape[1] if is_transposed(module) else shape[0]
 
         def forward(x: Tensor) -> Tensor:
             origin, _ = self._origins.get(id(x), (None, None))
             self.read.setdefault(name, set()).add(origin)
-            output = plain(x)
-            assert isinstance(output, Tensor)
+            output = torch.zeros(*x.shape[:-1], features, dtype=x.dtype)
             self._name(output, Sum(frozenset({name})))
             return output
 

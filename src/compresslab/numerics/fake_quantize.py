@@ -20,6 +20,7 @@ The order of the operations is that of the runtime that opens our artifacts (com
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
@@ -102,7 +103,7 @@ class _Stored(torch.autograd.Function):
         return outer[0], None
 
 
-class FakeQuantizer(nn.Module):
+class FakeQuantizer(nn.Module, ABC):
     """What stands before a weight or an input while a network is trained with its rounding.
 
     A method's own class says two things: what is rounded (`shaped`, x itself unless it is overridden) and with which step
@@ -157,9 +158,9 @@ class FakeQuantizer(nn.Module):
     def shaped(self, x: Tensor) -> Tensor:
         return x
 
+    @abstractmethod
     def step(self, shaped: Tensor) -> Tensor:
         """The scale to round `shaped` with, before it is rounded to its storage dtype."""
-        raise NotImplementedError
 
     @property
     def gradient_scale(self) -> float:
