@@ -316,6 +316,17 @@ def fake_measure(job: fresh.Job) -> fresh.Result:
     return fresh.Result(measurements=(), weights_compared=len(job.weights_sha256), weights_differing=())
 
 
+def compressed(kind: str, folder: Path, *, method: str = "rtn", **settings: Any) -> Path:
+    """An artifact of a tiny random model, in `folder/artifact`; the model is in `folder/model`."""
+    from compresslab import pipeline
+
+    model = save(kind, folder / "model")
+    data = str(write_text(folder / "text.txt")) if method != "rtn" else None
+    with quick():
+        pipeline.compress(model, recipe(method, **settings), data, out=folder / "artifact", measure=False)
+    return folder / "artifact"
+
+
 @contextmanager
 def quick() -> Iterator[None]:
     """One thread and no measured rates: for networks this small, waking a second thread takes longer than the work."""

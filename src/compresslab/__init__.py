@@ -19,6 +19,7 @@ _HOME = {
     "evaluate": "compresslab.evaluation",
     "bench": "compresslab.evaluation",
     "Artifact": "compresslab.artifact",
+    "export": "compresslab.exporters",
     "Recipe": "compresslab.recipe",
     "Report": "compresslab.report.schema",
     "read_report": "compresslab.report.schema",

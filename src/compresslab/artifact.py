@@ -288,7 +288,7 @@ class Writer:
         (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
         if source.folder is not None:
             for path in sorted(source.folder.iterdir()):
-                if path.is_file() and _goes_along(path.name):
+                if path.is_file() and goes_along(path.name):
                     shutil.copyfile(path, folder / path.name)
         return folder
 
@@ -331,7 +331,7 @@ def check_output(out: Path, force: bool, model: Path | None = None) -> None:
             raise CompressLabError(f"{out} is not empty: choose another --out, or replace what is there with --force")
 
 
-def _goes_along(name: str) -> bool:
+def goes_along(name: str) -> bool:
     """Files of the model's folder that the artifact needs too: tokenizer, generation settings, pre-processing."""
     kept = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config",
             "preprocessor", "processor", "sentencepiece", "spiece", "LICENSE", "NOTICE")  # fmt: skip

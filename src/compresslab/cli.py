@@ -202,6 +202,42 @@ def _show_plan(plan: Any, estimate: Any, recipe: Any, budget: Any, as_json: bool
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="An artifact, or the folder or zoo name of a model.")],
+    to: Annotated[str, typer.Option(help="The format; see `compresslab formats`.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an artifact in the format of another runtime."""
+    import dataclasses
+
+    from compresslab import exporters as exports
+    from compresslab.report.render import human
+
+    done = exports.export(folder, to, out=out, force=force)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(done), default=str, indent=1))  # noqa: T201
+        return
+    for note in done.notes:
+        out_console.print(f"note: {note}", highlight=False)
+    size = human(done.disk_bytes, "bytes")
+    out_console.print(f"wrote {done.folder} ({to}, {size}, {done.seconds:.1f} s)", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """The formats that `compresslab export` writes, and what each needs."""
+    from compresslab import exporters as exports
+
+    found = {name: exports.exporter(name) for name in exports.FORMATS}
+    rows = [{"name": name, "extra": e.extra, "summary": e.summary} for name, e in found.items()]
+    _table(
+        rows, as_json, lambda row: [row["name"], row["extra"], row["summary"]], ["format", "extra", "what it is for"]
+    )
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model or an artifact: folder, zoo name or hub id.")],
     data: Annotated[str, typer.Option(help="Text or labelled pictures; the test split is used.")] = "wiki",
