@@ -24,7 +24,7 @@ from compresslab.deploy.layouts import Layout, check_formats, layout_for
 from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.plan import Plan, check_patterns, make_plan
-from compresslab.recipe import FLOAT, Recipe, differing_settings
+from compresslab.recipe import Recipe, differing_settings
 from compresslab.rewriting import rewritten
 from compresslab.rotating import rotated
 
@@ -144,7 +144,7 @@ def planned(source: Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]
     activations: dict[str, ActivationQuantizer] = {x: m for x, m in trained.items() if m.method.activation_grid()}
     if inputs is not None:
         check_patterns(inputs.layers, plan.layers, plan.skipped, source)
-        rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]
+        rounded = [layer for layer in plan.layers if not isinstance(differing_settings(inputs.layers, layer), str)]
         activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
     layout = layout_for(source, solvers, activations)
     return plan, LayerMethods(solvers=solvers, activations=activations), layout
