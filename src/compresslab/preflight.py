@@ -124,6 +124,23 @@ def with_training(found: Estimate, source: Source, tokens: int, device: torch.de
     )
 
 
+def with_tuning(found: Estimate, source: Source, tokens: int, device: torch.device) -> Estimate:
+    """The estimate with a training of scales and norms after the solving: the network and its codes in the compute dtype.
+
+    Five forwards a token (e2e_qp.py), of which the backward makes two products of every weight's size.
+    """
+    parameters = sum(numel(source, name) for name in source.weights.names())
+    compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
+    seconds = 12 * parameters * tokens / rates(device)[2]
+    return replace(
+        found,
+        memory_bytes=max(found.memory_bytes, PROGRAM_BYTES + (2 * compute + 2) * parameters),
+        disk_bytes=2 * found.disk_bytes,
+        seconds=found.seconds + seconds,
+        parts=found.parts | {"train": seconds},
+    )
+
+
 def numel(source: Source, name: str) -> int:
     count = 1
     for size in source.weights.shape(name):

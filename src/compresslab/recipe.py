@@ -19,7 +19,7 @@
 these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
-A recipe whose rounding step trains (ste, lsq, pact, dorefa) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
+A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
 Training.
 
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
@@ -40,7 +40,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
+from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding, Tuner
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
@@ -169,7 +169,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _trains(self) -> Recipe:
-        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining)]
+        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner)]
         if self.training is not None and not trains:
             raise CompressLabError(
                 "'training' belongs to a recipe with a method that trains, such as lsq; this one has none"
