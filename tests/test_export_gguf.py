@@ -226,7 +226,7 @@ def test_llama_cpp_and_transformers_compute_what_torch_computes(artifact: Path, 
         again = transformers.AutoModelForCausalLM.from_pretrained(
             exact.parent, gguf_file=exact.name, dtype=torch.float32
         )
-        assert off(again(input_ids=torch.tensor([IDS])).logits[0], wanted) < 1e-3
+        assert off(again(input_ids=torch.tensor([IDS])).logits[0], wanted) < 5e-3  # d and m in float16
 
 
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

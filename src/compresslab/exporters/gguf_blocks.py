@@ -28,6 +28,8 @@ above are ggml's). Oracle: its `dequantize`, the formula above, and llama.cpp's 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -110,7 +112,7 @@ def round_floats(weight: Tensor, kind: str) -> np.ndarray:
     return rounded
 
 
-def gguf_type(kind: str) -> int:
+def gguf_type(kind: str) -> Any:
     """GGML's number of a type."""
     import gguf
 

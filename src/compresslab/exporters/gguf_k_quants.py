@@ -75,10 +75,10 @@ def _q6_k(x: Tensor) -> np.ndarray:
     d = (-signed_top / 128).half().float()  # the largest becomes -128, the one code more that int8 has on that side
     s = torch.where(top > 0, _divide(scale, d).round_().clamp_(-128, 127), 0)
     q = (_divide(sub, (d * s)[..., None]).round_().clamp_(-32, 31) + 32).to(torch.uint8).numpy()
-    low = (q & 15).reshape(-1, 2, 2, 64)
-    low = (low[:, :, 0] | (low[:, :, 1] << 4)).reshape(-1, 128)
-    high = (q >> 4).reshape(-1, 2, 4, 32)
-    high = (high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6).reshape(-1, 64)
+    low_bits, high_bits = (q & 15).reshape(-1, 2, 2, 64), (q >> 4).reshape(-1, 2, 4, 32)
+    low = (low_bits[:, :, 0] | (low_bits[:, :, 1] << 4)).reshape(-1, 128)
+    a, b, c, e = (high_bits[:, :, i] << 2 * i for i in range(4))
+    high = (a | b | c | e).reshape(-1, 64)
     return np.concatenate([low, high, s.to(torch.int8).numpy().view(np.uint8), _bytes(d)], axis=1)
 
 
