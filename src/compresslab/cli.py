@@ -206,6 +206,9 @@ def export(
     folder: Annotated[str, typer.Argument(help="An artifact, or the folder or zoo name of a model.")],
     to: Annotated[str, typer.Option(help="The format; see `compresslab formats`.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of this format; repeatable.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -215,7 +218,7 @@ def export(
     from compresslab import exporters as exports
     from compresslab.report.render import human
 
-    done = exports.export(folder, to, out=out, force=force)
+    done = exports.export(folder, to, out=out, force=force, options=_settings(set_ or [], None, None))
     if as_json:
         print(json.dumps(dataclasses.asdict(done), default=str, indent=1))  # noqa: T201
         return
@@ -231,10 +234,13 @@ def formats(as_json: Json = False) -> None:
     from compresslab import exporters as exports
 
     found = {name: exports.exporter(name) for name in exports.FORMATS}
-    rows = [{"name": name, "extra": e.extra, "summary": e.summary} for name, e in found.items()]
+    rows = [
+        {"name": name, "extra": e.extra, "summary": e.summary, "options": dict(e.options)} for name, e in found.items()
+    ]
     _table(
-        rows, as_json, lambda row: [row["name"], row["extra"], row["summary"]], ["format", "extra", "what it is for"]
-    )
+        rows, as_json, lambda row: [row["name"], row["extra"], row["summary"], ", ".join(row["options"])],
+        ["format", "extra", "what it is for", "--set"],
+    )  # fmt: skip
 
 
 @app.command()
