@@ -91,6 +91,10 @@ def compare(reference: Callable[[slice], Tensor], logits: Tensor, labels: Tensor
         rows = slice(start, min(start + CHUNK, len(labels)))
         ours = logits[rows].float().log_softmax(dim=1)
         theirs = reference(rows).float().log_softmax(dim=1)
+        if ours.shape != theirs.shape:
+            raise CompressLabError(
+                f"a vocabulary of {ours.shape[1]} tokens against one of {theirs.shape[1]}: their logits cannot be compared"
+            )
         kl = nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(dim=1)
         mine, its, right = ours.argmax(dim=1), theirs.argmax(dim=1), labels[rows]
         flipped = (mine == right) != (its == right)
