@@ -67,7 +67,7 @@ def read(
         return found
     parts = np.concatenate([np.array(compared), np.full((len(windows), 1), windows.shape[1] - 1.0)], axis=1)
     names = {"kl_divergence": "nats/token", "top1_agreement": "1", "flips": "1"}
-    said = f"against the uncompressed model, windows of {windows.shape[1]} tokens{reference.said}"
+    said = f"{windows.shape[1]} tokens each, against the uncompressed model{reference.said}"
     more = [
         Scored(
             name=name, parts=parts[:, [k, 3]], of=ratio, units="windows", unit=unit, n=int(parts[:, 3].sum()),

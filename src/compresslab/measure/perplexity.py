@@ -88,4 +88,4 @@ def _scored(name: str, losses: np.ndarray, each: int, model: nn.Module, conditio
 
 def _said(model: nn.Module, length: int, conditions: str) -> str:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return f"of {length} tokens, {dtype}" + (f", {conditions}" if conditions else "")
+    return f"{length} tokens each, {dtype}" + (f", {conditions}" if conditions else "")
