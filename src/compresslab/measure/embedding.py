@@ -89,9 +89,15 @@ def human_pairs(
 
 def _of_pairs(name: str, one: Tensor, other: Tensor, conditions: str) -> list[Scored]:
     n = len(one)
-    parts = torch.cat([one.double(), other.double()], dim=1).numpy()
+    parts = torch.cat([_mirrored(one), _mirrored(other)], dim=1).numpy()
     scored = Scored(
         name=name, parts=parts, of=pearson_of_pairs, units="texts", n=max(1, n * (n - 1) // 2),
         device=device_label("cpu"), conditions=conditions,
     )  # fmt: skip
     return [scored] if n > 1 and np.isfinite(scored.value) else []
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """What stands above the diagonal of [n, n], on both sides of it."""
+    upper = matrix.double().triu(diagonal=1)
+    return upper + upper.t()
