@@ -56,7 +56,9 @@ def rounds_of(folder: str, threads: int, rounds: int) -> list[tuple[dict[str, fl
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
     found: list[tuple[dict[str, float], dict[str, list[float]]]] = []
     name, started = "", 0.0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True) as ran:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+    ) as ran:
         assert ran.stdout is not None
         for line in ran.stdout:
             now = time.perf_counter()

@@ -311,7 +311,6 @@ def _show_measurements(found: list[Any], as_json: bool) -> None:
         print(json.dumps([m.model_dump(mode="json") for m in found], indent=1))  # noqa: T201
         return
     from compresslab.report.render import human
-
     from compresslab.report.words import interval_text
 
     table = Table("", "value", "± or 95 %", "conditions", box=None, pad_edge=False)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import tiny
 from compresslab import evaluation
 from compresslab.errors import CompressLabError
 from compresslab.measure import counts, energy, fresh, quality, size, sweep

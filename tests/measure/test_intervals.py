@@ -37,7 +37,10 @@ def test_ninety_five_percent_intervals_cover_the_truth_that_often(kind: str) -> 
             truth, found = 1.0, scored(rng.exponential(1.0, (60, 1))).measurement()
         elif kind == "ratio":
             count = rng.integers(5, 20, 40).astype(float)
-            truth, found = 0.3, scored(np.stack([rng.binomial(count.astype(int), 0.3), count], 1), intervals.ratio).measurement()
+            truth, found = (
+                0.3,
+                scored(np.stack([rng.binomial(count.astype(int), 0.3), count], 1), intervals.ratio).measurement(),
+            )
         elif kind == "pearson":
             truth, pairs = 0.6, rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 100)
             found = scored(pairs, intervals.pearson).measurement()

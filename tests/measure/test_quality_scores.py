@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
+import tiny
 from compresslab.errors import CompressLabError
 from compresslab.measure import agreement, classification, embedding, generation, harness, perplexity
 
@@ -70,7 +70,9 @@ def test_bleu_and_chrf_of_every_resample_are_sacrebleus(name: str) -> None:
 
 
 def test_rouge_is_rouge_scores() -> None:
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(
+        ["rouge1", "rouge2", "rougeL"], use_stemmer=True
+    )
     given, wanted = (list(side) for side in zip(*TEXTS, strict=True))
     found = {s.name: s.value for s in generation.rouge(given, wanted)}
     for name, value in found.items():
@@ -91,7 +93,10 @@ def test_rouge_is_rouge_scores() -> None:
     ],
 )
 def test_an_extra_that_is_absent_is_named_with_its_command(
-    module: str, call, extra: str, monkeypatch: pytest.MonkeyPatch  # type: ignore[no-untyped-def]
+    module: str,
+    call,
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(CompressLabError, match=rf"pip install 'compresslab\[{extra}\]'"):
@@ -152,7 +157,7 @@ def test_agreement_is_what_both_models_logits_at_once_say(capped: bool, tmp_path
     assert found["top1_agreement"].value == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     flips = (p.argmax(-1) == labels) != (q.argmax(-1) == labels)
     assert found["flips"].value == pytest.approx(float(flips.double().mean()))
-    assert 0 < float(kl) and 0 < float(flips.double().mean()) < 1
+    assert float(kl) > 0 and 0 < float(flips.double().mean()) < 1
     loss = -q.gather(-1, labels[..., None]).mean()
     assert found["perplexity"].value == pytest.approx(float(loss.exp()), rel=1e-5)
     assert found["perplexity"].value == pytest.approx(perplexity.perplexity(after, windows).value, rel=1e-5)
@@ -205,7 +210,9 @@ metric_list:
 
 def write_task(folder: Path) -> Path:
     words = tiny.words()
-    rows = [{"q": " ".join(words[i : i + 5]), "choices": [words[i + 6], words[i + 7]], "gold": i % 2} for i in range(20)]
+    rows = [
+        {"q": " ".join(words[i : i + 5]), "choices": [words[i + 6], words[i + 7]], "gold": i % 2} for i in range(20)
+    ]
     (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     (folder / "task.yaml").write_text(TASK.format(data=folder / "rows.json", cache=folder / "cache"), encoding="utf-8")
     return folder / "task.yaml"

@@ -108,7 +108,7 @@ class _Recorder:
     def __init__(self, model: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         self._head = head if isinstance(head, nn.Linear) else None
         self._hidden: Tensor | None = None
         self._handle = None if self._head is None else self._head.register_forward_pre_hook(self._keep)

@@ -59,7 +59,9 @@ def scores(
         name: what to call the accuracy.
     """
     if predicted.shape != labels.shape or not len(labels):
-        raise CompressLabError(f"{len(predicted)} predictions for {len(labels)} labels: there must be as many, and some")
+        raise CompressLabError(
+            f"{len(predicted)} predictions for {len(labels)} labels: there must be as many, and some"
+        )
     seen, flat = np.unique(torch.stack([predicted, labels]).numpy(), return_inverse=True)
     given, true = np.eye(len(seen))[flat.reshape(2, -1)]
     parts = np.concatenate([given * true, given, true], axis=1)  # hits, predictions and labels of each class
@@ -91,7 +93,7 @@ def agreement(
 def _totals(parts: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
     """Hits, predictions, labels [resamples, classes] and which classes are among the latter two."""
     hits, given, true = np.split(counts @ parts, 3, axis=1)
-    return hits, given, true, (given + true) > 0
+    return hits, given, true, ((given + true) > 0).astype(np.float64)
 
 
 def _share(of: Array, all_: Array) -> Array:

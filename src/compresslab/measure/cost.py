@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def counted(model: torch.nn.Module, inputs: dict[str, Tensor] | None) -> list[Me
     """Parameters, non-zeros, and MACs and FLOPs where there is an input; the model's weights must be plain tensors."""
     found = counts.parameters(model)
     if inputs is not None:
-        more = {"use_cache": False, "logits_to_keep": 1} if models.is_language_model(model) else {}
+        more: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1} if models.is_language_model(model) else {}
         found += counts.operations(model, inputs, **more)
     return found
 
@@ -46,7 +46,10 @@ def asked(job: Job, model: torch.nn.Module, inputs: dict[str, Tensor], condition
     is_language_model = models.is_language_model(model)
     if job.sweep is not None and is_language_model:
         longest = getattr(model.config, "max_position_embeddings", None) or max(job.sweep.lengths)
-        grid = {"batches": job.sweep.batches, "lengths": [n for n in job.sweep.lengths if 2 * n <= longest]}
+        grid: dict[str, Any] = {
+            "batches": job.sweep.batches,
+            "lengths": [n for n in job.sweep.lengths if 2 * n <= longest],
+        }
         found += sweep.language_model(model, models.vocabulary_size(model), conditions=conditions, **grid)
     elif job.sweep is not None:
         (name, one), *_ = inputs.items()

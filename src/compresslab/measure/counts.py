@@ -33,7 +33,9 @@ def parameters(model: nn.Module, *, conditions: str = "") -> list[Measurement]:
     ]
 
 
-def operations(model: nn.Module, inputs: Mapping[str, Tensor], *, conditions: str = "", **more: Any) -> list[Measurement]:
+def operations(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, conditions: str = "", **more: Any
+) -> list[Measurement]:
     """macs and flops of one forward of these inputs, in billions.
 
     Args:

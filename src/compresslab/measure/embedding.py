@@ -76,7 +76,9 @@ def human_pairs(
         name: stem of the two names, e.g. "sentence_similarity".
     """
     if not len(first) == len(second) == len(rated):
-        raise CompressLabError(f"{len(first)} and {len(second)} embeddings for {len(rated)} rated pairs: as many, please")
+        raise CompressLabError(
+            f"{len(first)} and {len(second)} embeddings for {len(rated)} rated pairs: as many, please"
+        )
     parts = np.stack([(first * second).sum(dim=1).double().numpy(), rated.double().numpy()], axis=1)
     said = "of cosines with human similarity" + (f", {conditions}" if conditions else "")
     made = partial(Scored, parts=parts, units="pairs", device=device_label("cpu"))

@@ -163,7 +163,7 @@ def of(
 
     def made(what: str, value: float, unit: str, more: str) -> Measurement:
         return Measurement(
-            name=f"{name}_{what}{kind}_{unit.split()[0].lower()}_per_{item}", value=value, unit=f"{unit}/{item}", n=runs,
+            name=f"{name}_{what}{kind}_{unit.split(maxsplit=1)[0].lower()}_per_{item}", value=value, unit=f"{unit}/{item}", n=runs,
             device=device_label(where), conditions=told + more,
         )  # fmt: skip
 

@@ -96,7 +96,9 @@ def _chrf(parts: Array, counts: Array) -> Array:
 
 def _check(hypotheses: Sequence[str], references: Sequence[str]) -> None:
     if len(hypotheses) != len(references) or not hypotheses:
-        raise CompressLabError(f"{len(hypotheses)} texts for {len(references)} references: there must be as many, and some")
+        raise CompressLabError(
+            f"{len(hypotheses)} texts for {len(references)} references: there must be as many, and some"
+        )
 
 
 def _imported(module: str, package: str) -> Any:

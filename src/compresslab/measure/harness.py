@@ -48,13 +48,15 @@ def run(
             found = evaluator.simple_evaluate(
                 wrapper, tasks=names, task_manager=manager, limit=limit, log_samples=True, bootstrap_iters=0
             )
-        except Exception as error:  # noqa: BLE001 (whatever a task's data, templates or code raise; named below)
+        except Exception as error:
             raise CompressLabError(
                 f"lm-evaluation-harness could not run {', '.join(names)}: {type(error).__name__}: {str(error)[:300]}"
             ) from error
     said = f"lm-evaluation-harness {_version()}" + (f", first {limit} documents" if limit else "")
     device = device_label(next(model.parameters()).device)
-    return [scored for task, samples in found["samples"].items() for scored in _scored(task, samples, found, device, said)]
+    return [
+        scored for task, samples in found["samples"].items() for scored in _scored(task, samples, found, device, said)
+    ]
 
 
 def check(tasks: Sequence[str]) -> None:

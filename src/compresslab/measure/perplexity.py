@@ -72,9 +72,7 @@ def perplexity_by_position(
     for first, last in itertools.pairwise(edges):
         part = losses[:, max(first - 1, 0) : last - 1]
         called = f"{name}_of_tokens_{first + 1}-{last}"
-        found.append(
-            _scored(called, part.sum(dim=1).numpy(), part.shape[1], model, _said(model, length, conditions))
-        )
+        found.append(_scored(called, part.sum(dim=1).numpy(), part.shape[1], model, _said(model, length, conditions)))
     return found
 
 
