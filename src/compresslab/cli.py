@@ -249,13 +249,34 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Text or labelled pictures; the test split is used.")] = "wiki",
     windows: Annotated[int, typer.Option(help="How many windows.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    against: Annotated[
+        str | None, typer.Option(help="The uncompressed model: agreement with it, and differences with paired intervals.")
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="1,4x32,128", help="Latency (p50, p95, p99) at these batches x these lengths.")
+    ] = None,
+    energy: Annotated[bool, typer.Option("--energy", help="Joules and carbon, read from counters or estimated.")] = False,
+    watts: Annotated[float, typer.Option(help="Of a busy core, for the estimate of --energy.")] = 7.0,
+    country: Annotated[str, typer.Option(help="ISO code of the grid for --energy, e.g. DEU; else the world's mean.")] = "",
+    grid: Annotated[float | None, typer.Option(help="The grid's g CO2/kWh for --energy, in place of a country.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness: names, or YAML files.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Documents of each task; all by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity over fixed windows, speed and peak memory of one model, in a fresh process."""
+    """Size, speed, peak memory and quality of one model, in a fresh process."""
     from compresslab import evaluation
+    from compresslab.measure.energy import Settings
 
-    found = evaluation.evaluate(model, data, windows=windows, length=length, device=device)
+    found = evaluation.evaluate(
+        model, data, windows=windows, length=length, device=device, against=against,
+        sweep=None if sweep is None else evaluation.parse_sweep(sweep),
+        energy=Settings(watts_per_core=watts, country=country, grid=grid) if energy else None,
+        tasks=[] if tasks is None else tasks.split(","), task_limit=task_limit,
+    )  # fmt: skip
     _show_measurements(found, as_json)
 
 
@@ -296,11 +317,13 @@ def _show_measurements(found: list[Any], as_json: bool) -> None:
         print(json.dumps([m.model_dump(mode="json") for m in found], indent=1))  # noqa: T201
         return
     from compresslab.report.render import human
+    from compresslab.report.words import interval_text
 
-    table = Table("", "value", "±", "conditions", box=None, pad_edge=False)
+    table = Table("", "value", "± or 95 %", "conditions", box=None, pad_edge=False)
     for m in found:
         name = m.name.removesuffix("_bytes").removesuffix("_ms").removesuffix("_per_s").replace("_", " ")
-        table.add_row(name, human(m.value, m.unit), human(m.spread, m.unit) if m.spread else "", m.conditions)
+        around = interval_text(m) or (human(m.spread, m.unit) if m.spread else "")
+        table.add_row(name, human(m.value, m.unit), around, m.conditions)
     out_console.print(table)
     out_console.print(found[-1].device, highlight=False)
 

@@ -357,7 +357,7 @@ def _measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         job = fresh.Job(
-            **asked.save(Path(scratch)), folder=original, reference=Path(scratch) / "reference.safetensors",
+            **asked.save(Path(scratch)), folder=original, reference=Path(scratch) / "reference",
             device=str(device), threads=torch.get_num_threads(), speed=everything,
         )  # fmt: skip
         before = None
