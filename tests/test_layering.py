@@ -36,7 +36,7 @@ ROWS: list[tuple[str, ...]] = [
     ("rotating", "mixed", "exporters"),
     ("stages",),
     ("questions", "learning"),
-    ("pipeline", "evaluation", "warm"),
+    ("pipeline", "evaluation", "warm", "doctor"),
     ("cli",),
 ]
 

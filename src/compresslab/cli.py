@@ -321,6 +321,39 @@ def report(
 
 
 @app.command()
+def doctor(as_json: Json = False) -> None:
+    """This machine: what it has, how fast it is, which runtimes are fast on it, and what to mend."""
+    from compresslab import doctor
+
+    found = doctor.diagnose()
+    if as_json:
+        print(found.model_dump_json(indent=1))  # noqa: T201
+    else:
+        out_console.print(doctor.to_terminal(found))
+
+
+@app.command()
+def monitor(
+    command: Annotated[list[str], typer.Argument(help="What to run, after --.", metavar="-- CMD...")],
+    interval: Annotated[float, typer.Option(help="Seconds between two samples.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Run a command and watch the GPUs, its CPU time and its memory; mean and peak at the end. The exit code is its own."""
+    from compresslab.measure import gpu
+    from compresslab.report.render import human
+
+    def live(label: str, sample: dict[str, float]) -> None:
+        told = ", ".join(f"{name.removesuffix('_bytes')} {human(v, gpu.UNITS[name])}" for name, v in sample.items())
+        error_console.print(f"{label}: {told}", highlight=False, markup=False, soft_wrap=True)
+
+    code, seen = gpu.run(
+        command, interval, live, lambda line: error_console.print(line, highlight=False, markup=False)
+    )
+    _show_measurements(seen.summary(), as_json)
+    raise typer.Exit(code if code >= 0 else 128 - code)  # as a shell says it of a signal
+
+
+@app.command()
 def models(as_json: Json = False) -> None:
     """The offline zoo: models that come through pip, and whether they are cached."""
     from compresslab import zoo
