@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import run_cli
 
 from compresslab import doctor
 from compresslab.errors import CompressLabError
 from compresslab.measure import gpu, hardware
 from compresslab.report.schema import Measurement
+from tiny import run_cli
 
 SAPPHIRE_RAPIDS = """processor\t: 0
 vendor_id\t: GenuineIntel

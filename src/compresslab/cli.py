@@ -255,18 +255,34 @@ def evaluate(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="The compressed model: an artifact's folder.")],
-    against: Annotated[str, typer.Option(help="The uncompressed model.")],
+    folders: Annotated[
+        list[str], typer.Argument(help="The compressed model; with --runtimes also the folders of its exports.")
+    ],
+    against: Annotated[str | None, typer.Option(help="Time one artifact against this uncompressed model.")] = None,
+    runtimes: Annotated[
+        str | None, typer.Option(help="Time these runtimes: torch,packed,onnx,onnx-genai,openvino,llama.cpp.")
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds; the two models take turns in each.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads; by default what torch would take.")] = None,
+    batch: Annotated[int, typer.Option(help="Texts or pictures in a forward, of networks that decode nothing.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds; what is compared takes turns in each.")] = 5,
+    threads: Annotated[str | None, typer.Option(help="Threads; several with --runtimes, as 1,2.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Latency of prefill and decode of two models in turn: median and spread, threads pinned, after a warm-up."""
+    """Latency of runtimes, or of two models, in turn: threads pinned, after a warm-up.
+
+    Without --against, every installed runtime that opens one of the folders is timed, unless --runtimes names some.
+    """
+    counts = _numbers(threads)
+    if against is None:
+        _bench_runtimes(folders, runtimes, counts, rounds, as_json, prompt=prompt, tokens=tokens, batch=batch)
+        return
+    if runtimes is not None or len(folders) > 1 or len(counts) > 1:
+        raise CompressLabError("--against compares one folder with one model on one number of threads: no --runtimes")
     from compresslab import evaluation
 
-    found = evaluation.bench(model, against, prompt=prompt, tokens=tokens, rounds=rounds, threads=threads)
+    count = counts[0] if counts else None
+    found = evaluation.bench(folders[0], against, prompt=prompt, tokens=tokens, rounds=rounds, threads=count)
     if as_json:
         print(json.dumps([pair.model_dump(mode="json") for pair in found], indent=1))  # noqa: T201
         return
@@ -283,6 +299,33 @@ def bench(
         )
     out_console.print(table)
     out_console.print(f"{found[0].compressed.device}; {found[0].compressed.conditions}", highlight=False)
+
+
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise CompressLabError(f"--threads {text}: give whole numbers, as 1,2") from None
+
+
+def _bench_runtimes(
+    folders: list[str], names: str | None, threads: list[int], rounds: int, as_json: bool, **sizes: int
+) -> None:
+    import torch
+
+    from compresslab import models
+    from compresslab.measure import rounds as in_turn
+    from compresslab.report import bench as shown
+
+    places = [Path(name) if Path(name).is_dir() else models.locate(name) for name in folders]
+    wanted = [name.strip() for name in names.split(",")] if names else None
+    given = in_turn.entrants(places, wanted, threads or [torch.get_num_threads()], **sizes)
+    found = in_turn.run(given, rounds)
+    if as_json:
+        print(json.dumps([timed.model_dump(mode="json") for timed in found], indent=1))  # noqa: T201
+        return
+    rows = [(t.entrant.runtime, t.entrant.folder.name, t.entrant.threads, t.measurements) for t in found]
+    out_console.print(shown.to_terminal(rows))
 
 
 def _show_measurements(found: list[Any], as_json: bool) -> None:
@@ -346,9 +389,7 @@ def monitor(
         told = ", ".join(f"{name.removesuffix('_bytes')} {human(v, gpu.UNITS[name])}" for name, v in sample.items())
         error_console.print(f"{label}: {told}", highlight=False, markup=False, soft_wrap=True)
 
-    code, seen = gpu.run(
-        command, interval, live, lambda line: error_console.print(line, highlight=False, markup=False)
-    )
+    code, seen = gpu.run(command, interval, live, lambda line: error_console.print(line, highlight=False, markup=False))
     _show_measurements(seen.summary(), as_json)
     raise typer.Exit(code if code >= 0 else 128 - code)  # as a shell says it of a signal
 
