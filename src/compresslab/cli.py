@@ -345,22 +345,62 @@ def _show_measurements(found: list[Any], as_json: bool) -> None:
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Artifacts, or report.json files.")],
-    html: Annotated[Path | None, typer.Option(help="Write the comparison as one HTML file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML file.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Show one report, or compare several runs in one table and one plot of quality against size."""
+    """Show the report of one run. (Several are compared: `compresslab compare`.)"""
     from compresslab.report import render
     from compresslab.report.schema import read_report
 
-    reports = [read_report(folder) for folder in folders]
-    one = len(reports) == 1
+    if len(folders) > 1:
+        error_console.print("several runs: this is `compresslab compare`, which has more options", highlight=False)
+        compare(folders, html=html, markdown=markdown)
+        return
+    found = read_report(folders[0])
     if html is not None:
-        html.write_text(render.to_html(reports[0]) if one else render.compare_html(reports), encoding="utf-8")
-        out_console.print(f"wrote {html}", highlight=False, soft_wrap=True)
+        _write(html, render.to_html(found))
     elif markdown:
-        print(render.to_markdown(reports[0]) if one else render.compare_markdown(reports))  # noqa: T201
+        print(render.to_markdown(found))  # noqa: T201
     else:
-        out_console.print(render.to_terminal(reports[0]) if one else render.compare_terminal(reports))
+        out_console.print(render.to_terminal(found))
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Artifacts, or report.json files.")],
+    quality: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The measurement to compare by; by default the first that there is."),
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Plot it against bytes, latency or energy only.")] = None,
+    target_ms: Annotated[float | None, typer.Option(help="Pick the best that takes at most this long.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the points of the plots as CSV.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Several runs in one table, and plots of quality against bytes, latency and energy."""
+    from compresslab.report import compare as shown
+    from compresslab.report.schema import read_report
+
+    found = shown.comparison([read_report(f) for f in folders], quality=quality, by=by, target_ms=target_ms)
+    if html is not None:
+        _write(html, shown.compare_html(found))
+    if csv is not None:
+        _write(csv, shown.compare_csv(found))
+    if markdown:
+        print(shown.compare_markdown(found))  # noqa: T201
+    elif html is None and csv is None:
+        out_console.print(shown.compare_terminal(found))
+    elif found.pick:
+        out_console.print(found.pick, highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CompressLabError(f"cannot write {path} ({error.strerror})") from None
+    out_console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
