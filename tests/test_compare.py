@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_report import AFTER, BEFORE, make, measured
-from tiny import run_cli
 
 from compresslab.errors import CompressLabError
 from compresslab.report import compare, pareto
 from compresslab.report.pareto import Axis, Point
 from compresslab.report.schema import Measurement, Report
+from test_report import AFTER, BEFORE, make, measured
+from tiny import run_cli
 
 
 def told(name: str, value: float, unit: str, conditions: str, device: str = "cpu, 2 threads") -> Measurement:
