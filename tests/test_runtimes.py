@@ -59,7 +59,8 @@ def test_every_runtime_returns_what_torch_returns(folders: dict[str, Path], name
     session = runtimes.runtime(name).open(folders[name], 1)
     given = session.inputs(1, 128)
     assert given["pixel_values"].shape == (1, 3, 8, 8) and not session.decodes
-    np.testing.assert_allclose(session.forward(given)[0], plain.forward(given)[0], atol=1e-4)
+    near = 1e-4 if name == "onnx" else 0.05  # OpenVINO computes in bfloat16 where the CPU has it
+    np.testing.assert_allclose(session.forward(given)[0], plain.forward(given)[0], atol=near)
     assert {x.shape for x in plain.inputs(2, 128).values()} == {(2, 3, 8, 8)}
 
 
