@@ -151,8 +151,10 @@ def _runs(reports: Sequence[Report]) -> list[Run]:
     for i, report in enumerate(reports):
         before, after = ({m.name: m for m in side} for side in (report.before, report.after))
         if before:
-            key = (model_name(report), *((m.name, m.value, how(m)) for m in before.values() if m.unit in ("1", "bytes")
-                                         and m.name != "peak_memory_bytes"))  # fmt: skip
+            kept = [m for m in before.values() if m.unit in ("1", "bytes") and m.name != "peak_memory_bytes"]
+            timed = latency(before)  # measured on another machine, it is another baseline
+            where = (how(timed), timed.device) if timed else ()
+            key = (model_name(report), *((m.name, m.value, how(m)) for m in kept), *where)
             mark = "oO@%&$"[min(len(floats), 5)]
             floats.setdefault(key, Run(mark=mark, model=model_name(report), recipe="float, as it was", baseline=True,
                                        bits="-", seconds="-", values=before))  # fmt: skip
