@@ -30,7 +30,7 @@ from compresslab.deploy import kv_cache
 from compresslab.deploy.layouts import Layout, read_weights
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
-from compresslab.measure import environment, fresh, size
+from compresslab.measure import environment, fresh, gpu, size
 from compresslab.numerics.gram import best_precision
 from compresslab.plan import Plan
 from compresslab.questions import Questions
@@ -115,7 +115,7 @@ def compress(
             plan, methods, layout = planned(source, chosen)
 
     key = _key(source, chosen, material, seed, where)
-    with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
+    with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(_pass(source, plan, material, where), stages, methods, layout, writer, progress)
         if stages.smoothers:
             with clock("smooth"):
@@ -147,7 +147,7 @@ def compress(
             recipe=chosen.model_dump(mode="json"),
             model=_describe(given) | ({"changed": said_of(given, source)} if stages.rotations else {}),
             data=material.fields(training),
-            environment=environment.describe(where),
+            environment=environment.describe(where) | seen.facts(),
             seconds=clock.seconds,
             before=(*sizes[0], *(before.measurements if before else ())),
             after=(*sizes[1], *after.measurements),

@@ -162,10 +162,10 @@ def of(
     carbon = each / JOULES_PER_KWH * grams * 1000
 
     def made(what: str, value: float, unit: str, more: str) -> Measurement:
+        full = f"{name}_{what}{kind}_{unit.split(maxsplit=1)[0].lower()}_per_{item}"
         return Measurement(
-            name=f"{name}_{what}{kind}_{unit.split(maxsplit=1)[0].lower()}_per_{item}", value=value, unit=f"{unit}/{item}", n=runs,
-            device=device_label(where), conditions=told + more,
-        )  # fmt: skip
+            name=full, value=value, unit=f"{unit}/{item}", n=runs, device=device_label(where), conditions=told + more
+        )
 
     return [made("energy", each, "J", ""), made("carbon", carbon, "mg CO2", f", {source}")]
 

@@ -175,7 +175,7 @@ def pearson_of_pairs(parts: Array, counts: Array) -> Array:
     units = len(parts)
     x, y = parts[:, :units].copy(), parts[:, units:].copy()
     for matrix in (x, y):
-        matrix -= matrix[~np.eye(units, dtype=bool)].mean() if units > 1 else 0.0
+        np.subtract(matrix, matrix[~np.eye(units, dtype=bool)].mean() if units > 1 else 0.0, out=matrix)
     off = 1.0 - np.eye(units)
     sums = (((counts @ (off * m)) * counts).sum(axis=1) / 2 for m in (off, x, y, x * x, y * y, x * y))
     return _correlation(*sums)

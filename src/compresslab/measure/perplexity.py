@@ -43,7 +43,7 @@ def window_loss(logits: Tensor, tokens: Tensor) -> float:
 
 
 def of_losses(losses: list[float], windows: Tensor, model: nn.Module, conditions: str) -> Scored:
-    count, length = windows.shape
+    length = windows.shape[1]
     return _scored("perplexity", np.array(losses), length - 1, model, _said(model, length, conditions))
 
 

@@ -15,7 +15,6 @@ from rich.padding import Padding
 from rich.text import Text
 
 from compresslab.report import plots
-from compresslab.report.compare import compare_html, compare_markdown, compare_terminal
 from compresslab.report.front import front_plot
 from compresslab.report.pieces import markdown_table, md, page_template, terminal_table
 from compresslab.report.plots import decibel, human, plain
@@ -36,7 +35,7 @@ from compresslab.report.words import (
     verdict,
 )
 
-__all__ = ["compare_html", "compare_markdown", "compare_terminal", "human", "to_html", "to_markdown", "to_terminal"]
+__all__ = ["human", "to_html", "to_markdown", "to_terminal"]
 
 INTERVALS_SAID = (
     "By bootstrap over windows, examples, sentences or texts, whichever is independent. The interval of a difference resamples "

@@ -140,7 +140,9 @@ def interval_rows(report: Report) -> list[tuple[str, str, str, str]]:
 
 
 def _signed(difference: Measurement) -> str:
-    text = _end(difference.value, difference) if difference.low is not None else number(difference.value, difference.unit)
+    text = (
+        _end(difference.value, difference) if difference.low is not None else number(difference.value, difference.unit)
+    )
     return plain(text if text.startswith("-") else f"+{text}")
 
 
