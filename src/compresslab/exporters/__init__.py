@@ -21,6 +21,9 @@ from compresslab.exporters.contract import EXPORT_MANIFEST, Exported, Exporter, 
 
 # name on the command line -> the file here and the exporter in it; imported when it is asked for.
 FORMATS: dict[str, str] = {
+    "onnx": "onnx_qdq.ONNX",
+    "onnx-genai": "onnx_genai.HEAD8",
+    "onnx-genai-head4": "onnx_genai.HEAD4",
     "safetensors-bf16": "plain.BFLOAT16",
     "safetensors-fp16": "plain.FLOAT16",
 }
