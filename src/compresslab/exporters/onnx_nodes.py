@@ -29,25 +29,6 @@ from compresslab.numerics.grid import QuantInput, QuantWeight
 DOMAIN, MICROSOFT = "compresslab", "com.microsoft"
 
 
-def translations() -> dict[Any, Any]:
-    """How the exporter writes our marks: as nodes of our own domain, named for their layer."""
-    from onnxscript import values
-
-    opset = values.Opset(DOMAIN, 1)
-
-    def linear(x, weight, layer: str):  # type: ignore[no-untyped-def]
-        return opset.linear(x, weight, layer=layer)
-
-    def rounded(x, layer: str):  # type: ignore[no-untyped-def]
-        return opset.input(x, layer=layer)
-
-    def codes(weight, layer: str):  # type: ignore[no-untyped-def]
-        return opset.weight(weight, layer=layer)
-
-    ops = torch.ops.compresslab
-    return {ops.linear.default: linear, ops.input.default: rounded, ops.weight.default: codes}
-
-
 @dataclass
 class Builder:
     """Nodes and initialisers that take the places of marks."""
@@ -138,12 +119,14 @@ class Builder:
         one = self.tensor("compresslab.one", np.array(1, dtype=np.float32))
         zero = ""
         if symmetric:
-            top = self.node("ReduceMax", [self.node("Abs", [x], f"{n}.Abs"), *axes], f"{n}.ReduceMax", keepdims=int(per_token))
+            size = self.node("Abs", [x], f"{n}.Abs")
+            top = self.node("ReduceMax", [size, *axes], f"{n}.ReduceMax", keepdims=int(per_token))
             half = self.tensor("compresslab.half_levels", np.array(127.5, dtype=np.float32))
             step = self.node("Div", [top, half], f"{n}.step")
         else:
-            low = self.node("Min", [self.node("ReduceMin", [x, *axes], f"{n}.ReduceMin", keepdims=int(per_token)), null], f"{n}.low")
-            top = self.node("Max", [self.node("ReduceMax", [x, *axes], f"{n}.ReduceMax", keepdims=int(per_token)), null], f"{n}.top")
+            least = self.node("ReduceMin", [x, *axes], f"{n}.ReduceMin", keepdims=int(per_token))
+            most = self.node("ReduceMax", [x, *axes], f"{n}.ReduceMax", keepdims=int(per_token))
+            low, top = self.node("Min", [least, null], f"{n}.low"), self.node("Max", [most, null], f"{n}.top")
             levels = self.tensor("compresslab.levels", np.array(255, dtype=np.float32))
             step = self.node("Div", [self.node("Sub", [top, low], f"{n}.range"), levels], f"{n}.step")
         positive = self.node("Greater", [step, null], f"{n}.positive")
@@ -158,9 +141,9 @@ class Builder:
         return codes, scale, zero
 
     def _quantized(self, x: str, scale: str, zero: str, n: str, per_token: bool) -> str:
-        middle = self.tensor("compresslab.middle", np.array(128, dtype=np.float32))
         point = self.tensor("compresslab.middle_u8", np.array(128, dtype=np.uint8))
         if zero:
+            middle = self.tensor("compresslab.middle", np.array(128, dtype=np.float32))
             shifted = self.node("Add", [zero, middle], f"{n}.unsigned")
             point = self.node("Cast", [shifted], f"{n}.point", to=TensorProto.UINT8)
         if not per_token:
@@ -271,7 +254,7 @@ def _finish_(model: Any, built: Builder, renamed: dict[str, str]) -> None:
 def _notes(inputs: dict[str, QuantInput]) -> list[str]:
     notes = []
     if any(found.scale is None for found in inputs.values()):
-        notes.append("inputs are rounded as the model runs by ONNX operators around MatMulIntegerToFloat, an operator of onnxruntime")
+        notes.append("inputs are rounded by ONNX operators around MatMulIntegerToFloat, which onnxruntime alone has")
     if inputs:
         notes.append("a CPU without VNNI may saturate sums of full-range int8 products: compare outputs there first")
     else:

@@ -92,7 +92,8 @@ def read_rounding(given: Given) -> Iterator[tuple[str, QuantInput]]:
             grid = grid_of(args)
             scale = None if args["dynamic"] else stored.get(f"{name}.input_scale")
             has_zero = scale is not None and not grid.symmetric
-            yield name, QuantInput(grid=grid, scale=scale, zero_point=stored.get(f"{name}.input_zero_point") if has_zero else None)
+            zero_point = stored.get(f"{name}.input_zero_point") if has_zero else None
+            yield name, QuantInput(grid=grid, scale=scale, zero_point=zero_point)
         return
     yield from read_inputs(given.folder)
 
@@ -103,8 +104,6 @@ def network(given: Given, weights: dict[str, QuantWeight]) -> nn.Module:
     model = models.build(config)
     edits = (given.config.get("quantization_config") or {}).get("edits", [])
     apply_(model, [Edit(**edit) for edit in edits])
-    with torch.device("cpu"):
-        pass
     places = model.state_dict()
     found = {name: tensor for name, tensor in given.floats() if name in places}
     for name, weight in weights.items():
@@ -156,8 +155,6 @@ def _example(given: Given, model: nn.Module) -> tuple[tuple[Tensor, ...], list[s
 
 
 def _exported(model: nn.Module, example: tuple[Tensor, ...], names: list[str], output: str) -> Any:
-    from compresslab.exporters import onnx_nodes
-
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     axes: dict[int, Any] = {0: batch} if len(names) == 1 else {0: batch, 1: sequence}
     shapes = tuple(dict(axes) for _ in names)
@@ -165,7 +162,7 @@ def _exported(model: nn.Module, example: tuple[Tensor, ...], names: list[str], o
         with _quiet(), torch.inference_mode(False), torch.no_grad():
             program = torch.onnx.export(
                 model, example, dynamo=True, opset_version=OPSET, input_names=names, output_names=[output],
-                dynamic_shapes=shapes, custom_translation_table=onnx_nodes.translations(), optimize=True, verbose=False,
+                dynamic_shapes=shapes, optimize=True, verbose=False,
             )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - the exporter raises what it likes
         raise CompressLabError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
@@ -209,37 +206,11 @@ def _opens(path: Path) -> None:
 # --- the marks -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{DOMAIN}::linear", mutates_args=())
-def marked_linear(x: Tensor, weight: Tensor, layer: str) -> Tensor:
-    """x W^T, to be replaced by the layer's codes."""
-    return nn.functional.linear(x, weight)
-
-
-@marked_linear.register_fake
-def _(x: Tensor, weight: Tensor, layer: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.custom_op(f"{DOMAIN}::input", mutates_args=())
-def marked_input(x: Tensor, layer: str) -> Tensor:
-    """The input of a convolution, to be rounded."""
-    return x.clone()
-
-
-@torch.library.custom_op(f"{DOMAIN}::weight", mutates_args=())
-def marked_weight(weight: Tensor, layer: str) -> Tensor:
-    """The weight of a convolution, to be replaced by codes."""
-    return weight.clone()
-
-
-@marked_input.register_fake
-def _(x: Tensor, layer: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-@marked_weight.register_fake
-def _(weight: Tensor, layer: str) -> Tensor:
-    return torch.empty_like(weight)
+def _mark(kind: str, layer: str, inputs: tuple[Tensor, ...], shape: Sequence[int | torch.SymInt]) -> Tensor:
+    """A node of our own domain in the exported graph, which keeps the layer's name."""
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{kind}", inputs, {"layer": layer}, dtype=torch.float32, shape=shape, version=1
+    )
 
 
 class MarkedLinear(nn.Module):
@@ -251,7 +222,7 @@ class MarkedLinear(nn.Module):
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.compresslab.linear(x, self.weight, self.layer)
+        y = _mark("linear", self.layer, (x, self.weight), (*x.shape[:-1], self.weight.shape[0]))
         return y if self.bias is None else y + self.bias
 
 
@@ -264,8 +235,8 @@ class MarkedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rounds:
-            x = torch.ops.compresslab.input(x, self.layer)
-        weight = torch.ops.compresslab.weight(self.conv.weight, self.layer)
+            x = _mark("input", self.layer, (x,), x.shape)
+        weight = _mark("weight", self.layer, (self.conv.weight,), self.conv.weight.shape)
         return self.conv._conv_forward(x, weight, self.conv.bias)
 
 
