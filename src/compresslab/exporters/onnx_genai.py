@@ -117,7 +117,9 @@ class OnnxGenai(Exporter):
     def refuses(self, given: Given) -> Sequence[str]:
         named = (given.config.get("architectures") or ["nothing"])[0]
         if named not in ARCHITECTURES:
-            return [f"its architecture is {named}, and this export knows {', '.join(ARCHITECTURES)}: try another format"]
+            return [
+                f"its architecture is {named}, and this export knows {', '.join(ARCHITECTURES)}: try another format"
+            ]
         config = given.config
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         if head_dim % 16:
@@ -148,11 +150,15 @@ class OnnxGenai(Exporter):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _shape_scales_(folder / "model.onnx")
         _check(given, folder / "model.onnx")
-        notes = ["inputs of MatMulNBits are rounded to int8, block by block, as it runs (accuracy_level 4): fast, and not exact"]
+        notes = [
+            "inputs of MatMulNBits are rounded to int8, block by block, as it runs (accuracy_level 4): fast, and not exact"
+        ]
         if rounded:
             tied = "; the embeddings are looked up in the same codes" if _is_tied(given) else ""
             notes.insert(0, f"the head was in float: rounded to {self.head_bits} bits in blocks of {HEAD_BLOCK}{tied}")
-        if any(group.get("input_activations") for group in given.config["quantization_config"]["config_groups"].values()):
+        if any(
+            group.get("input_activations") for group in given.config["quantization_config"]["config_groups"].values()
+        ):
             notes.append("the artifact's own rounding of inputs is left out: MatMulNBits has one of its own")
         return notes
 
@@ -254,7 +260,9 @@ def _check(given: Given, path: Path) -> None:
     for name, weight in sorted(given.weights(), key=lambda pair: _order(pair[0])):
         node = next((node for node in _node_names(name) if node in found), None)
         if node is None:
-            raise CompressLabError(f"{path} has no MatMulNBits for layer {name}: this builder names its nodes otherwise")
+            raise CompressLabError(
+                f"{path} has no MatMulNBits for layer {name}: this builder names its nodes otherwise"
+            )
         first = done.get(node, 0)
         done[node] = first + len(weight.codes)
         if not found[node].holds(blocks_of(weight), first):

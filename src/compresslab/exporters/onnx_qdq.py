@@ -111,7 +111,9 @@ def network(given: Given, weights: dict[str, QuantWeight]) -> nn.Module:
     tied = getattr(model, "all_tied_weights_keys", {})
     missing = sorted(set(places) - set(found) - set(tied))
     if not all(_optional(name) for name in missing):
-        raise CompressLabError(f"{given.folder} lacks {len(missing)} tensors, first {missing[0]}: fetch the artifact again")
+        raise CompressLabError(
+            f"{given.folder} lacks {len(missing)} tensors, first {missing[0]}: fetch the artifact again"
+        )
     model.load_state_dict(found, strict=False, assign=True)
     models.tie_weights(model)
     if hasattr(model, "pooler") and any(name.startswith("pooler.") for name in missing):
