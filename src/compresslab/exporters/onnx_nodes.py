@@ -68,7 +68,9 @@ class Builder:
         ]
         if zeros is not None:
             names.append(self._codes(f"{layer}.zero_point", zeros if blocks else zeros[0], narrow))
-        settings = {"axis": 0, "block_size": codes.shape[0] // scale.shape[0]} if blocks else {"axis": 1}
+        settings: dict[str, Any] = (
+            {"axis": 0, "block_size": codes.shape[0] // scale.shape[0]} if blocks else {"axis": 1}
+        )
         return self.node("DequantizeLinear", names, f"{layer}.DequantizeLinear", **settings)
 
     def _conv_weight(self, layer: str, found: QuantWeight, shape: Sequence[int]) -> str:
@@ -258,5 +260,8 @@ def _notes(inputs: dict[str, QuantInput]) -> list[str]:
     if inputs:
         notes.append("a CPU without VNNI may saturate sums of full-range int8 products: compare outputs there first")
     else:
-        notes.append("inputs stay in float: the file is small, and products run in float (4-bit blocks in MatMulNBits)")
+        notes.append(
+            "inputs stay in float in the file; onnxruntime makes MatMulNBits of it and rounds them to int8 by block as it runs, "
+            "unless the session option session.qdq_matmulnbits_accuracy_level is 1"
+        )
     return notes

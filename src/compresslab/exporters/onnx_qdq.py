@@ -166,7 +166,7 @@ def _exported(model: nn.Module, example: tuple[Tensor, ...], names: list[str], o
                 model, example, dynamo=True, opset_version=OPSET, input_names=names, output_names=[output],
                 dynamic_shapes=shapes, optimize=True, verbose=False,
             )  # fmt: skip
-    except Exception as error:  # noqa: BLE001 - the exporter raises what it likes
+    except Exception as error:
         raise CompressLabError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
     assert program is not None
     return program.model_proto
@@ -201,7 +201,7 @@ def _opens(path: Path) -> None:
 
     try:
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - its exceptions share no class
+    except Exception as error:
         raise CompressLabError(f"ONNX Runtime does not open the model: {_first_line(error)}") from error
 
 
