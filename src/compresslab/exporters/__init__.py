@@ -21,6 +21,7 @@ from compresslab.exporters.contract import EXPORT_MANIFEST, Exported, Exporter, 
 
 # name on the command line -> the file here and the exporter in it; imported when it is asked for.
 FORMATS: dict[str, str] = {
+    "openvino": "openvino.EXPORTER",
     "safetensors-bf16": "plain.BFLOAT16",
     "safetensors-fp16": "plain.FLOAT16",
 }
