@@ -77,7 +77,8 @@ def forward(model: Any, tokens: int | None = None) -> torch.export.ExportedProgr
     """
     inputs = inputs_of(model, batch=2 if tokens is None else 1, tokens=tokens or 7)
     free = torch.export.Dim.AUTO
-    shapes = ([{0: free, 1: free} if x.dim() == 2 else {0: free} for _, x in inputs],) if tokens is None else None
+    free_axes = tuple({0: free, 1: free} if x.dim() == 2 else {0: free} for _, x in inputs)
+    shapes = (free_axes,) if tokens is None else None
     return _export(Forward(model, [name for name, _ in inputs]), tuple(x for _, x in inputs), shapes)
 
 
