@@ -192,11 +192,13 @@ def test_report_of_one_and_of_two(run: Run, saved: Path) -> None:
     assert (code, err) == (0, "") and "tiny" in one
     assert run("report", "four/report.json")[1] == one
     code, two, err = run("report", "four", "three")
-    assert (code, err) == (0, "") and two != one
+    assert code == 0 and two != one and "compresslab compare" in err and err.count("\n") == 1
+    assert run("compare", "four", "three") == (0, two, "")
     for folders in (["four"], ["four", "three"]):
-        code, markdown, err = run("report", *folders, "--markdown")
+        command = "report" if len(folders) == 1 else "compare"
+        code, markdown, err = run(command, *folders, "--markdown")
         assert (code, err) == (0, "") and "|" in markdown
-        code, out, err = run("report", *folders, "--html", "page.html")
+        code, out, err = run(command, *folders, "--html", "page.html")
         assert (code, err) == (0, "") and "page.html" in out
         assert "</html>" in Path("page.html").read_text(encoding="utf-8")
 
@@ -223,7 +225,7 @@ def test_no_line_is_wider_than_the_terminal(
         "compress": arguments(saved),
         "dry run": arguments(saved, "--dry-run"),
         "report": ["report", "one"],
-        "compare": ["report", "one", "two"],
+        "compare": ["compare", "one", "two"],
     }
     code, out, _ = run(*lines.get(command, [command]))
     assert code == 0

@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_nothing(artifact: Path, tmp_path: Path, monkeypat
     def fail(*args: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compresslab.exporters.plain.save_file", fail)
+    monkeypatch.setattr("compresslab.exporters.shards.save_file", fail)
     with pytest.raises(CompressLabError, match="free some disk"):
         compresslab.export(artifact, "safetensors-bf16", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

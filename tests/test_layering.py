@@ -33,10 +33,10 @@ ROWS: list[tuple[str, ...]] = [
     ("refining",),
     ("layerwise", "tracing", "replaying", "smoothing", "rewriting", "aware"),
     ("artifact", "measure", "preflight", "budget", "damage"),
-    ("rotating", "mixed", "exporters"),
+    ("rotating", "mixed", "tuning", "exporters"),
     ("stages",),
     ("questions", "learning"),
-    ("pipeline", "evaluation", "warm"),
+    ("pipeline", "evaluation", "warm", "doctor"),
     ("cli",),
 ]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tiny
 from compresslab import data, models
 from compresslab.errors import CompressLabError
-from compresslab.measure import quality
+from compresslab.measure import embedding
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_embeddings_are_means_of_real_tokens_of_length_one() -> None:
     ids, mask = torch.arange(5)[:, None].repeat(1, 6), torch.ones(5, 6, dtype=torch.long)
     mask[1, 2:], mask[4, 1:] = 0, 0
     for batch_size in (1, 2, 5):
-        found = quality.embeddings(Encoder(hidden), ids, mask, batch_size=batch_size)
+        found = embedding.embeddings(Encoder(hidden), ids, mask, batch_size=batch_size)
         for i in range(5):
             mean = hidden[i, mask[i].bool()].mean(dim=0)
             torch.testing.assert_close(found[i], mean / mean.norm())
@@ -82,19 +82,19 @@ def test_agreement_of_embeddings() -> None:
     generator = torch.Generator().manual_seed(1)
     a = nn.functional.normalize(torch.randn(7, 5, generator=generator), dim=1)
     b = nn.functional.normalize(a + 0.1 * torch.randn(7, 5, generator=generator), dim=1)
-    found = {m.name: m for m in quality.embedding_agreement(a, b)}
+    found = {m.name: m for m in embedding.agreement(a, b)}
     cosines = [float(x @ y) for x, y in zip(a, b, strict=True)]
     assert found["embedding_cosine"].value == pytest.approx(np.mean(cosines))
     assert found["embedding_cosine_min"].value == pytest.approx(min(cosines))
     upper = np.triu_indices(7, 1)
     expected = np.corrcoef((a @ a.t()).numpy()[upper], (b @ b.t()).numpy()[upper])[0, 1]
     assert found["similarity_correlation"].value == pytest.approx(expected)
-    assert found["similarity_correlation"].n == 21
-    assert found["embedding_cosine"].n == 7
-    same = {m.name: m.value for m in quality.embedding_agreement(a, a)}
+    assert found["similarity_correlation"].measurement().n == 21
+    assert found["embedding_cosine"].measurement().n == 7
+    same = {m.name: m.value for m in embedding.agreement(a, a)}
     assert same == pytest.approx({"embedding_cosine": 1, "embedding_cosine_min": 1, "similarity_correlation": 1})
     turned = nn.functional.normalize(a @ torch.linalg.qr(torch.randn(5, 5, generator=generator))[0], dim=1)
-    kept = {m.name: m.value for m in quality.embedding_agreement(a, turned)}
+    kept = {m.name: m.value for m in embedding.agreement(a, turned)}
     assert kept["similarity_correlation"] == pytest.approx(1, abs=1e-5)  # a rotation changes no similarity
     assert kept["embedding_cosine"] < 0.9
 
@@ -102,11 +102,11 @@ def test_agreement_of_embeddings() -> None:
 def test_document_similarity_is_pearsons_with_what_people_said() -> None:
     a = nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(2)), dim=1)
     rated = torch.rand(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    (found,) = quality.document_similarity(a, rated)
+    (found,) = embedding.human_documents(a, rated)
     upper = np.triu_indices(6, 1)
     assert found.value == pytest.approx(np.corrcoef((a @ a.t()).numpy()[upper], rated.numpy()[upper])[0, 1])
     assert found.n == 15
-    assert quality.document_similarity(a, torch.ones(6, 6)) == []
+    assert embedding.human_documents(a, torch.ones(6, 6)) == []
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("bert", True), ("llama", False), ("gpt2", False), ("vit", False)])

@@ -171,7 +171,7 @@ def test_settings_of_layers_build_on_the_steps_own() -> None:
         ({"*": {"bits": "8"}}, r"layers '\*': method gptq: bits must be int, not '8'"),
         ({"*": {"layers": {}}}, r"layers '\*': unknown setting of gptq 'layers'"),
         ({"*": {"method": "rtn"}}, r"layers '\*': unknown setting of gptq 'method'"),
-        ({"*": "flaot"}, r"layers '\*': .* settings of gptq or 'float', not 'flaot'"),
+        ({"*": "flaot"}, r"layers '\*': .* settings of gptq or one of float, bf16, fp16, not 'flaot'"),
         ({"*": 8}, r"layers '\*': .* not 8"),
         ({"*": None}, r"layers '\*': .* not None"),
         ({5: {"bits": 8}}, r"layers '5': a pattern"),

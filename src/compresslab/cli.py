@@ -206,6 +206,9 @@ def export(
     folder: Annotated[str, typer.Argument(help="An artifact, or the folder or zoo name of a model.")],
     to: Annotated[str, typer.Option(help="The format; see `compresslab formats`.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of this format; repeatable.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -215,7 +218,7 @@ def export(
     from compresslab import exporters as exports
     from compresslab.report.render import human
 
-    done = exports.export(folder, to, out=out, force=force)
+    done = exports.export(folder, to, out=out, force=force, options=_settings(set_ or [], None, None))
     if as_json:
         print(json.dumps(dataclasses.asdict(done), default=str, indent=1))  # noqa: T201
         return
@@ -231,10 +234,13 @@ def formats(as_json: Json = False) -> None:
     from compresslab import exporters as exports
 
     found = {name: exports.exporter(name) for name in exports.FORMATS}
-    rows = [{"name": name, "extra": e.extra, "summary": e.summary} for name, e in found.items()]
+    rows = [
+        {"name": name, "extra": e.extra, "summary": e.summary, "options": dict(e.options)} for name, e in found.items()
+    ]
     _table(
-        rows, as_json, lambda row: [row["name"], row["extra"], row["summary"]], ["format", "extra", "what it is for"]
-    )
+        rows, as_json, lambda row: [row["name"], row["extra"], row["summary"], ", ".join(row["options"])],
+        ["format", "extra", "what it is for", "--set"],
+    )  # fmt: skip
 
 
 @app.command()
@@ -243,30 +249,73 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Text or labelled pictures; the test split is used.")] = "wiki",
     windows: Annotated[int, typer.Option(help="How many windows.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The uncompressed model: agreement with it, and differences with paired intervals."),
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="1,4x32,128", help="Latency (p50, p95, p99) at these batches x these lengths.")
+    ] = None,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Joules and carbon, read from counters or estimated.")
+    ] = False,
+    watts: Annotated[float, typer.Option(help="Of a busy core, for the estimate of --energy.")] = 7.0,
+    country: Annotated[
+        str, typer.Option(help="ISO code of the grid for --energy, e.g. DEU; else the world's mean.")
+    ] = "",
+    grid: Annotated[
+        float | None, typer.Option(help="The grid's g CO2/kWh for --energy, in place of a country.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness: names, or YAML files.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Documents of each task; all by default.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity over fixed windows, speed and peak memory of one model, in a fresh process."""
+    """Size, speed, peak memory and quality of one model, in a fresh process."""
     from compresslab import evaluation
+    from compresslab.measure.energy import Settings
 
-    found = evaluation.evaluate(model, data, windows=windows, length=length, device=device)
+    found = evaluation.evaluate(
+        model, data, windows=windows, length=length, device=device, against=against,
+        sweep=None if sweep is None else evaluation.parse_sweep(sweep),
+        energy=Settings(watts_per_core=watts, country=country, grid=grid) if energy else None,
+        tasks=[] if tasks is None else tasks.split(","), task_limit=task_limit,
+    )  # fmt: skip
     _show_measurements(found, as_json)
 
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="The compressed model: an artifact's folder.")],
-    against: Annotated[str, typer.Option(help="The uncompressed model.")],
+    folders: Annotated[
+        list[str], typer.Argument(help="The compressed model; with --runtimes also the folders of its exports.")
+    ],
+    against: Annotated[str | None, typer.Option(help="Time one artifact against this uncompressed model.")] = None,
+    runtimes: Annotated[
+        str | None, typer.Option(help="Time these runtimes: torch,packed,onnx,onnx-genai,openvino,llama.cpp.")
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds; the two models take turns in each.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads; by default what torch would take.")] = None,
+    batch: Annotated[int, typer.Option(help="Texts or pictures in a forward, of networks that decode nothing.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds; what is compared takes turns in each.")] = 5,
+    threads: Annotated[str | None, typer.Option(help="Threads; several with --runtimes, as 1,2.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Latency of prefill and decode of two models in turn: median and spread, threads pinned, after a warm-up."""
+    """Latency of runtimes, or of two models, in turn: threads pinned, after a warm-up.
+
+    Without --against, every installed runtime that opens one of the folders is timed, unless --runtimes names some.
+    """
+    counts = _numbers(threads)
+    if against is None:
+        _bench_runtimes(folders, runtimes, counts, rounds, as_json, prompt=prompt, tokens=tokens, batch=batch)
+        return
+    if runtimes is not None or len(folders) > 1 or len(counts) > 1:
+        raise CompressLabError("--against compares one folder with one model on one number of threads: no --runtimes")
     from compresslab import evaluation
 
-    found = evaluation.bench(model, against, prompt=prompt, tokens=tokens, rounds=rounds, threads=threads)
+    count = counts[0] if counts else None
+    found = evaluation.bench(folders[0], against, prompt=prompt, tokens=tokens, rounds=rounds, threads=count)
     if as_json:
         print(json.dumps([pair.model_dump(mode="json") for pair in found], indent=1))  # noqa: T201
         return
@@ -285,16 +334,45 @@ def bench(
     out_console.print(f"{found[0].compressed.device}; {found[0].compressed.conditions}", highlight=False)
 
 
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise CompressLabError(f"--threads {text}: give whole numbers, as 1,2") from None
+
+
+def _bench_runtimes(
+    folders: list[str], names: str | None, threads: list[int], rounds: int, as_json: bool, **sizes: int
+) -> None:
+    import torch
+
+    from compresslab import models
+    from compresslab.measure import rounds as in_turn
+    from compresslab.report import bench as shown
+
+    places = [Path(name) if Path(name).is_dir() else models.locate(name) for name in folders]
+    wanted = [name.strip() for name in names.split(",")] if names else None
+    given = in_turn.entrants(places, wanted, threads or [torch.get_num_threads()], **sizes)
+    found = in_turn.run(given, rounds)
+    if as_json:
+        print(json.dumps([timed.model_dump(mode="json") for timed in found], indent=1))  # noqa: T201
+        return
+    rows = [(t.entrant.runtime, t.entrant.folder.name, t.entrant.threads, t.measurements) for t in found]
+    out_console.print(shown.to_terminal(rows))
+
+
 def _show_measurements(found: list[Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps([m.model_dump(mode="json") for m in found], indent=1))  # noqa: T201
         return
     from compresslab.report.render import human
+    from compresslab.report.words import interval_text
 
-    table = Table("", "value", "±", "conditions", box=None, pad_edge=False)
+    table = Table("", "value", "± or 95 %", "conditions", box=None, pad_edge=False)
     for m in found:
         name = m.name.removesuffix("_bytes").removesuffix("_ms").removesuffix("_per_s").replace("_", " ")
-        table.add_row(name, human(m.value, m.unit), human(m.spread, m.unit) if m.spread else "", m.conditions)
+        around = interval_text(m) or (human(m.spread, m.unit) if m.spread else "")
+        table.add_row(name, human(m.value, m.unit), around, m.conditions)
     out_console.print(table)
     out_console.print(found[-1].device, highlight=False)
 
@@ -302,22 +380,93 @@ def _show_measurements(found: list[Any], as_json: bool) -> None:
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Artifacts, or report.json files.")],
-    html: Annotated[Path | None, typer.Option(help="Write the comparison as one HTML file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML file.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Show one report, or compare several runs in one table and one plot of quality against size."""
+    """Show the report of one run. (Several are compared: `compresslab compare`.)"""
     from compresslab.report import render
     from compresslab.report.schema import read_report
 
-    reports = [read_report(folder) for folder in folders]
-    one = len(reports) == 1
+    if len(folders) > 1:
+        error_console.print("several runs: this is `compresslab compare`, which has more options", highlight=False)
+        compare(folders, html=html, markdown=markdown)
+        return
+    found = read_report(folders[0])
     if html is not None:
-        html.write_text(render.to_html(reports[0]) if one else render.compare_html(reports), encoding="utf-8")
-        out_console.print(f"wrote {html}", highlight=False, soft_wrap=True)
+        _write(html, render.to_html(found))
     elif markdown:
-        print(render.to_markdown(reports[0]) if one else render.compare_markdown(reports))  # noqa: T201
+        print(render.to_markdown(found))  # noqa: T201
     else:
-        out_console.print(render.to_terminal(reports[0]) if one else render.compare_terminal(reports))
+        out_console.print(render.to_terminal(found))
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Artifacts, or report.json files.")],
+    quality: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The measurement to compare by; by default the first that there is."),
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Plot it against bytes, latency or energy only.")] = None,
+    target_ms: Annotated[float | None, typer.Option(help="Pick the best that takes at most this long.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the points of the plots as CSV.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Several runs in one table, and plots of quality against bytes, latency and energy."""
+    from compresslab.report import compare as shown
+    from compresslab.report.schema import read_report
+
+    found = shown.comparison([read_report(f) for f in folders], quality=quality, by=by, target_ms=target_ms)
+    if html is not None:
+        _write(html, shown.compare_html(found))
+    if csv is not None:
+        _write(csv, shown.compare_csv(found))
+    if markdown:
+        print(shown.compare_markdown(found))  # noqa: T201
+    elif html is None and csv is None:
+        out_console.print(shown.compare_terminal(found))
+    elif found.pick:
+        out_console.print(found.pick, highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CompressLabError(f"cannot write {path} ({error.strerror})") from None
+    out_console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """This machine: what it has, how fast it is, which runtimes are fast on it, and what to mend."""
+    from compresslab import doctor
+
+    found = doctor.diagnose()
+    if as_json:
+        print(found.model_dump_json(indent=1))  # noqa: T201
+    else:
+        out_console.print(doctor.to_terminal(found))
+
+
+@app.command()
+def monitor(
+    command: Annotated[list[str], typer.Argument(help="What to run, after --.", metavar="-- CMD...")],
+    interval: Annotated[float, typer.Option(help="Seconds between two samples.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Run a command and watch the GPUs, its CPU time and its memory; mean and peak at the end. The exit code is its own."""
+    from compresslab.measure import gpu
+    from compresslab.report.render import human
+
+    def live(label: str, sample: dict[str, float]) -> None:
+        told = ", ".join(f"{name.removesuffix('_bytes')} {human(v, gpu.UNITS[name])}" for name, v in sample.items())
+        error_console.print(f"{label}: {told}", highlight=False, markup=False, soft_wrap=True)
+
+    code, seen = gpu.run(command, interval, live, lambda line: error_console.print(line, highlight=False, markup=False))
+    _show_measurements(seen.summary(), as_json)
+    raise typer.Exit(code if code >= 0 else 128 - code)  # as a shell says it of a signal
 
 
 @app.command()

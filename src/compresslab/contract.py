@@ -304,6 +304,29 @@ class Refiner(Method, Protocol):
 
 
 @runtime_checkable
+class Tuner(Method, Protocol):
+    """A method that trains what is no code in a solved network, towards what the uncompressed one says at its end.
+
+    Attributes:
+        norms: whether the weights of norms are trained beside the scales.
+    """
+
+    norms: bool
+
+    def distance(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """How far the network's [tokens, vocabulary] are from the uncompressed one's, summed over tokens; differentiable."""
+        ...
+
+    def scale(self, solved: QuantWeight, change: Tensor) -> Tensor:
+        """The scale with the relative change p [R, G], float32, as its dtype will hold it; differentiable in p."""
+        ...
+
+    def after(self, solved: QuantWeight, change: Tensor) -> QuantWeight:
+        """The solved weight with the scale so changed."""
+        ...
+
+
+@runtime_checkable
 class Corrector(Method, Protocol):
     """A method that changes a layer's bias after its weight was rounded."""
 

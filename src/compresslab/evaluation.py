@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,37 +16,73 @@ from compresslab import data as datasets
 from compresslab import models
 from compresslab.deploy import torch_packed
 from compresslab.errors import CompressLabError
-from compresslab.measure import fresh, size, speed
+from compresslab.measure import fresh, harness, size, speed
+from compresslab.measure.energy import Settings, grid_intensity
 from compresslab.report.schema import Frozen, Measurement
 
 
 def evaluate(
-    model: str | Path, data: str = "wiki", *, windows: int = 24, length: int = 512, device: str = "auto"
-) -> list[Measurement]:
+    model: str | Path, data: str = "wiki", *, windows: int = 24, length: int = 512, device: str = "auto",
+    against: str | Path | None = None, sweep: fresh.Sweep | None = None, energy: Settings | None = None,
+    tasks: Sequence[str] = (), task_limit: int | None = None,
+) -> list[Measurement]:  # fmt: skip
     """Size, speed, peak memory and quality of a model or an artifact, opened in a fresh process.
 
+    Args:
+        against: the uncompressed model; agreement with it and paired differences to it come along.
+        sweep: batches and lengths at which latency is to be measured, if at all.
+        energy: how to count joules and carbon, if at all.
+        tasks: of lm-evaluation-harness, names or YAML files; `task_limit` documents of each.
+
     Raises:
-        CompressLabError: if there is no such model, too little text, or no picture for a model that reads those.
+        CompressLabError: if there is no such model, too little text, no picture for a model that reads those, or an extra
+            that is not installed.
     """
     from compresslab.pipeline import pick_device
+
+    if tasks:
+        harness.check(tasks)
+    if energy is not None:
+        grid_intensity(energy)
+    folders = [models.locate(name) for name in (model, against) if name is not None]
+    with tempfile.TemporaryDirectory() as scratch:
+        job = fresh.Job(
+            folder=folders[0], source=f"{data}, test split", device=str(pick_device(device)),
+            threads=torch.get_num_threads(), packed=_is_artifact(folders[0]), sweep=sweep, energy=energy,
+            tasks=tuple(tasks), task_limit=task_limit,
+            **_questions(folders[0], str(model), data, windows, length, Path(scratch)),
+        )  # fmt: skip
+        if against is not None:
+            job = job.model_copy(update={"reference": Path(scratch) / "reference"})
+            plain = {"folder": folders[1], "speed": False, "packed": False, "sweep": None, "energy": None}
+            fresh.measure(job.model_copy(update=plain))
+        return [*size.measure(folders[0]), *fresh.measure(job).measurements]
+
+
+def parse_sweep(text: str) -> fresh.Sweep:
+    """'1,4x32,128' is batches of 1 and 4, each at 32 and 128 tokens."""
+    try:
+        batches, lengths = ([int(n) for n in side.split(",")] for side in text.split("x"))
+    except ValueError:
+        raise CompressLabError(f"--sweep takes BATCHESxLENGTHS, e.g. 1,4x32,128, not '{text}'") from None
+    if min(batches + lengths) < 1:
+        raise CompressLabError(f"--sweep {text}: batches and lengths are at least 1")
+    return fresh.Sweep(batches=tuple(batches), lengths=tuple(lengths))
+
+
+def _questions(folder: Path, name: str, data: str, windows: int, length: int, scratch: Path) -> dict[str, Any]:
+    """What the model is asked, as fields of a fresh.Job; what is wrong with the data is told here, not over there."""
     from compresslab.questions import PASSAGES
 
-    folder = models.locate(model)
-    job = fresh.Job(
-        folder=folder, source=f"{data}, test split", device=str(pick_device(device)), threads=torch.get_num_threads(),
-        packed=_is_artifact(folder),
-    )  # fmt: skip
     if models.reads_images(folder):
-        datasets.pictures(data, "test")  # what is wrong with it is told here, not in the other process
-        return [*size.measure(folder), *fresh.measure(job.model_copy(update={"images": data})).measurements]
-    tokenizer = models.load_tokenizer(folder, str(model))
+        datasets.pictures(data, "test")
+        return {"images": data}
+    tokenizer = models.load_tokenizer(folder, name)
     texts = {"input_ids": datasets.windows(data, tokenizer, length=length, count=windows)}
     if models.is_encoder(models.read_config(folder)):
         texts |= datasets.encoder_texts(data, tokenizer, count=PASSAGES * windows, longest=length)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "windows.safetensors"
-        save_file(texts, path)
-        return [*size.measure(folder), *fresh.measure(job.model_copy(update={"windows": path})).measurements]
+    save_file(texts, scratch / "windows.safetensors")
+    return {"windows": scratch / "windows.safetensors"}
 
 
 class Pair(Frozen):

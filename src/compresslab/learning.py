@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from compresslab import aware, models, preflight
 from compresslab import data as datasets
-from compresslab import models, preflight
 from compresslab.errors import CompressLabError
 from compresslab.plan import Plan
 from compresslab.questions import check_tokens, window_length
@@ -71,14 +71,16 @@ class Material:
         surveys: int,
     ) -> preflight.Estimate:
         """What a run on it takes."""
-        text = self.calibration if recipe.training is None or surveys else None  # a training takes no Gram matrix
+        trains_codes = any(isinstance(solver, aware.Untrained) for solver in methods.solvers.values())
+        text = self.calibration if surveys or not trains_codes else None  # such a training takes no Gram matrix
         tokens = (text.samples, text.sequence_length) if text else (0, None)
         needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys)
         if recipe.training is None:
             return needs
         examples = self.examples
         length = max(len(example.get("input_ids", ())) for example in examples)
-        return preflight.with_training(needs, source, recipe.training.seen(len(examples)) * length, device)
+        foretell = preflight.with_training if trains_codes else preflight.with_tuning
+        return foretell(needs, source, recipe.training.seen(len(examples)) * length, device)
 
 
 def _labelled(source: models.Source, stages: Stages, data: Any, seed: int) -> datasets.Labelled | None:

@@ -19,6 +19,7 @@ from compresslab.quantize.batchnorm_folding import BatchNormFolding
 from compresslab.quantize.bias_correction import BiasCorrection
 from compresslab.quantize.cross_layer_equalization import CrossLayerEqualization
 from compresslab.quantize.dorefa import DoReFa
+from compresslab.quantize.e2e_qp import E2EQP
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.hqq import HQQ
 from compresslab.quantize.kv_cache import KVCache
@@ -39,6 +40,7 @@ METHODS: dict[str, type] = {
     "qep": QEP,
     "quantease": QuantEase,
     "autoround": AutoRound,
+    "e2e-qp": E2EQP,
     "batchnorm-folding": BatchNormFolding,
     "cross-layer-equalization": CrossLayerEqualization,
     "bias-correction": BiasCorrection,

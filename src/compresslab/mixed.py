@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from compresslab import layerwise, methods
 from compresslab.budget import Books, Budget, books_of
@@ -28,7 +29,7 @@ from compresslab.damage import Damage, damage_of
 from compresslab.deploy.layouts import Layout, layout_for
 from compresslab.errors import CompressLabError
 from compresslab.models import is_transposed
-from compresslab.recipe import FLOAT, Recipe, Step, differing_settings
+from compresslab.recipe import FLOAT, HALVES, UNROUNDED, Recipe, Step, differing_settings
 from compresslab.report.schema import Search
 from compresslab.search.allocation import Allocation, Option, allocate, front
 from compresslab.smoothing import smoothed
@@ -72,13 +73,13 @@ def share_out(
             f"a budget of {budget} cannot be met: the least possible is {_rounded_up(books.amount(least))}{budget.unit}"
         )
     chosen = allocate(options, books.left(budget))
-    if all(option.name == FLOAT for option in chosen.chosen.values()):
+    if all(option.name in UNROUNDED for option in chosen.chosen.values()):
         raise CompressLabError(
-            f"a budget of {budget} leaves every layer in float: the model takes {_rounded_up(books.amount(chosen.cost))}"
-            f"{budget.unit} as it is"
+            f"a budget of {budget} leaves no layer to round: the model takes {_rounded_up(books.amount(chosen.cost))}"
+            f"{budget.unit} without codes (compresslab export --to safetensors-bf16 writes one of 16 bits)"
         )
     differing = {
-        name: FLOAT if option.name == FLOAT else {"bits": int(option.name)}
+        name: option.name if option.name in UNROUNDED else {"bits": int(option.name)}
         for name, option in chosen.chosen.items()
         if option.name not in (AS_IT_IS, str(step.settings["bits"]))
     }
@@ -95,7 +96,7 @@ def _describe(
         return books.amount(allocation.cost), allocation.damage
 
     uniform = {}
-    for label in (*map(str, WIDTHS), FLOAT):
+    for label in (*map(str, WIDTHS), *HALVES, FLOAT):
         same = {layer: option for layer, mine in options.items() for option in mine if option.name == label}
         if len(same) == len(options):
             uniform[label] = point(Allocation(chosen=same))
@@ -181,8 +182,17 @@ class Survey:
             return [rounded(AS_IT_IS, method)]
         return [
             *(rounded(label, solver) for label, solver in self.widths.items()),
-            Option(name=FLOAT, cost=self.books.cost(name, {"weight": stored}, None), damage=0.0),
+            *self._unrounded(name, stored, weight, gram),
         ]
+
+    def _unrounded(self, name: str, stored: Tensor, weight: Tensor, gram: Statistic | None) -> Iterator[Option]:
+        """In 16 bits, where that is fewer than it has and they hold its numbers; and as it is."""
+        for label, dtype in HALVES.items():
+            half = stored.to(getattr(torch, dtype))
+            if half.itemsize < stored.itemsize and torch.isfinite(half).all():
+                damage = self.damage(name, weight, half.to(weight), gram)
+                yield Option(name=label, cost=self.books.cost(name, {"weight": half}, None), damage=damage)
+        yield Option(name=FLOAT, cost=self.books.cost(name, {"weight": stored}, None), damage=0.0)
 
 
 def draft_of(solver: Solver) -> Solver:

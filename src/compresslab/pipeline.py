@@ -21,15 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from compresslab import aware, layerwise, mixed, models, preflight, solving
+from compresslab import aware, layerwise, mixed, models, preflight, solving, tuning
 from compresslab import budget as budgets
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
+from compresslab.contract import Tuner
 from compresslab.deploy import kv_cache
-from compresslab.deploy.layouts import Layout
+from compresslab.deploy.layouts import Layout, read_weights
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
-from compresslab.measure import environment, fresh, size
+from compresslab.measure import environment, fresh, gpu, size
 from compresslab.numerics.gram import best_precision
 from compresslab.plan import Plan
 from compresslab.questions import Questions
@@ -39,6 +40,7 @@ from compresslab.report.schema import Layer, Parity, Report
 from compresslab.rotating import said_of
 from compresslab.smoothing import smoothed
 from compresslab.stages import LayerMethods, Stages, planned, stages_of
+from compresslab.training import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ def compress(
             plan, methods, layout = planned(source, chosen)
 
     key = _key(source, chosen, material, seed, where)
-    with Writer(out, key, as_opened=layout.as_opened, force=force) as writer:
+    with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(_pass(source, plan, material, where), stages, methods, layout, writer, progress)
         if stages.smoothers:
             with clock("smooth"):
@@ -122,7 +124,7 @@ def compress(
                     job, source=smoothed(job, stages.smoothers, methods.solvers, methods.activations)
                 )
                 progress.step("the inputs of layers")
-        job, training = _trained(job, chosen, material, writer, seed, progress, clock)
+        job, training = _learned(job, stages, chosen, layout, material, writer, seed, progress, clock)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
             for record in writer.records():
@@ -145,7 +147,7 @@ def compress(
             recipe=chosen.model_dump(mode="json"),
             model=_describe(given) | ({"changed": said_of(given, source)} if stages.rotations else {}),
             data=material.fields(training),
-            environment=environment.describe(where),
+            environment=environment.describe(where) | seen.facts(),
             seconds=clock.seconds,
             before=(*sizes[0], *(before.measurements if before else ())),
             after=(*sizes[1], *after.measurements),
@@ -178,7 +180,8 @@ def plan_only(
     estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
     if chosen.training is not None:
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
-        estimate = preflight.with_training(estimate, source, seen, pick_device(device))
+        foretell = preflight.with_training if stages.trains else preflight.with_tuning
+        estimate = foretell(estimate, source, seen, pick_device(device))
     return plan, estimate, chosen
 
 
@@ -197,7 +200,7 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 def pick_device(device: str) -> torch.device:
@@ -214,12 +217,23 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def _learned(
+    job: solving.Job, stages: Stages, recipe: Recipe, layout: Layout, material: Material, writer: Writer, seed: int,
+    progress: Progress, clock: Clock,
+) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
+    """The job after what its recipe trains, if anything: its codes, or its scales; and what to report of it."""
+    if stages.trains:
+        return _trained(job, recipe, material, writer, seed, progress, clock)
+    if stages.tuner is not None:
+        return _tuned(job, stages.tuner, recipe, layout, material, writer, seed, progress, clock)
+    return job, {}
+
+
 def _trained(
     job: solving.Job, recipe: Recipe, material: Material, writer: Writer, seed: int, progress: Progress, clock: Clock
 ) -> tuple[solving.Job, dict[str, Any]]:
-    """Where a recipe trains: the trained network and its codes in place of what was planned, and what to report of it."""
-    if recipe.training is None:
-        return job, {}
+    """The trained network and its codes in place of what was planned, and what to report of it."""
+    assert recipe.training is not None
     methods = {x: solver.method for x, solver in job.solvers.items() if isinstance(solver, aware.Untrained)}
     examples = material.examples
     progress.stage("train", recipe.training.steps_for(round(len(examples) * (1 - recipe.training.held_back))))
@@ -228,10 +242,42 @@ def _trained(
             job.source, methods, examples, recipe.training, writer.scratch("training"), seed=seed, device=job.device,
             on_step=lambda done: progress.step("a step of the training"),
         )  # fmt: skip
-    record = dataclasses.asdict(outcome.record) | {"losses": [f"{loss:.4f}" for _, loss in outcome.record.losses]}
     activations = {layer: outcome.layers[layer] for layer in job.activations}
     job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, activations=activations)
-    return job, {"training": record}
+    return job, {"training": _told(outcome.record)}
+
+
+def _tuned(
+    job: solving.Job, tuner: Tuner, recipe: Recipe, layout: Layout, material: Material, writer: Writer, seed: int,
+    progress: Progress, clock: Clock,
+) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
+    """Everything solved, and its scales and norms trained, in place of what was planned; and what to report of it."""
+    assert recipe.training is not None
+    with (
+        clock("calibrate and solve"),
+        Writer(writer.scratch("solved"), writer.key, as_opened=layout.as_opened, force=True) as first,
+    ):
+        progress.stage("solve", len(job.plan.layers))
+        for done in first.records():
+            progress.step(done.name)
+        layerwise.run(dataclasses.replace(job, sink=first))
+        in_float = [done.name for done in first.records()]
+        solved = dict(read_weights(first.assemble(job.source, layout.config(list(job.plan.skipped), in_float))))
+        notes = {done.name: done.note for done in first.records()}
+    windows = [{"input_ids": example["input_ids"]} for example in material.examples]
+    progress.stage("train", recipe.training.steps_for(round(len(windows) * (1 - recipe.training.held_back))))
+    with clock("train"):
+        outcome = tuning.tune(
+            job.source, solved, tuner, windows, recipe.training, writer.scratch("training"), notes=notes, seed=seed,
+            device=job.device, dtype=job.compute_dtype, on_step=lambda done: progress.step("a step of the training"),
+        )  # fmt: skip
+    job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, refiner=None)
+    return job, {"training": _told(outcome.record) | {"loss_before": f"{outcome.before:.4f}"}}
+
+
+def _told(record: Record) -> dict[str, Any]:
+    """A training as the report has it."""
+    return dataclasses.asdict(record) | {"losses": [f"{loss:.4f}" for _, loss in record.losses]}
 
 
 def _key(source: models.Source, recipe: Recipe, material: Material, seed: int, device: torch.device) -> dict[str, Any]:
@@ -311,7 +357,7 @@ def _measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         job = fresh.Job(
-            **asked.save(Path(scratch)), folder=original, reference=Path(scratch) / "reference.safetensors",
+            **asked.save(Path(scratch)), folder=original, reference=Path(scratch) / "reference",
             device=str(device), threads=torch.get_num_threads(), speed=everything,
         )  # fmt: skip
         before = None

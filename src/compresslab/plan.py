@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, blocks, linear_layers
-from compresslab.recipe import FLOAT, differing_settings
+from compresslab.recipe import FLOAT, HALVES, differing_settings
 
 OUTSIDE = "@outside-blocks"
 
@@ -25,10 +27,15 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The units in network order, the one outside the blocks last; and the linear layers left alone, with the reason."""
+    """The units in network order, the one outside the blocks last; and the linear layers left alone, with the reason.
+
+    Attributes:
+        stored_as: tensor -> the dtype that it is stored in, where that is not its own.
+    """
 
     units: tuple[Unit, ...]
     skipped: dict[str, str]
+    stored_as: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -65,8 +72,7 @@ def make_plan(
             skipped[name] = "outside the repeated blocks"
         elif f"{name}.weight" in source.weights.names():
             layers[unit_by_name[name]].append(name)
-    if differing:
-        _leave_in_float_(layers, skipped, differing, source)
+    halves = _leave_in_float_(layers, skipped, differing, source) if differing else {}
     if unused:
         raise CompressLabError(
             f"ignore pattern '{sorted(unused)[0]}' matches no linear layer of {source.name}; "
@@ -79,18 +85,24 @@ def make_plan(
         if key in source.weights.names() and key not in source.tied:
             tensors[unit_of(key, block_names)].append(key)
     units = tuple(Unit(name=n, tensors=tuple(tensors[n]), layers=tuple(layers[n])) for n in layers)
-    return Plan(units=units, skipped=skipped)
+    return Plan(units=units, skipped=skipped, stored_as=halves)
 
 
 def _leave_in_float_(
     layers: dict[str, list[str]], skipped: dict[str, str], differing: Mapping[str, dict[str, Any] | str], source: Source
-) -> None:
-    """Move what the recipe wants in float from `layers` to `skipped`."""
+) -> dict[str, torch.dtype]:
+    """Move what the recipe wants in float from `layers` to `skipped`; return the tensors that it wants in 16 bits."""
     check_patterns(differing, [name for unit in layers.values() for name in unit], skipped, source)
-    for unit, members in layers.items():
-        chosen = [name for name in members if differing_settings(differing, name) == FLOAT]
-        skipped.update(dict.fromkeys(chosen, "left in float by the recipe"))
-        layers[unit] = [name for name in members if name not in chosen]
+    halves: dict[str, torch.dtype] = {}
+    for members in layers.values():
+        for name in list(members):
+            said = differing_settings(differing, name)
+            if isinstance(said, str):
+                members.remove(name)
+                skipped[name] = "left in float by the recipe" if said == FLOAT else f"stored in {said} by the recipe"
+                if said != FLOAT:
+                    halves[f"{name}.weight"] = getattr(torch, HALVES[said])
+    return halves
 
 
 def check_patterns(

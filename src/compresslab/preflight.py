@@ -7,8 +7,8 @@ consists of: the forward over the calibration tokens, the Gram matrices, the sol
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
+from compresslab.measure import hardware
 from compresslab.models import Source, channels_last, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
@@ -124,6 +125,23 @@ def with_training(found: Estimate, source: Source, tokens: int, device: torch.de
     )
 
 
+def with_tuning(found: Estimate, source: Source, tokens: int, device: torch.device) -> Estimate:
+    """The estimate with a training of scales and norms after the solving: the network and its codes in the compute dtype.
+
+    Five forwards a token (e2e_qp.py), of which the backward makes two products of every weight's size.
+    """
+    parameters = sum(numel(source, name) for name in source.weights.names())
+    compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
+    seconds = 12 * parameters * tokens / rates(device)[2]
+    return replace(
+        found,
+        memory_bytes=max(found.memory_bytes, PROGRAM_BYTES + (2 * compute + 2) * parameters),
+        disk_bytes=2 * found.disk_bytes,
+        seconds=found.seconds + seconds,
+        parts=found.parts | {"train": seconds},
+    )
+
+
 def numel(source: Source, name: str) -> int:
     count = 1
     for size in source.weights.shape(name):
@@ -196,20 +214,14 @@ def rates(device: torch.device) -> tuple[float, float, float]:
     gram = Gram(1024, precision=best_precision(device), device=device)
     operations = 2 * 1024**3
     return (
-        operations / _seconds(lambda: low @ low.t()),
-        operations / _seconds(lambda: gram.add_(low)),
-        operations / _seconds(lambda: x @ x.t()),
+        operations / _median(lambda: low @ low.t()),
+        operations / _median(lambda: gram.add_(low)),
+        operations / _median(lambda: x @ x.t()),
     )
 
 
-def _seconds(call: object) -> float:
-    call()  # type: ignore[operator]
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        call()  # type: ignore[operator]
-        times.append(time.perf_counter() - started)
-    return sorted(times)[2]
+def _median(call: Callable[[], object]) -> float:
+    return statistics.median(hardware.seconds(call))
 
 
 def check(found: Estimate, out: Path) -> None:

@@ -19,7 +19,7 @@
 these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
-A recipe whose rounding step trains (ste, lsq, pact, dorefa) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
+A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
 Training.
 
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
@@ -40,11 +40,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
+from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding, Tuner
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
 FLOAT = "float"  # in place of settings: the layer is left alone
+HALVES = {"bf16": "bfloat16", "fp16": "float16"}  # in place of settings: no codes, but numbers of 16 bits
+UNROUNDED = (FLOAT, *HALVES)
 
 
 class Strict(BaseModel):
@@ -94,11 +96,11 @@ def _checked_layers(method: str, settings: dict[str, Any], layers: Any) -> dict[
     if not isinstance(layers, dict):
         raise CompressLabError(f"layers is a mapping from patterns to settings, not {layers!r}")
     for pattern, differing in layers.items():
-        if not isinstance(pattern, str) or not (isinstance(differing, dict) or differing == FLOAT):
+        if not isinstance(pattern, str) or not (isinstance(differing, dict) or differing in UNROUNDED):
             raise CompressLabError(
-                f"layers '{pattern}': a pattern has settings of {method} or '{FLOAT}', not {differing!r}"
+                f"layers '{pattern}': a pattern has settings of {method} or one of {', '.join(UNROUNDED)}, not {differing!r}"
             )
-        if differing == FLOAT:
+        if isinstance(differing, str):
             continue
         try:
             methods.build(method, settings | differing)
@@ -108,7 +110,7 @@ def _checked_layers(method: str, settings: dict[str, Any], layers: Any) -> dict[
 
 
 def differing_settings(layers: Mapping[str, dict[str, Any] | str], layer: str) -> dict[str, Any] | str:
-    """What the last pattern that matches says of a layer: settings, or FLOAT; no settings where none matches.
+    """What the last pattern that matches says of a layer: settings, or one of UNROUNDED; no settings where none matches.
 
     >>> differing_settings({"*.q": {"bits": 8}, "0.*": "float"}, "0.q"), differing_settings({"*.q": {"bits": 8}}, "0.k")
     ('float', {})
@@ -167,7 +169,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _trains(self) -> Recipe:
-        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining)]
+        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner)]
         if self.training is not None and not trains:
             raise CompressLabError(
                 "'training' belongs to a recipe with a method that trains, such as lsq; this one has none"

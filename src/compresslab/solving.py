@@ -140,7 +140,21 @@ def best_compute_dtype(device: torch.device) -> torch.dtype:
 def float_tensors(job: Job, unit: Unit) -> dict[str, Tensor]:
     """The tensors of a unit that stay as they are."""
     replaced = {f"{layer}.weight" for layer in unit.layers}
-    return {name: read_finite(job.source, name) for name in unit.tensors if name not in replaced}
+    kept = {name: read_finite(job.source, name) for name in unit.tensors if name not in replaced}
+    return {name: in_dtype(tensor, name, job.plan.stored_as.get(name)) for name, tensor in kept.items()}
+
+
+def in_dtype(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in a dtype of 16 bits, or as it is. CompressLabError if that dtype ends below its numbers."""
+    if dtype is None:
+        return tensor
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise CompressLabError(
+            f"tensor {name} has numbers up to {float(tensor.abs().max()):.3g}, and fp16 ends at {torch.finfo(dtype).max:.0f}: "
+            "store this layer in bf16"
+        )
+    return cast
 
 
 def read_finite(source: Source, name: str) -> Tensor:

@@ -19,12 +19,13 @@ from compresslab.contract import (
     Rotation,
     Smoother,
     Solver,
+    Tuner,
 )
 from compresslab.deploy.layouts import Layout, check_formats, layout_for
 from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.plan import Plan, check_patterns, make_plan
-from compresslab.recipe import FLOAT, Recipe, differing_settings
+from compresslab.recipe import Recipe, differing_settings
 from compresslab.rewriting import rewritten
 from compresslab.rotating import rotated
 
@@ -38,7 +39,12 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
     (Solver, 1, "the one that rounds"),
     (Refiner, 1, "at most one that refines blocks (such as autoround)"),
     (Corrector, math.inf, "any that correct (such as bias-correction)"),
+    (Tuner, 1, "at most one that trains what is no code (e2e-qp)"),
 )
+
+
+# Of these the kinds that are fitted to a network whose scales will not change.
+NOT_TUNED = tuple(place for place, (kind, *_) in enumerate(_KINDS) if kind in (ActivationQuantizer, Corrector))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,7 @@ class Stages:
     solver: Solver
     refiner: Refiner | None
     correctors: tuple[Corrector, ...]
+    tuner: Tuner | None
 
     @property
     def trains(self) -> bool:
@@ -61,7 +68,7 @@ class Stages:
 
     @property
     def needs_data(self) -> bool:
-        rounding = (self.activations, self.cache, self.solver, self.refiner, *self.correctors)
+        rounding = (self.activations, self.cache, self.solver, self.refiner, *self.correctors, self.tuner)
         return bool(self.smoothers) or any(needs_data(method) for method in rounding if method is not None)
 
     def transformed(self, source: Source) -> Source:
@@ -84,7 +91,7 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     for kind, (_, method) in zip(kinds, built, strict=True):
         found[kind].append(method)
     counts = all(len(methods) <= most for methods, (_, most, _) in zip(found, _KINDS, strict=True))
-    rewriters, rotations, smoothers, quantizers, caches, solvers, refiners, correctors = found
+    rewriters, rotations, smoothers, quantizers, caches, solvers, refiners, correctors, tuners = found
     if kinds != sorted(kinds) or not counts or not solvers:
         names = ", ".join(name for name, _ in built)
         raise CompressLabError(
@@ -95,6 +102,8 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     activations = quantizers[0] if quantizers else None
     if isinstance(solver, aware.Untrained):
         _check_training(recipe.rounding.method, activations, has_budget)
+    if tuners:
+        _check_tuning([name for (name, _), kind in zip(built, kinds, strict=True) if kind in NOT_TUNED], solver, caches)
     check_formats(solver, activations)
     if isinstance(solver, Smoother):
         smoothers.append(solver)
@@ -102,7 +111,18 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
         name=recipe.rounding.method, rewriters=tuple(rewriters), rotations=tuple(rotations), smoothers=tuple(smoothers),
         activations=activations, cache=caches[0] if caches else None, solver=solver,
         refiner=refiners[0] if refiners else None, correctors=tuple(correctors),
+        tuner=tuners[0] if tuners else None,
     )  # fmt: skip
+
+
+def _check_tuning(others: list[str], solver: Any, caches: list[Any]) -> None:
+    """CompressLabError for what cannot be trained around, as it is fitted to the network before its scales change."""
+    others += [] if not isinstance(solver, aware.Untrained) else ["a method that trains codes"]
+    others += ["a kv-cache with static scales" for cache in caches if cache.is_static]
+    if others:
+        raise CompressLabError(
+            f"e2e-qp trains networks whose weights alone are rounded: leave out {others[0]}, or leave out e2e-qp"
+        )
 
 
 def _to_plan(method: Any) -> Any:
@@ -144,7 +164,7 @@ def planned(source: Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]
     activations: dict[str, ActivationQuantizer] = {x: m for x, m in trained.items() if m.method.activation_grid()}
     if inputs is not None:
         check_patterns(inputs.layers, plan.layers, plan.skipped, source)
-        rounded = [layer for layer in plan.layers if differing_settings(inputs.layers, layer) != FLOAT]
+        rounded = [layer for layer in plan.layers if not isinstance(differing_settings(inputs.layers, layer), str)]
         activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
     layout = layout_for(source, solvers, activations)
     return plan, LayerMethods(solvers=solvers, activations=activations), layout

@@ -13,7 +13,9 @@ import importlib
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from compresslab import models
 from compresslab.errors import CompressLabError
@@ -21,6 +23,10 @@ from compresslab.exporters.contract import EXPORT_MANIFEST, Exported, Exporter, 
 
 # name on the command line -> the file here and the exporter in it; imported when it is asked for.
 FORMATS: dict[str, str] = {
+    "awq": "awq.AWQ",
+    "compressed-tensors": "compressed_tensors.COMPRESSED_TENSORS",
+    "gguf": "gguf.GGUF",
+    "gptq": "gptq.GPTQ",
     "openvino": "openvino.EXPORTER",
     "safetensors-bf16": "plain.BFLOAT16",
     "safetensors-fp16": "plain.FLOAT16",
@@ -36,13 +42,16 @@ def exporter(name: str) -> Exporter:
     return found
 
 
-def export(folder: str | Path, to: str, *, out: str | Path, force: bool = False) -> Exported:
+def export(
+    folder: str | Path, to: str, *, out: str | Path, force: bool = False, options: Mapping[str, Any] | None = None
+) -> Exported:
     """Write a folder in another format.
 
     Args:
         folder: an artifact, or the folder (or zoo name) of an uncompressed model.
         to: one of FORMATS.
         out: the folder to make; must be absent or empty, or hold an earlier export and `force` be given.
+        options: settings of this one format; see Exporter.options.
 
     Raises:
         CompressLabError: if the runtime's library is not installed (with the command that installs it), or the format cannot
@@ -50,7 +59,8 @@ def export(folder: str | Path, to: str, *, out: str | Path, force: bool = False)
     """
     chosen = exporter(to)
     chosen.require()
-    given = Given(models.locate(folder))
+    chosen.check_options(options or {})
+    given = Given(models.locate(folder), dict(options or {}))
     refused = chosen.refuses(given)
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""

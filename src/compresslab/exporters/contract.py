@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,9 +38,14 @@ class Exported:
 
 @dataclass(frozen=True)
 class Given:
-    """The model to export, read one tensor at a time."""
+    """The model to export, read one tensor at a time.
+
+    Attributes:
+        options: what the user set for this format, by the names in Exporter.options.
+    """
 
     folder: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -89,17 +94,25 @@ class Exporter(ABC):
         summary: one line for `compresslab formats`.
         extra: the extra of this package that installs what it needs, or "".
         packages: the modules it cannot do without.
+        options: what `--set NAME=VALUE` can choose: NAME and what it does.
     """
 
     summary: ClassVar[str]
     extra: ClassVar[str] = ""
     packages: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, str]] = {}
 
     def require(self) -> None:
         """CompressLabError with the command that installs what is missing."""
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
             raise CompressLabError(f"{', '.join(missing)} not installed: pip install 'compresslab[{self.extra}]'")
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """CompressLabError for an option that this format does not have."""
+        if unknown := sorted(set(options) - set(self.options)):
+            known = ", ".join(f"{name} ({what})" for name, what in self.options.items()) or "none"
+            raise CompressLabError(f"no option '{unknown[0]}' of this format: it has {known}")
 
     @abstractmethod
     def refuses(self, given: Given) -> Sequence[str]:

@@ -1,11 +1,20 @@
-"""Size: bytes on disk, and what they are spent on."""
+"""Size: bytes on disk, and what they are spent on; bytes of a KV cache.
+
+Oracle: `du --apparent-size --dereference`, to the byte.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from compresslab.measure.environment import device_label
 from compresslab.report.schema import Bytes, Measurement
 
 # Written after the model is measured, or about it: not part of what a user must carry to run the model.
@@ -17,19 +26,40 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def files_to_run(folder: Path) -> list[Path]:
+    """All files that a user must carry to run the model."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ABOUT]
+
+
 def measure(folder: Path) -> list[Measurement]:
     """disk_bytes, of all files needed to run the model, and weight_bytes, of the safetensors files."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ABOUT]
-    weights = weight_files(folder)
 
     def total(name: str, paths: list[Path], conditions: str) -> Measurement:
-        size = sum(path.stat().st_size for path in paths)
-        return Measurement(name=name, value=size, unit="bytes", n=len(paths), device="disk", conditions=conditions)
+        found = {(s.st_dev, s.st_ino): s.st_size for s in map(Path.stat, paths)}  # a file of two names is there once
+        return Measurement(
+            name=name, value=sum(found.values()), unit="bytes", n=len(paths), device="disk", conditions=conditions
+        )
 
+    left_out = f"all files of the model's folder, as du --apparent-size counts them, but {', '.join(sorted(ABOUT))}"
     return [
-        total("disk_bytes", files, "all files of the model's folder but reports"),
-        total("weight_bytes", weights, "safetensors files, with scales and headers"),
+        total("disk_bytes", files_to_run(folder), left_out),
+        total("weight_bytes", weight_files(folder), "safetensors files, with scales and headers"),
     ]
+
+
+def cache_bytes(model: nn.Module, prompt: Tensor, cache: Any, nbytes: Callable[[Any], int]) -> Measurement:
+    """What an empty KV cache takes for each token, after a prompt [1, tokens] was read."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        model(input_ids=prompt.to(device), past_key_values=cache, use_cache=True)
+    return Measurement(
+        name="kv_cache_bytes_per_token",
+        value=nbytes(cache) / prompt.numel(),
+        unit="bytes",
+        n=prompt.numel(),
+        device=device_label(device),
+        conditions=f"codes and scales of all layers, {next(model.parameters()).dtype}".replace("torch.", ""),
+    )
 
 
 def by_kind(folder: Path, embeddings: set[str]) -> dict[str, int]:

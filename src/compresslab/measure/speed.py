@@ -16,15 +16,16 @@ from compresslab.report.schema import Measurement
 def time_ms(call: Callable[[], object], repeats: int, warm_up: int = 1) -> list[float]:
     """Wall time of each of `repeats` calls in ms, after `warm_up` that are not counted."""
     for _ in range(warm_up):
-        call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) * 1000)
-    return times
+        _timed(call)
+    return [_timed(call) for _ in range(repeats)]
+
+
+def _timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1000
 
 
 def summary(name: str, values: Sequence[float], unit: str, device: torch.device, conditions: str) -> Measurement:

@@ -57,7 +57,7 @@ def front_plot(search: Search | None, *, width: int = 960, height: int = 380) ->
     parts.append(el("polyline", class_="trace k0", points=line))
     wanted = []
     for label, point in uniform.items():
-        name = "all in float" if label == "float" else f"{label} bits everywhere"
+        name = f"{label} bits everywhere" if label.isdigit() else f"all in {label}"
         parts.append(
             glyph(1, *at(*point), 5, title=f"{name}: {amount(point[0], search)}, damage {human(point[1], '1')}")
         )

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the plots of the report: hand-made SVG, and characters for the terminal.
+"""Numbers as people read them, and the plots of one run: hand-made SVG. (Several runs: pareto.py.)
 
 All text goes through markupsafe, which escapes what it is not told to trust. Colours are classes (k0 to k7); the style
 sheet in template.html gives them their value for light and dark. Shape repeats what colour says.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup
 
@@ -235,89 +234,3 @@ def byte_bar(parts: Sequence[Bytes], side: str, label: str) -> Markup:
         rects.append(el("rect", title, class_=css, data_bytes=size, x=x, y=0, width=wide, height=36))
         start += size
     return el("svg", Markup("").join(rects), class_="bar", role="img", aria_label=label)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One run in the plot of quality against size; group is the conditions under which perplexity was measured."""
-
-    mark: str
-    label: str
-    size: float
-    perplexity: float
-    group: int
-    baseline: bool
-
-    @property
-    def title(self) -> str:
-        return f"{self.label}\n{human(self.size, 'bytes')}, perplexity {human(self.perplexity, '1')}"
-
-
-def _scale(points: Sequence[Point]) -> tuple[Callable[[float], float], list[float], list[float], str]:
-    """Height of a perplexity (logarithmic where they differ more than tenfold), ticks of both axes, a word on it."""
-    low, high = min(p.perplexity for p in points), max(p.perplexity for p in points)
-    xs = ticks(0, max(p.size for p in points), 5)
-    if low > 0 and high / low > 10:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        return math.log10, xs, [10.0**k for k in range(first, last + 1)], ", logarithmic"
-    pad = (high - low) * 0.06 or max(abs(high), 1) * 0.05
-    return float, xs, ticks(low - pad, high + pad, 5), ""
-
-
-def _drawable(points: Iterable[Point]) -> list[Point]:
-    return [p for p in points if math.isfinite(p.size) and math.isfinite(p.perplexity) and p.perplexity > 0]
-
-
-def size_plot(points: Sequence[Point], *, width: int = 960, height: int = 400) -> Markup:
-    """Perplexity against the bytes of the weights; a float model is a ring. Empty if nothing can be drawn."""
-    points = _drawable(points)
-    if not points:
-        return Markup("")
-    lift, xs, ys, word = _scale(points)
-    left, right, top, bottom = 64, width - 24, 34, height - 48
-
-    def at(size: float, perplexity: float) -> tuple[float, float]:
-        share = (lift(perplexity) - lift(ys[0])) / (lift(ys[-1]) - lift(ys[0]))
-        return left + size / xs[-1] * (right - left), bottom - share * (bottom - top)
-
-    parts = [el("text", f"perplexity{word} (lower is better)", class_="axis", x=0, y=13)]
-    parts += [across(at(0, y)[1], left, right, f"{y:,g}") for y in ys]
-    for x in xs[:: 1 if width > 600 else 2]:
-        place = "tick end" if x == xs[-1] else "tick mid"
-        value = human(x, "bytes").replace(".0 ", " ") if x else "0"
-        parts.append(el("text", value, class_=place, x=at(x, ys[0])[0], y=bottom + 20))
-    parts.append(el("text", "bytes of the weights (smaller is better)", class_="axis end", x=right, y=height - 6))
-    wanted = []
-    for p in points:
-        x, y = at(p.size, p.perplexity)
-        parts.append(glyph(p.group % COLOURS, x, y, 6, title=p.title, css="dot float" if p.baseline else "dot"))
-        wanted.append((x, y, p.label if width > 600 and len(p.label) <= 40 else p.mark))
-    parts += labels(wanted, width, bottom + 12)
-    return svg(width, height, "Perplexity against the bytes of the weights", parts, "plot")
-
-
-def size_text(points: Sequence[Point], *, width: int = 58, height: int = 12) -> str:
-    """The same plot made of characters: each run is its mark. Empty if nothing can be drawn."""
-    points = _drawable(points)
-    if not points:
-        return ""
-    lift, xs, ys, word = _scale(points)
-    gutter = max(len(f"{y:,g}") for y in ys) + 2
-    inner = width - gutter - 1
-    cells = [[" "] * inner for _ in range(height)]
-    span = lift(ys[-1]) - lift(ys[0])
-    for p in points:
-        row = height - 1 - round((lift(p.perplexity) - lift(ys[0])) / span * (height - 1))
-        column = round(p.size / xs[-1] * (inner - 1))
-        free = [
-            c for c in range(inner) if cells[row][c] == " "
-        ]  # a taken place: the mark moves to the nearest free one
-        if free:
-            cells[row][min(free, key=lambda c: abs(c - column))] = p.mark
-    names = {height - 1 - round((lift(y) - lift(ys[0])) / span * (height - 1)): f"{y:,g}" for y in ys}
-    lines = [f"perplexity{word}"]
-    lines += [f"{names.get(i, ''):>{gutter - 1}} |{''.join(row)}".rstrip() for i, row in enumerate(cells)]
-    lines.append(" " * gutter + "+" + "-" * inner)
-    last = human(xs[-1], "bytes").replace(".0 ", " ")
-    lines.append(" " * (gutter + 1) + "0" + f"bytes of the weights   {last}".rjust(inner - 1))
-    return "\n".join(lines)

@@ -15,7 +15,6 @@ from rich.padding import Padding
 from rich.text import Text
 
 from compresslab.report import plots
-from compresslab.report.compare import compare_html, compare_markdown, compare_terminal
 from compresslab.report.front import front_plot
 from compresslab.report.pieces import markdown_table, md, page_template, terminal_table
 from compresslab.report.plots import decibel, human, plain
@@ -23,6 +22,7 @@ from compresslab.report.schema import Report
 from compresslab.report.words import (
     claims,
     facts,
+    interval_rows,
     limitations,
     listed,
     model_name,
@@ -35,8 +35,12 @@ from compresslab.report.words import (
     verdict,
 )
 
-__all__ = ["compare_html", "compare_markdown", "compare_terminal", "human", "to_html", "to_markdown", "to_terminal"]
+__all__ = ["human", "to_html", "to_markdown", "to_terminal"]
 
+INTERVALS_SAID = (
+    "By bootstrap over windows, examples, sentences or texts, whichever is independent. The interval of a difference resamples "
+    "both models together and is the one to judge a change by; where it holds zero, the change may be chance."
+)
 _STYLES = {"good": "green", "bad": "red", "same": "", "": ""}
 
 
@@ -53,6 +57,12 @@ def to_terminal(report: Report) -> RenderableType:
         table.add_row(Text(row.label + unit), *map(Text, sides), Text(row.change, style=_STYLES[row.tone]))
     line = Text(", ").join(Text(text, style=f"bold {_STYLES[tone]}".strip()) for text, tone in claims(report))
     parts: list[RenderableType] = [Text(plain(report.title), style="bold"), line, Text(), table]
+    sure = interval_rows(report)
+    if sure:
+        intervals = terminal_table("95 % intervals", "before", "after", "difference, paired")
+        for cells in sure:
+            intervals.add_row(*map(Text, cells))
+        parts += [Text(), intervals]
     worst = plots.worst(report.layers, 5)
     if worst:
         layers = terminal_table("layers with most error", "SQNR", "bits/weight")
@@ -86,6 +96,13 @@ def _fence(text: str, language: str) -> str:
 
 def _md_facts(mapping: Mapping[str, Any]) -> str:
     return "\n".join(f"- {md(key)}: {md(value)}" for key, value in facts(mapping))
+
+
+def _md_intervals(report: Report) -> list[str]:
+    rows = interval_rows(report)
+    if not rows:
+        return []
+    return ["## 95 % intervals", INTERVALS_SAID, markdown_table(["", "before", "after", "difference, paired"], rows)]
 
 
 def to_markdown(report: Report) -> str:
@@ -128,6 +145,7 @@ def to_markdown(report: Report) -> str:
         "## Before and after",
         table,
         f"n is the number of observations. How each was measured:\n\n{conditions}",
+        *_md_intervals(report),
         md(parity_line(report)),
         "## Limitations",
         "\n".join(f"- {md(line)}" for line in limitations(report)),
@@ -165,6 +183,8 @@ def to_html(report: Report) -> str:
         claims=[(_nice(text), tone) for text, tone in claims(report)],
         name=model_name(report),
         rows=[(row, _nice(row.change)) for row in table_rows(report)],
+        sure=[(label, before, after, _nice(apart)) for label, before, after, apart in interval_rows(report)],
+        intervals_said=INTERVALS_SAID,
         parts=parts,
         totals=totals,
         bars=[plots.byte_bar(parts, side, f"bytes {side}") for side in ("before", "after")],

@@ -28,6 +28,7 @@ class Measurement(Frozen):
         unit: e.g. "bytes", "ms", "tokens/s", "1" for a pure number.
         n: observations behind the value (timed runs, tokens, files).
         spread: half the 10-90 % range of the observations in the same unit, or a standard error; None if n is 1.
+        low, high: ends of the 95 % interval of the value, where there is one (measure/intervals.py).
         device: where it ran, e.g. "cpu, 2 threads".
         conditions: everything needed to measure it again, in words.
     """
@@ -39,6 +40,16 @@ class Measurement(Frozen):
     spread: float | None = None
     device: str
     conditions: str
+    low: float | None = None
+    high: float | None = None
+
+    @model_validator(mode="after")
+    def _interval(self) -> Self:
+        if (self.low is None) != (self.high is None) or (
+            self.low is not None and self.high is not None and self.low > self.high
+        ):
+            raise ValueError(f"{self.name}: an interval needs a low and a high end, in this order")
+        return self
 
 
 class Layer(Frozen):

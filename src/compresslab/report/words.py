@@ -27,8 +27,21 @@ LABELS = {
     "forward_ms": "forward",
     "peak_memory_bytes": "peak memory",
     "top1_accuracy": "top-1 accuracy",
-    "top1_agreement": "same class as before",
+    "top1_agreement": "same top-1 as before",
+    "flips": "flipped answers",
+    "kl_divergence": "KL from before",
+    "f1_macro": "F1, macro",
+    "f1_micro": "F1, micro",
+    "precision_macro": "precision, macro",
+    "recall_macro": "recall, macro",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "macs": "multiply-accumulates",
+    "flops": "FLOPs",
+    "nonzero_parameters": "parameters that are not zero",
 }
+_DIFFERENCE = "_difference"  # measure/intervals.py names paired differences so
+_BETTER_UP = {"top1_accuracy", "accuracy", "f1_macro", "f1_micro", "precision_macro", "recall_macro"}
 # unit -> (word when it went well, word when not, whether more is better)
 _DIRECTIONS = {
     "bytes": ("smaller", "larger", False),
@@ -48,6 +61,7 @@ class Row:
     after: Measurement | None
     change: str
     tone: str
+    difference: Measurement | None = None  # after less before, with its paired interval
 
     @property
     def one(self) -> Measurement:
@@ -78,9 +92,8 @@ def change_and_tone(before: Measurement, after: Measurement) -> tuple[str, str]:
         return f"{'+' if a > b else '-'}{human(abs(a - b), before.unit)}", ""
     if before.unit not in _DIRECTIONS:
         share = 100 * (a / b - 1)
-        tone = {"perplexity": "bad" if a > b else "good", "top1_accuracy": "good" if a > b else "bad"}.get(
-            before.name, ""
-        )
+        up = before.name in _BETTER_UP
+        tone = ("good" if (a > b) == up else "bad") if up or before.name == "perplexity" else ""
         return f"{share:+,.1f} %" if abs(share) >= 0.095 else f"{share:+.1g} %", tone
     good, bad, more = _DIRECTIONS[before.unit]
     well, ratio = (a > b) == more, max(a / b, b / a)
@@ -95,13 +108,42 @@ def change_and_tone(before: Measurement, after: Measurement) -> tuple[str, str]:
 def table_rows(report: Report) -> list[Row]:
     """Every measurement, those of both sides first."""
     before, after = ({m.name: m for m in side} for side in (report.before, report.after))
+    apart = {x: after.pop(x + _DIFFERENCE) for x in list(after) if x + _DIFFERENCE in after}
     names = sorted(dict.fromkeys([*before, *after]), key=lambda name: not (name in before and name in after))
     rows = []
     for name in names:
         b, a = before.get(name), after.get(name)
         change, tone = change_and_tone(b, a) if b and a else ("", "")
-        rows.append(Row(plain(LABELS.get(name, name.replace("_", " "))), b, a, change, tone))
+        if change and tone != "same" and _may_be_none(apart.get(name)):
+            change, tone = f"{change}, may be chance", "same"
+        rows.append(Row(plain(LABELS.get(name, name.replace("_", " "))), b, a, change, tone, apart.get(name)))
     return rows
+
+
+def _may_be_none(difference: Measurement | None) -> bool:
+    """Whether the interval of a difference holds zero."""
+    if difference is None or difference.low is None or difference.high is None:
+        return False
+    return difference.low <= 0 <= difference.high
+
+
+def interval_rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """(label, interval before, interval after, difference with its interval) of what has an interval on some side."""
+    found = []
+    for row in table_rows(report):
+        sides = interval_text(row.before), interval_text(row.after)
+        apart = row.difference
+        told = "" if apart is None else f"{_signed(apart)} ({interval_text(apart)})".replace(" ()", "")
+        if any(sides) or told:
+            found.append((row.label, *sides, told))
+    return found
+
+
+def _signed(difference: Measurement) -> str:
+    text = (
+        _end(difference.value, difference) if difference.low is not None else number(difference.value, difference.unit)
+    )
+    return plain(text if text.startswith("-") else f"+{text}")
 
 
 def claims(report: Report) -> list[tuple[str, str]]:
@@ -151,6 +193,21 @@ def spread_text(m: Measurement | None) -> str:
         return ""
     digits = max(0, 1 - math.floor(math.log10(m.spread))) if 0 < m.spread < math.inf else 0
     return f"± {number(m.spread, m.unit) if m.unit == 'bytes' else f'{m.spread:,.{digits}f}'}"
+
+
+def interval_text(m: Measurement | None) -> str:
+    """The 95 % interval, as '23.91 to 26.17'; empty where there is none."""
+    if m is None or m.low is None or m.high is None:
+        return ""
+    return plain(f"{_end(m.low, m)} to {_end(m.high, m)}")
+
+
+def _end(value: float, m: Measurement) -> str:
+    """Two digits of the interval's width."""
+    width = 0.0 if m.low is None or m.high is None else m.high - m.low
+    if m.unit == "bytes" or not 0 < width < math.inf:
+        return number(value, m.unit)
+    return f"{value:,.{max(0, 1 - math.floor(math.log10(width)))}f}"
 
 
 def share_text(size: int, total: int) -> str:
