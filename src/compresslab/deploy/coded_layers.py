@@ -3,14 +3,14 @@
     codes int8/uint8 -> Convert -> Subtract(zero point) -> Multiply(scale) -> Reshape -> product with x
 
 Each operator is spelt out, so the converter of a runtime sees constants of whole numbers and the runtime finds the pattern
-that it has packed kernels for. Nothing is rounded here but a layer's input, where the artifact says so.
-Oracle: in torch a network of these layers gives what the artifact opened by transformers gives (tests/test_openvino.py).
+that it has packed kernels for. Nothing is rounded here but a layer's input, where its range is fixed.
+Oracle: in torch a network of these layers gives what the opened artifact gives (tests/test_export_openvino.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,19 +20,18 @@ from compresslab import models
 from compresslab.deploy.compressed_tensors import grid_of
 from compresslab.deploy.layouts import read_weights
 from compresslab.edits import Edit, apply_
+from compresslab.errors import CompressLabError
 from compresslab.numerics.grid import QuantInput, QuantWeight
 from compresslab.weights import FolderWeights
 
-Make = Callable[[str, QuantWeight, nn.Module, QuantInput | None], nn.Module]
-
 
 class CodedLayer(nn.Module):
-    """A linear layer or a convolution whose weight is multiplied out of codes in every forward.
+    """A torch.nn.Linear or a convolution whose weight is multiplied out of codes in every forward.
 
     Args:
         weight: as it lies on disk; symmetric codes are kept signed, others from 0 upwards, as runtimes want them.
         layer: what it stands for.
-        rounding: fixed rounding of the input, or None.
+        rounding: of its input; done here where its range is fixed.
     """
 
     def __init__(self, weight: QuantWeight, layer: nn.Module, rounding: QuantInput | None = None) -> None:
@@ -41,7 +40,6 @@ class CodedLayer(nn.Module):
         shape = models.weight_of(layer).shape
         self.shape = list(shape)
         self.layer = layer.__dict__.copy() if isinstance(layer, nn.Conv2d) else {}
-        self.transposed = models.is_transposed(layer)
         groups = weight.scale.shape[1]
         grouped = [rows, groups, columns // groups] if groups > 1 else [rows, *self.shape[1:]]
         per_group = [len(weight.scale), groups, 1] if groups > 1 else [len(weight.scale), *[1] * (len(shape) - 1)]
@@ -77,44 +75,35 @@ class CodedLayer(nn.Module):
         weight = self.dense()
         if self.layer:
             at = self.layer
-            return nn.functional.conv2d(
-                x, weight, self.bias, at["stride"], at["padding"], at["dilation"], at["groups"]
-            )
-        if not self.transposed:
-            return nn.functional.linear(x, weight, self.bias)
-        y = x @ weight
-        return y if self.bias is None else y + self.bias
+            return nn.functional.conv2d(x, weight, self.bias, at["stride"], at["padding"], at["dilation"], at["groups"])
+        return nn.functional.linear(x, weight, self.bias)
 
 
-def coded(name: str, weight: QuantWeight, layer: nn.Module, rounding: QuantInput | None) -> nn.Module:
-    """The layer with its codes as they lie on disk; an input is rounded where its range is fixed."""
-    return CodedLayer(weight, layer, rounding)
+def network(folder: Path) -> nn.Module:
+    """An artifact's network in float32, with a CodedLayer in the place of every compressed layer.
 
-
-def network(folder: Path, make: Make) -> nn.Module:
-    """An artifact's network, float parameters in float32 and every compressed layer what `make` made of it.
-
-    Args:
-        make: layer's name, its codes, its module (parameters but the weight in place), how its input is rounded.
+    Raises:
+        CompressLabError: if a tensor of the architecture is missing.
     """
     model = models.build(models.read_config(folder))
-    quantization = _quantization(folder)
-    apply_(model, [Edit(**edit) for edit in quantization.get("edits", ())])
-    stored, names = FolderWeights(folder), set(FolderWeights(folder).names())
-    inputs = dict(read_inputs(folder))
-    layers = {name for name in names if name.endswith(".weight_scale") or name.endswith("absmax")}
-    coded = tuple(name.rpartition(".")[0] + "." for name in layers)
+    apply_(model, [Edit(**edit) for edit in _quantization(folder).get("edits", ())])
+    stored, inputs = FolderWeights(folder), dict(read_inputs(folder))
+    names = set(stored.names())
+    layers = tuple(name.removesuffix("weight_scale") for name in names if name.endswith(".weight_scale"))
     found: dict[str, Tensor] = {}
     for name, place in model.state_dict().items():
-        if name in names and not (name.startswith(coded) and name.endswith(".weight")):
+        if name in names and not (name.startswith(layers) and name.endswith(".weight")):
             tensor = stored.get(name)
             found[name] = tensor.float() if tensor.is_floating_point() else tensor
         elif "pooler." in name:  # not saved with many encoders, and of no use without its weights
             found[name] = torch.zeros(place.shape)
     model.load_state_dict(found, strict=False, assign=True)
     for name, weight in read_weights(folder):
-        model.set_submodule(name, make(name, weight, model.get_submodule(name), inputs.get(name)))
+        model.set_submodule(name, CodedLayer(weight, model.get_submodule(name), inputs.get(name)))
     models.tie_weights(model)
+    missing = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
+    if missing:
+        raise CompressLabError(f"{folder} lacks {len(missing)} tensors, first {missing[0]}: fetch the artifact again")
     return model.eval().requires_grad_(False)
 
 

@@ -1,11 +1,11 @@
-"""A network as one graph of torch operators (torch.export), for the runtimes that are given graphs.
+"""A network as one graph of torch operators (torch.export), for runtimes that are given graphs.
 
     decoder:   input_ids [B, T], attention_mask [B, P + T], position_ids [B, T], past keys and values [B, heads, P, d]
                  -> logits [B, T, vocabulary], keys and values [B, heads, P + T, d]
     others:    input_ids and masks [B, T], or pixel_values [B, channels, height, width] -> last_hidden_state or logits
 
-Lengths may be left free; a decoder's graph then reads a prompt and, the same graph, a token at a time.
-Oracle: a graph run elsewhere gives transformers' own outputs and greedy tokens (tests/test_openvino.py).
+Batch and lengths are free, so the same graph of a decoder reads a prompt and then a token at a time.
+Oracle: a graph run elsewhere gives transformers' own outputs and greedy tokens (tests/test_export_openvino.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from compresslab.errors import CompressLabError
 
 
 class CachedDecoder(nn.Module):
@@ -42,16 +45,16 @@ class CachedDecoder(nn.Module):
 
 
 class Forward(nn.Module):
-    """A network that is given its inputs in order and returns one tensor."""
+    """A network that is given its inputs in order and returns one tensor, under its name."""
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
         super().__init__()
         self.model, self.names = model, tuple(names)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         out = self.model(**dict(zip(self.names, inputs, strict=True)))
-        found: Tensor = out.logits if "logits" in out else out.last_hidden_state
-        return found
+        name = "logits" if "logits" in out else "last_hidden_state"
+        return {name: out[name]}
 
 
 def decoder(model: Any) -> torch.export.ExportedProgram:
@@ -69,20 +72,15 @@ def decoder(model: Any) -> torch.export.ExportedProgram:
     return _export(CachedDecoder(model), (ids, mask, positions, cache), shapes)
 
 
-def forward(model: Any, tokens: int | None = None) -> torch.export.ExportedProgram:
-    """The graph of any other network.
-
-    Args:
-        tokens: the one length that the graph reads, with a batch of 1; None leaves batch and length free.
-    """
-    inputs = inputs_of(model, batch=2 if tokens is None else 1, tokens=tokens or 7)
+def forward(model: Any) -> torch.export.ExportedProgram:
+    """The graph of any other network, with batch and length free."""
+    inputs = inputs_of(model)
     free = torch.export.Dim.AUTO
-    free_axes = tuple({0: free, 1: free} if x.dim() == 2 else {0: free} for _, x in inputs)
-    shapes = (free_axes,) if tokens is None else None
+    shapes = (tuple({0: free, 1: free} if x.dim() == 2 else {0: free} for _, x in inputs),)
     return _export(Forward(model, [name for name, _ in inputs]), tuple(x for _, x in inputs), shapes)
 
 
-def inputs_of(model: Any, batch: int = 1, tokens: int = 7) -> list[tuple[str, Tensor]]:
+def inputs_of(model: Any, batch: int = 2, tokens: int = 7) -> list[tuple[str, Tensor]]:
     """What a network that is no decoder reads, by name, in order; the shapes are those of an example."""
     if model.main_input_name == "pixel_values":
         size, channels = model.config.image_size, getattr(model.config, "num_channels", 3)
@@ -95,8 +93,30 @@ def inputs_of(model: Any, batch: int = 1, tokens: int = 7) -> list[tuple[str, Te
     return found
 
 
+def keeps_all_tokens(config: Any) -> bool:
+    """Whether every layer of a decoder caches keys and values of all tokens, and nothing else: what `decoder` can trace."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
 def _export(wrapped: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
-    with torch.no_grad(), warnings.catch_warnings():
-        # torch's own tree code calls what it has itself deprecated (seen in 2.13).
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        return torch.export.export(wrapped.eval(), inputs, dynamic_shapes=shapes, strict=False)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch's own tree code calls what it has itself deprecated (seen in 2.13).
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            return torch.export.export(wrapped.eval(), inputs, dynamic_shapes=shapes, strict=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CompressLabError(
+            f"torch.export cannot make a graph of this network; it fails in {_place(wrapped, error)}: {said}"
+        ) from error
+
+
+def _place(wrapped: nn.Module, error: BaseException) -> str:
+    """The innermost layer whose forward was running."""
+    names = {id(module): name for name, module in wrapped.named_modules()}
+    found, step = "", error.__traceback__
+    while step is not None:
+        found = names.get(id(step.tb_frame.f_locals.get("self")), found)
+        step = step.tb_next
+    layer = found.removeprefix("model.")
+    return f"layer {layer}" if layer not in ("", "model") else "no single layer"

@@ -33,6 +33,9 @@ from compresslab.exporters.contract import Exporter, Given
 MODEL = "openvino_model.xml"
 
 
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "KV_CACHE_PRECISION": "f32"}
+
+
 class OpenVINO(Exporter):
     """IR with codes as they were solved."""
 
@@ -41,29 +44,40 @@ class OpenVINO(Exporter):
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
 
     def refuses(self, given: Given) -> Sequence[str]:
-        return [
-            f"layer {name} is in number format {grid.format}, and this export writes integers: compress it with format=int"
-            for name, grid in given.grids.items()
-            if grid.format != "int"
-        ]
+        found, skeleton = [], given.skeleton()
+        for name, grid in given.grids.items():
+            layer = skeleton.get_submodule(name)
+            if grid.format != "int":
+                found.append(f"layer {name} is in number format {grid.format}, and this export writes integers: "
+                             "compress it with format=int")  # fmt: skip
+            elif models.is_transposed(layer):
+                found.append(f"layer {name} keeps its weight as [in, out], and OpenVINO's CPU plugin compiles packed weights "
+                             "as [out, in] only: leave such layers in float with --ignore, or export to gguf with "
+                             "--set misfits=q8_0")  # fmt: skip
+            elif getattr(layer, "padding_mode", "zeros") != "zeros":
+                found.append(f"layer {name} pads with mode {layer.padding_mode}, and this export pads with zeros: "
+                             f"leave it in float with --ignore '{name}'")  # fmt: skip
+        if models.is_language_model(skeleton) and not graphs.keeps_all_tokens(skeleton.config):
+            found.append("not all of its layers cache the keys and values of every token (sliding windows, recurrent states): "
+                         "export it to gguf")  # fmt: skip
+        return found
 
     def write(self, given: Given, folder: Path) -> Sequence[str]:
         ov = library()
-        network = coded_layers.network(given.folder, coded_layers.coded) if given.is_compressed else given.model()
+        network = coded_layers.network(given.folder) if given.is_compressed else given.model()
         is_decoder = models.is_language_model(network)
-        ports = [name for name, _ in graphs.inputs_of(network)]
-        is_classifier = hasattr(network, "classifier") or "Classification" in type(network).__name__
+        inputs = [name for name, _ in graphs.inputs_of(network)]
         program = graphs.decoder(network) if is_decoder else graphs.forward(network)
         del network
         converted, readers = _converted(ov, program)
-        del program
         _narrow_codes_(ov, converted, readers, given)
         if is_decoder:
             _make_stateful_(ov, converted)
         else:
-            for port, name in zip(converted.inputs, ports, strict=True):
+            outputs = list(program.call_spec.out_spec.context)
+            for port, name in zip([*converted.inputs, *converted.outputs], [*inputs, *outputs], strict=True):
                 port.get_tensor().set_names({name})
-            converted.outputs[0].get_tensor().set_names({"logits" if is_classifier else "last_hidden_state"})
+        del program
         _store_in_halves_(ov, converted)
         ov.save_model(converted, folder / MODEL, compress_to_fp16=False)
         config = {key: value for key, value in given.config.items() if key != "quantization_config"}
@@ -80,27 +94,6 @@ def library() -> Any:
     import openvino
 
     return openvino
-
-
-def read_codes(xml: Path) -> dict[str, np.ndarray]:
-    """The codes of every layer of an exported model, as its constants hold them (from 0 upwards where asymmetric)."""
-    ov = library()
-    found = {}
-    for node in ov.Core().read_model(xml).get_ops():
-        name = node.get_friendly_name()
-        if node.get_type_name() == "Constant" and name.endswith(".codes"):
-            found[name.removesuffix(".codes")] = _values(ov, node)
-    return found
-
-
-def _values(ov: Any, constant: Any) -> np.ndarray:
-    """What a constant holds, 4-bit ones a value to a byte."""
-    kind, shape = constant.get_element_type(), tuple(constant.get_output_shape(0))
-    if kind not in (ov.Type.u4, ov.Type.i4):
-        return np.array(constant.data)
-    packed = np.asarray(constant.data).view(np.uint8).reshape(-1)
-    both = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[: int(np.prod(shape))].reshape(shape)
-    return both if kind == ov.Type.u4 else ((both.astype(np.int8) ^ 8) - 8)
 
 
 def _converted(ov: Any, program: torch.export.ExportedProgram) -> tuple[Any, dict[str, str]]:
@@ -221,8 +214,10 @@ def _notes(given: Given) -> list[str]:
     odd = sorted({grid.bits for grid in given.grids.values()} - {4, 8})
     if odd:
         notes.append(f"codes of {', '.join(map(str, odd))} bits are stored in 4 or 8: nothing is rounded anew")
+    exact = ", ".join(f"{name}={value}" for name, value in EXACT.items())
     notes.append(
-        "compiled for a CPU with AMX or AVX-512 bf16, OpenVINO computes in bfloat16 unless INFERENCE_PRECISION_HINT is f32"
+        "by default the CPU plugin rounds inputs of packed layers to 8 bits, stores keys and values in 8 bits and, where the "
+        f"CPU has it, computes in bfloat16: compile with {exact} for what torch computes"
     )
     return notes
 
