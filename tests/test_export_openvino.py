@@ -1,4 +1,4 @@
-"""OpenVINO IR: the constants in the file are the artifact's codes, and what OpenVINO compiles from it computes what torch does."""
+"""OpenVINO IR: the constants in the file are the artifact's codes, and compiled it computes what torch does."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from compresslab.deploy.layouts import read_weights
 from compresslab.errors import CompressLabError
 from compresslab.exporters import openvino as exporter
 from compresslab.exporters.contract import Given
+from compresslab.measure import fresh
 from compresslab.recipe import parse
 
 pytest.importorskip("openvino")
@@ -34,7 +35,8 @@ OUTSIDE = ("@outside-blocks",)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    with tiny.quick():
+    with tiny.quick(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh, "measure", tiny.fake_measure)  # that a fresh process opens artifacts is tested elsewhere
         yield
 
 
