@@ -25,6 +25,20 @@ from compresslab.numerics.grid import QuantInput, QuantWeight
 from compresslab.weights import FolderWeights
 
 
+# One operator in the graph, which an exporter translates: torch's own (seen in 2.13) cannot be traced with free lengths.
+@torch.library.custom_op("compresslab::fake_quantize", mutates_args=(), schema=(
+    "(Tensor x, float scale, int zero_point, int qmin, int qmax) -> Tensor"
+))  # fmt: skip
+def fake_quantize(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int) -> Tensor:
+    """The nearest point of a grid that is the same for all of x."""
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, qmin, qmax)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, *_: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 class CodedLayer(nn.Module):
     """A torch.nn.Linear or a convolution whose weight is multiplied out of codes in every forward.
 
@@ -67,11 +81,8 @@ class CodedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rounding is not None and self.rounding.scale is not None:
-            zero = self.rounding.zero_point
-            x = torch.fake_quantize_per_tensor_affine(
-                x, float(self.rounding.scale), 0 if zero is None else int(zero),
-                self.rounding.grid.qmin, self.rounding.grid.qmax,
-            )  # fmt: skip
+            grid, zero = self.rounding.grid, self.rounding.zero_point
+            x = fake_quantize(x, float(self.rounding.scale), 0 if zero is None else int(zero), grid.qmin, grid.qmax)
         weight = self.dense()
         if self.layer:
             at = self.layer

@@ -114,12 +114,24 @@ def _converted(ov: Any, program: torch.export.ExportedProgram) -> tuple[Any, dic
             if node.op == "get_attr" and str(node.target).endswith((".codes", ".zero_point"))
             for user in node.users
         }
-        return ov.convert_model(decoder), readers
+        return ov.convert_model(decoder, extension=[_fake_quantize(ov)]), readers
     except (RuntimeError, ov.frontend.OpConversionFailure) as error:
         lines = [line.strip() for line in str(error).splitlines() if "aten" in line or "perator" in line]
         raise CompressLabError(f"OpenVINO cannot convert this network: {(lines or [str(error)])[0]}") from error
     finally:
         quiet.setLevel(level)
+
+
+def _fake_quantize(ov: Any) -> Any:
+    """How the converter writes the rounding of a layer's input."""
+    from openvino.frontend.pytorch import ConversionExtension
+
+    def convert(node: Any) -> Any:
+        scale, zero_point, low, high = (node.get_values_from_const_input(number) for number in (1, 2, 3, 4))
+        ends = [np.float32(scale * (code - zero_point)) for code in (low, high)]
+        return ov.opset13.fake_quantize(node.get_input(0), *ends, *ends, int(high - low) + 1).outputs()
+
+    return ConversionExtension("compresslab.fake_quantize.default", convert)
 
 
 def _narrow_codes_(ov: Any, model: Any, readers: dict[str, str], given: Given) -> None:
