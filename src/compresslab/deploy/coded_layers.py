@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class CodedLayer(nn.Module):
         self.register_buffer("zero_point", zeros)
         self.register_buffer("codes", codes.reshape(grouped))
         self.register_buffer("scale", weight.scale.float().reshape(per_group))
-        self.bias = layer.bias
+        self.bias = cast("Tensor | None", layer.bias)
         self.rounding = rounding
 
     def dense(self) -> Tensor:

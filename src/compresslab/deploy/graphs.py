@@ -33,7 +33,8 @@ class CachedDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> Any:
         cache = DynamicCache(config=self.model.config)
-        for layer, keys, values in zip(cache.layers, past[0::2], past[1::2], strict=True):
+        layers: list[Any] = cache.layers
+        for layer, keys, values in zip(layers, past[0::2], past[1::2], strict=True):
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
         out = self.model(
