@@ -139,7 +139,7 @@ def pair(capped: bool) -> tuple[nn.Module, nn.Module]:
     before, after = tiny.make("llama"), tiny.make("llama")
     with torch.no_grad():
         for weight in after.parameters():
-            weight += 0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            weight.add_(0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     return (Capped(before), Capped(after)) if capped else (before, after)
 
 
