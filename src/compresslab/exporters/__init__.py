@@ -27,6 +27,8 @@ FORMATS: dict[str, str] = {
     "compressed-tensors": "compressed_tensors.COMPRESSED_TENSORS",
     "gguf": "gguf.GGUF",
     "gptq": "gptq.GPTQ",
+    "onnx": "onnx_qdq.ONNX",
+    "onnx-genai": "onnx_genai.GENAI",
     "safetensors-bf16": "plain.BFLOAT16",
     "safetensors-fp16": "plain.FLOAT16",
 }

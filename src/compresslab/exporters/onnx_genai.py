@@ -1,0 +1,339 @@
+"""onnxruntime-genai: a decoder model with its KV cache as one ONNX graph, weights in MatMulNBits, and genai_config.json.
+
+    codes as solved -> a folder in the GPTQ layout (int32 words of 2, 4 or 8 bits, scales in float32)
+      -> onnxruntime-genai's own model builder, in a process of its own -> the graph
+      -> its initialisers are read back and compared with the codes, layer by layer
+
+MatMulNBits holds unsigned codes of 2, 4 or 8 bits in blocks of a power of two of at least 16 inputs (B u8 [out, blocks,
+block * bits / 8], low bits first; scales [out, blocks]; zero points of the codes' own width). Codes of other widths go into the
+next wider one; groups that are no such power are cut into blocks that are, with the same scale. Neither changes a weight.
+
+The head is no layer of most recipes, and reading it in float would take as long as all layers together. So it is rounded
+here to 8 bits (or 4, by the format's name), in blocks of 32; where it is tied, the embeddings are looked up in the same codes.
+
+Source: the operator's definition in onnxruntime (com.microsoft.MatMulNBits), the GPTQ layout as the builder reads it.
+Oracle: the initialisers are the artifact's codes to the bit; logits of a tiny model agree with torch, with the head rounded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compresslab.errors import CompressLabError
+from compresslab.exporters.contract import Exporter, Given
+from compresslab.numerics.grid import Grid, QuantWeight, round_to_nearest
+from compresslab.numerics.packing import pack_int32
+
+# What the builder reads from a quantised folder by these names of layers, and has been tried here.
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+WIDTHS = (2, 4, 8)
+BLOCKS = (256, 128, 64, 32, 16)
+HEAD, EMBEDDING, HEAD_BLOCK = "lm_head", "model.embed_tokens.weight", 32
+SECONDS = 1800  # for the builder; SmolLM2-135M takes about 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """A weight as MatMulNBits holds it: unsigned codes [out, in], scales and unsigned zero points [out, in / block]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    block: int
+
+
+def blocks_of(weight: QuantWeight) -> Blocks:
+    """The same weight in blocks. CompressLabError saying why there are none."""
+    if weight.grid.format != "int":
+        raise CompressLabError(f"has weights in format {weight.grid.format}, and MatMulNBits holds integers")
+    if weight.group_index is not None:
+        raise CompressLabError("has groups out of order, and MatMulNBits holds neighbours only")
+    rows, columns = weight.codes.shape
+    span = columns // weight.scale.shape[1]
+    block = next((b for b in BLOCKS if span % b == 0), None)
+    if block is None or rows % weight.scale.shape[0]:
+        raise CompressLabError(
+            f"has groups of {span}, and MatMulNBits holds blocks of 16 and more, powers of two: use groups that 16 divides"
+        )
+    bits = next(width for width in WIDTHS if width >= weight.grid.bits)
+    middle = 2 ** (bits - 1)
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(rows // x.shape[0], dim=0).repeat_interleave(span // block, dim=1)
+
+    zeros = torch.zeros(weight.scale.shape, dtype=torch.int8) if weight.zero_point is None else weight.zero_point
+    return Blocks(
+        codes=(weight.codes.short() + middle).to(torch.uint8),
+        scale=spread(weight.scale.float()),
+        zero_point=(spread(zeros).short() + middle).to(torch.uint8),
+        bits=bits,
+        block=block,
+    )
+
+
+def _gptq(found: Blocks) -> dict[str, Tensor]:
+    """The tensors of the GPTQ layout: words along the inputs, and zero points less one, along the outputs."""
+    middle = 2 ** (found.bits - 1)
+    codes = (found.codes.short() - middle).to(torch.int8)
+    zeros = ((found.zero_point.short() - 1) % 2**found.bits - middle).to(torch.int8)
+    return {
+        "qweight": pack_int32(codes.contiguous(), found.bits).t().contiguous(),
+        "qzeros": pack_int32(zeros.t().contiguous(), found.bits),
+        "scales": found.scale.t().contiguous(),
+        "g_idx": torch.arange(found.codes.shape[1], dtype=torch.int32) // found.block,
+    }
+
+
+class OnnxGenai(Exporter):
+    """A decoder for onnxruntime-genai."""
+
+    summary: ClassVar[str] = "a language model for onnxruntime-genai: MatMulNBits and KV cache"
+    extra: ClassVar[str] = "genai"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime_genai", "onnx", "onnx_ir")
+    options: ClassVar[Mapping[str, str]] = {"head": "bits of a head that is in float: 8, or 4"}
+
+    def refuses(self, given: Given) -> Sequence[str]:
+        named = (given.config.get("architectures") or ["nothing"])[0]
+        if named not in ARCHITECTURES:
+            return [
+                f"its architecture is {named}, and this export knows {', '.join(ARCHITECTURES)}: try another format"
+            ]
+        config = given.config
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        if head_dim % 16:
+            return [f"its attention heads have {head_dim} channels, and GroupQueryAttention takes multiples of 16"]
+        if not given.is_compressed:
+            return ["its weights are in float: compress it first (compresslab compress)"]
+        refused = [f"layer {name} {why}" for name, weight in given.weights() if (why := _reason(weight))]
+        inside = [
+            name.removesuffix(".weight") for name, tensor in given.floats()
+            if name.startswith("model.layers.") and name.endswith("_proj.weight") and tensor.dim() == 2
+        ]  # fmt: skip
+        return refused + [
+            f"layer {name} is in float, and the builder reads blocks whose layers are all compressed: compress it in 8 bits"
+            for name in inside
+        ]
+
+    def write(self, given: Given, folder: Path) -> Sequence[str]:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".genai-") as scratch:
+            source, target = Path(scratch, "gptq"), Path(scratch, "out")
+            source.mkdir()
+            rounded, mixed = self._write_gptq(given, source)
+            _build(source, target, Path(scratch, "cache"), fuse=not mixed)
+            for path in sorted(target.iterdir()):
+                path.rename(folder / path.name)
+        for path in given.companions():
+            shutil.copyfile(path, folder / path.name)
+        config = {key: value for key, value in given.config.items() if key != "quantization_config"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _shape_scales_(folder / "model.onnx")
+        _check(given, folder / "model.onnx")
+        notes = [
+            "inputs of MatMulNBits are rounded to int8, block by block, as it runs (accuracy_level 4): fast, and not exact"
+        ]
+        if rounded:
+            tied = "; the embeddings are looked up in the same codes" if _is_tied(given) else ""
+            notes.insert(
+                0, f"the head was in float: rounded to {_head_bits(given)} bits in blocks of {HEAD_BLOCK}{tied}"
+            )
+        if any(
+            group.get("input_activations") for group in given.config["quantization_config"]["config_groups"].values()
+        ):
+            notes.append("the artifact's own rounding of inputs is left out: MatMulNBits has one of its own")
+        return notes
+
+    def _write_gptq(self, given: Given, folder: Path) -> tuple[bool, bool]:
+        """A folder the builder reads; whether the head had to be rounded, and whether layers differ."""
+        tensors: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, weight in given.weights():
+            found = blocks_of(weight)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _gptq(found).items()}
+            shapes[name] = (found.bits, found.block)
+        for name, tensor in given.floats():
+            tensors[name] = tensor
+        rounds = HEAD not in shapes
+        if rounds:
+            head = tensors.pop(f"{HEAD}.weight", None)
+            found = blocks_of(head_codes(tensors[EMBEDDING] if head is None else head, _head_bits(given)))
+            tensors |= {f"{HEAD}.{suffix}": tensor for suffix, tensor in _gptq(found).items()}
+            shapes[HEAD] = (found.bits, found.block)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        bits, block = max(set(shapes.values()), key=list(shapes.values()).count)
+        others = {
+            f"{name.replace('.', chr(92) + '.')}\\.": {"bits": b, "group_size": g}
+            for name, (b, g) in shapes.items() if (b, g) != (bits, block)
+        }  # fmt: skip
+        config = dict(given.config)
+        config["quantization_config"] = {
+            "quant_method": "gptq", "bits": bits, "group_size": block, "desc_act": False, "sym": False, "dynamic": others,
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        for path in given.companions():
+            shutil.copyfile(path, folder / path.name)
+        return rounds, any(HEAD not in pattern for pattern in others)
+
+
+def _head_bits(given: Given) -> int:
+    bits = given.options.get("head", 8)
+    if bits not in (4, 8):
+        raise CompressLabError(f"head={bits}: MatMulNBits knows 4 and 8 bits")
+    return int(bits)
+
+
+def head_codes(head: Tensor, bits: int) -> QuantWeight:
+    """The head [vocabulary, hidden] in blocks, rounded to the nearest point of a grid with zero points."""
+    block = math.gcd(HEAD_BLOCK, head.shape[1])
+    grid = Grid.of_weights(bits, False, block)
+    return round_to_nearest(head.float(), grid, torch.float32, "in")
+
+
+def _reason(weight: QuantWeight) -> str:
+    try:
+        blocks_of(replace(weight, codes=weight.codes[:1], scale=weight.scale[:1], zero_point=None))
+    except CompressLabError as error:
+        return str(error)
+    return ""
+
+
+def _is_tied(given: Given) -> bool:
+    return bool(given.config.get("tie_word_embeddings"))
+
+
+def _build(source: Path, target: Path, cache: Path, *, fuse: bool) -> None:
+    """Run the builder. It changes sys.path, prints and reads whole files: all that stays in a process of its own.
+
+    Args:
+        fuse: make one product of queries, keys and values, which must then be on one grid.
+    """
+    command = [
+        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(target), "-p", "int4",
+        "-e", "cpu", "-c", str(cache), "--extra_options", "accuracy_level=4", "hf_token=false",
+        f"fuse_qkv={str(fuse).lower()}",
+    ]  # fmt: skip
+    surroundings = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise CompressLabError(f"onnxruntime-genai's builder has not ended within {SECONDS} s") from error
+    if done.returncode or not (target / "model.onnx").exists():
+        last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or ["no message"]
+        raise CompressLabError(f"onnxruntime-genai's builder failed: {last[0]}")
+
+
+def _shape_scales_(path: Path) -> None:
+    """Give scales and zero points two dimensions: the builder writes one, which embeddings that share them do not accept."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            rows = next(attribute.i for attribute in node.attribute if attribute.name == "N")
+            for name in node.input[2:4]:
+                size = math.prod(tensors[name].dims)
+                del tensors[name].dims[:]
+                tensors[name].dims.extend([rows, size // rows])
+    known = {info.name for info in model.graph.value_info} & set(tensors)
+    for info in [info for info in model.graph.value_info if info.name in known]:
+        model.graph.value_info.remove(info)
+    onnx.save(model, path)
+
+
+def _check(given: Given, path: Path) -> None:
+    """CompressLabError if a layer's codes, scales or zero points in the graph are not the artifact's."""
+    found = {node.name: node for node in read_blocks(path)}
+    done: dict[str, int] = {}  # rows of a node that have been compared
+    for name, weight in sorted(given.weights(), key=lambda pair: _order(pair[0])):
+        node = next((node for node in _node_names(name) if node in found), None)
+        if node is None:
+            raise CompressLabError(
+                f"{path} has no MatMulNBits for layer {name}: this builder names its nodes otherwise"
+            )
+        first = done.get(node, 0)
+        done[node] = first + len(weight.codes)
+        if not found[node].holds(blocks_of(weight), first):
+            raise CompressLabError(f"{path}: the codes of layer {name} are not the artifact's: report this")
+
+
+def _order(layer: str) -> tuple[str, int]:
+    """Layers that share a node in the order of its rows."""
+    owner, _, leaf = layer.rpartition(".")
+    return owner, "qkv".find(leaf[0])
+
+
+def _node_names(layer: str) -> list[str]:
+    """The node the builder makes of a layer, or of queries, keys and values at once."""
+    owner, _, leaf = layer.replace(".self_attn.", ".attn.").rpartition(".")
+    stem = f"/{owner.replace('.', '/').replace('/layers/', '/layers.')}" if owner else ""
+    names = [f"{stem}/{leaf}/MatMulNBits"]
+    return [*names, f"{stem}/qkv_proj/MatMulNBits"] if leaf in ("q_proj", "k_proj", "v_proj") else names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A MatMulNBits of a graph: its attributes and initialisers."""
+
+    name: str
+    rows: int
+    bits: int
+    block: int
+    packed: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+
+    def holds(self, wanted: Blocks, first: int = 0) -> bool:
+        """Whether the rows from `first` are that weight, to the bit."""
+        if (self.bits, self.block) != (wanted.bits, wanted.block):
+            return False
+        columns = wanted.codes.shape[1]
+        rows = slice(first, first + len(wanted.codes))
+        codes = _unpack(self.packed.reshape(self.rows, -1)[rows], self.bits)[:, :columns]
+        zeros = _unpack(self.zero_point.reshape(self.rows, -1)[rows], self.bits)[:, : columns // self.block]
+        return (
+            np.array_equal(codes, wanted.codes.numpy())
+            and np.array_equal(zeros, wanted.zero_point.numpy())
+            and np.array_equal(self.scale.reshape(self.rows, -1)[rows], wanted.scale.numpy())
+        )
+
+
+def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((packed[:, :, None] >> shifts) & (2**bits - 1)).reshape(len(packed), -1)
+
+
+def read_blocks(path: Path) -> Iterator[Written]:
+    """Every MatMulNBits of a graph."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(path, load_external_data=False)
+    tensors: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        settings = {attribute.name: attribute.i for attribute in node.attribute}
+        arrays = [numpy_helper.to_array(tensors[name], str(path.parent)) for name in node.input[1:4]]
+        yield Written(
+            name=node.name, rows=settings["N"], bits=settings["bits"], block=settings["block_size"],
+            packed=arrays[0], scale=arrays[1], zero_point=arrays[2],
+        )  # fmt: skip
+
+
+GENAI = OnnxGenai()
