@@ -471,8 +471,8 @@ def monitor(
 
 @app.command()
 def chat(
-    folder: Annotated[Path, typer.Argument(help="An artifact, a model's folder, or a GGUF export.")],
-    runtime: Annotated[str, typer.Option(help="auto, packed, torch or llama.cpp.")] = "auto",
+    folder: Annotated[Path, typer.Argument(help="An artifact, a model's folder, or a GGUF or onnx-genai export.")],
+    runtime: Annotated[str, typer.Option(help="auto, packed, torch, llama.cpp or onnx-genai.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens up to this.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
@@ -488,10 +488,10 @@ def chat(
 
 @app.command()
 def serve(
-    folder: Annotated[Path, typer.Argument(help="An artifact, a model's folder, or a GGUF export.")],
+    folder: Annotated[Path, typer.Argument(help="An artifact, a model's folder, or a GGUF or onnx-genai export.")],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    runtime: Annotated[str, typer.Option(help="auto, packed, torch or llama.cpp.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, packed, torch, llama.cpp or onnx-genai.")] = "auto",
     max_tokens_limit: Annotated[int, typer.Option(min=1, help="Of one answer, whatever is asked for.")] = 1024,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait while one is answered.")] = 16,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for a request, waiting included.")] = 300,

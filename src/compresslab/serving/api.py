@@ -204,7 +204,9 @@ class Service:
         if not ids:
             raise ApiError(400, "the prompt is empty", param=where, code="invalid_value")
         if len(ids) >= self.runtime.context_length:
-            message = f"the prompt has {len(ids)} tokens, and the model's context {self.runtime.context_length}: shorten it"
+            message = (
+                f"the prompt has {len(ids)} tokens, and the model's context {self.runtime.context_length}: shorten it"
+            )
             raise ApiError(400, message, param=where, code="context_length_exceeded")
         return ids
 
@@ -218,9 +220,7 @@ class Service:
         loop = asyncio.get_running_loop()
         working, watching = loop.create_task(work), loop.create_task(gone())
         try:
-            await asyncio.wait(
-                {working, watching}, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({working, watching}, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 return working.result()
             if watching.done():

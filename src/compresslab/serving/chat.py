@@ -1,6 +1,6 @@
 """`compresslab chat`: a conversation in the terminal, or one line of standard input after another.
 
-    line -> history -> Runtime.encode (oldest turns dropped until an answer fits) -> pieces, written as they come -> history
+line -> history -> Runtime.encode (oldest turns dropped until an answer fits) -> pieces, written as they come -> history
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class Chat:
         dropped = 0
         while len(ids := self.runtime.encode(self.history)) > most:
             if len(self.history) == 1:
-                raise CompressLabError(f"that is {len(ids)} tokens, and of {length} at most {most} can be yours: shorten it")
+                raise CompressLabError(
+                    f"that is {len(ids)} tokens, and of {length} at most {most} can be yours: shorten it"
+                )
             del self.history[:2]
             dropped += 1
         if dropped:

@@ -50,6 +50,8 @@ class LlamaCppRuntime(Runtime):
         return self.llama.detokenize(list(ids)).decode("utf-8", errors="replace")
 
     def stream(self, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        from llama_cpp import llama_vocab_is_eog
+
         seed = random.getrandbits(32) if sampling.seed is None else sampling.seed % 2**32
         self.llama.set_seed(seed)
         self.llama.reset()  # a prompt half read from an earlier request's cache gives other last bits, and another text
@@ -57,6 +59,6 @@ class LlamaCppRuntime(Runtime):
             list(ids), temp=sampling.temperature, top_p=sampling.top_p, top_k=0, min_p=0.0, repeat_penalty=1.0
         )
         for _, token in zip(range(sampling.max_tokens), made, strict=False):
-            if self.llama._model.token_is_eog(token):
+            if llama_vocab_is_eog(self.llama._model.vocab, token):
                 return
             yield int(token)

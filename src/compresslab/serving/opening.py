@@ -8,7 +8,7 @@ from compresslab.errors import CompressLabError, unknown
 from compresslab.measure.runtimes import RUNTIMES
 from compresslab.serving.runtime import Runtime
 
-NAMES = ("packed", "torch", "llama.cpp")
+NAMES = ("packed", "torch", "llama.cpp", "onnx-genai")
 
 
 def open_runtime(folder: Path, name: str = "auto") -> Runtime:
@@ -31,6 +31,10 @@ def open_runtime(folder: Path, name: str = "auto") -> Runtime:
         from compresslab.serving.llama_cpp import LlamaCppRuntime
 
         return LlamaCppRuntime(file)
+    if chosen == "onnx-genai":
+        from compresslab.serving.onnx_genai import OnnxGenaiRuntime
+
+        return OnnxGenaiRuntime(folder)
     from compresslab.serving.torch_runtime import TorchRuntime
 
     return TorchRuntime(folder, packed=chosen == "packed")

@@ -76,7 +76,9 @@ class Request(_Strict):
     def _knows_all_fields(self) -> Request:
         for name, value in (self.model_extra or {}).items():
             if name not in LABELS and value and value != NEUTRAL.get(name):
-                raise ApiError(400, f"'{name}' is not supported: leave it out", param=name, code="unsupported_parameter")
+                raise ApiError(
+                    400, f"'{name}' is not supported: leave it out", param=name, code="unsupported_parameter"
+                )
         return self
 
     def wanted_tokens(self) -> int | None:
