@@ -6,10 +6,10 @@ is refused unless it has the value that changes nothing; one that only labels th
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from compresslab.serving.runtime import Messages, Sampling
 
@@ -125,8 +125,8 @@ def read(body: bytes, kind: type[Request]) -> Request:
         ApiError: 400, with the first field that is wrong.
     """
     try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        raw = from_json(body, allow_inf_nan=False)  # json.loads lets lone surrogates pass, which no tokenizer takes
+    except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body must be a JSON object, not {type(raw).__name__}", code="invalid_type")
