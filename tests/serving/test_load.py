@@ -25,8 +25,7 @@ def test_a_flood_is_answered_or_refused(runtime: Slowed) -> None:
         before = runtime.made
 
         def ask(number: int) -> httpx.Response:
-            return httpx.post(f"{client.base_url}/v1/completions", json={**PROMPT, "max_tokens": 4, "seed": number},
-                              timeout=30, trust_env=False)  # fmt: skip
+            return client.post("/v1/completions", json={**PROMPT, "max_tokens": 4, "seed": number})
 
         found = list(pool.map(ask, range(40)))
         accepted = [response for response in found if response.status_code == 200]
@@ -71,8 +70,7 @@ def test_a_client_that_leaves_ends_its_generation(runtime: Slowed, stream: bool)
 def test_one_that_leaves_the_queue_gives_up_its_place(runtime: Slowed) -> None:
     with running(runtime, queue=1) as client, ThreadPoolExecutor(1) as pool:
         runtime.delay = 0.02
-        first = pool.submit(httpx.post, f"{client.base_url}/v1/completions", json={**PROMPT, "max_tokens": 100},
-                            timeout=30, trust_env=False)  # fmt: skip
+        first = pool.submit(client.post, "/v1/completions", json={**PROMPT, "max_tokens": 100})
         wait_for(lambda: client.get("/health").json()["running"] == 1)
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/completions", json=LONG, timeout=0.3)
@@ -84,9 +82,8 @@ def test_what_waits_as_the_server_ends_is_told_so(runtime: Slowed) -> None:
     with ThreadPoolExecutor(3) as pool:
         with running(runtime) as client:
             runtime.delay = 0.05
-            url = f"{client.base_url}/v1/chat/completions"
             body = {"model": "tiny", "messages": HELLO, "max_tokens": 300}
-            asked = [pool.submit(httpx.post, url, json=body, timeout=30, trust_env=False) for _ in range(3)]
+            asked = [pool.submit(client.post, "/v1/chat/completions", json=body) for _ in range(3)]
             wait_for(lambda: client.get("/health").json() == {"status": "ok", "running": 1, "waiting": 2})
             started = time.monotonic()
         assert [x.result().status_code for x in asked] == [503] * 3
