@@ -30,7 +30,7 @@ demo: $(VENV)/.ready
 	$(BIN)/compresslab evaluate $(DEMO) --data wiki
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 expectations: $(VENV)/.ready
 	$(BIN)/python -m pytest -m expectations
