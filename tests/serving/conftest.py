@@ -16,6 +16,10 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 PAIRS = [("q", other) for other in ALPHABET[:29]]  # GGUF wants a few; the product kernels an even vocabulary
 ROWS = 288
 CONTEXT = 400
+TEMPLATE = (
+    "{% for m in messages %}{% if 'no!' in m.content %}{{ raise_exception('none of that') }}{% endif %}"
+    "<s>{{ m.role }}:{{ m.content }}{% endfor %}<s>assistant:"
+)
 
 
 def save_model(folder: Path, **more: object) -> Path:
@@ -24,9 +28,11 @@ def save_model(folder: Path, **more: object) -> Path:
     made = Tokenizer(tokenizer_models.BPE(table, PAIRS))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -156,6 +156,7 @@ def test_stop_strings_and_the_cap_on_tokens(client: Any) -> None:
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "no!"}]}, "messages"),  # says the chat template
         ({"messages": [{"role": "user", "content": "long " * 200}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -202,5 +203,10 @@ def test_a_body_is_given_up_while_it_is_read(client: Any, says_length: bool) -> 
     part = b"x" * 30_000 if says_length else b"7530\r\n" + b"x" * 30_000 + b"\r\n"
     with socket.create_connection(address, timeout=10) as raw:
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n" + part)
-        answer = raw.recv(10_000)
+        answer = b"".join(iter(lambda: raw.recv(10_000), b""))
     assert answer.startswith(b"HTTP/1.1 413") and b"20000 bytes" in answer
+
+
+def test_who_sends_far_too_much_reads_why(client: Any) -> None:
+    response = client.post("/v1/completions", content=b" " * 5_000_000)
+    assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, compress, save_model
+from conftest import CONTEXT, save_model
 
 import compresslab
 import tiny
@@ -26,10 +26,6 @@ from compresslab.serving.sampling import choose
 from compresslab.serving.torch_runtime import TorchRuntime
 
 GREEDY = Sampling(max_tokens=30, temperature=0)
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'user' and 'no!' in m.content %}{{ raise_exception('none of that') }}{% endif %}"
-    "<s>{{ m.role }}:{{ m.content }}{% endfor %}<s>assistant:"
-)
 
 
 def text_of(runtime: Runtime, ids: Sequence[int], sampling: Sampling = GREEDY) -> str:
@@ -143,36 +139,30 @@ def test_a_rounded_cache_is_used_where_the_recipe_asks_for_one(tmp_path: Path) -
     assert said != model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :].tolist()
 
 
-def test_llama_cpp_says_what_torch_says(tmp_path: Path) -> None:
+def test_llama_cpp_says_what_torch_says(runtime: TorchRuntime, artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp"), pytest.importorskip("gguf")
-    model = save_model(tmp_path / "model", hidden_size=64)
-    tokenizer = models.load_tokenizer(model, "tiny")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(model)
-    folder = compress(model, tmp_path / "artifact", group_size=32)
-    done = compresslab.export(folder, "gguf", out=tmp_path / "gguf")
-    opened, torch_ = opening.open_runtime(done.folder), opening.open_runtime(folder, "torch")
+    done = compresslab.export(artifact, "gguf", out=tmp_path / "gguf")
+    opened = opening.open_runtime(done.folder)
     assert opened.name == "llama.cpp" and opened.context_length == CONTEXT
     messages = [{"role": "user", "content": "héllo"}]
     ids = opened.encode(messages)
-    assert ids == torch_.encode(messages) and opened.encode("hello 你") == torch_.encode("hello 你")
-    assert opened.decode(ids) == torch_.decode(ids)
-    found, wanted = list(opened.stream(ids, GREEDY)), list(torch_.stream(ids, GREEDY))
+    assert ids == runtime.encode(messages) and opened.encode("hello 你") == runtime.encode("hello 你")
+    assert opened.decode(ids) == runtime.decode(ids)
+    found, wanted = list(opened.stream(ids, GREEDY)), list(runtime.stream(ids, GREEDY))
     assert found[:8] == wanted[:8] and len(wanted) >= 8  # later on, last bits may turn a near tie
     drawn = [text_of(opened, ids, Sampling(max_tokens=20, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    for either in (opened, torch_):
+    for either in (opened, runtime):
         with pytest.raises(CompressLabError, match="none of that"):
             either.encode([{"role": "user", "content": "no!"}])
 
 
-def test_onnxruntime_genai_says_what_it_says_by_itself(tmp_path: Path) -> None:
+def test_onnxruntime_genai_says_what_it_says_by_itself(runtime: TorchRuntime, artifact: Path, tmp_path: Path) -> None:
     library = pytest.importorskip("onnxruntime_genai")
-    folder = compress(save_model(tmp_path / "model", head_dim=16), tmp_path / "artifact")
-    done = compresslab.export(folder, "onnx-genai", out=tmp_path / "out")
+    done = compresslab.export(artifact, "onnx-genai", out=tmp_path / "out")
     opened = opening.open_runtime(done.folder)
     ids = opened.encode("hello")
-    assert opened.name == "onnx-genai" and ids == opening.open_runtime(folder, "torch").encode("hello")
+    assert opened.name == "onnx-genai" and ids == runtime.encode("hello")
     params = library.GeneratorParams(opened.model)
     params.set_search_options(max_length=len(ids) + 20, do_sample=False)
     generator = library.Generator(opened.model, params)
@@ -199,6 +189,13 @@ def test_what_cannot_be_opened_is_said(artifact: Path, tmp_path: Path) -> None:
             opening.open_runtime(folder, name)
 
 
+def test_a_model_without_a_template_reads_plain_text(runtime: TorchRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert runtime.decode(runtime.encode(messages)) == "user:hiassistant:hoassistant:"  # <s> is not shown
+    monkeypatch.setattr(runtime.tokenizer, "chat_template", None)
+    assert runtime.decode(runtime.encode(messages)) == "hi\nho\n"
+
+
 # --- the terminal --------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +210,11 @@ def talk(runtime: Runtime, *lines: str, **settings: Any) -> tuple[str, str, term
 
 def test_a_conversation_is_remembered_until_reset(runtime: TorchRuntime) -> None:
     first, _, made = talk(runtime, "hello\n")
-    assert first == text_of(runtime, runtime.encode("hello\n"), replace(GREEDY, max_tokens=20)) + "\n"
+    assert (
+        first
+        == text_of(runtime, runtime.encode([{"role": "user", "content": "hello"}]), replace(GREEDY, max_tokens=20))
+        + "\n"
+    )
     assert [turn["role"] for turn in made.history] == ["user", "assistant"]
     assert first[:-1] == made.history[1]["content"]
     both, notes, _ = talk(runtime, "hello\n", "/reset", "", "hello\n", "/exit", "hello")
@@ -223,11 +224,11 @@ def test_a_conversation_is_remembered_until_reset(runtime: TorchRuntime) -> None
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(runtime: TorchRuntime) -> None:
-    out, notes, made = talk(runtime, *["x" * 90] * 6)
+    _, notes, made = talk(runtime, *["x" * 90] * 6)
     assert "dropped: the context is 400 tokens" in notes and made.history[0]["role"] == "user"
     assert len(runtime.encode(made.history[:-1])) <= 300 and len(made.history) >= 4
-    out, notes, made = talk(runtime, "y" * 301, "short")
-    assert "302 tokens" in notes and "at most 300" in notes and len(made.history) == 2
+    _, notes, made = talk(runtime, "y" * 301, "short")
+    assert "318 tokens" in notes and "at most 300" in notes and len(made.history) == 2
 
 
 def test_the_chat_command_reads_a_pipe(
@@ -237,3 +238,26 @@ def test_the_chat_command_reads_a_pipe(
     settings = ("--runtime", "torch", "--temperature", 0, "--max-tokens", 20)
     code, out, _ = tiny.run_cli(monkeypatch, capsys, "chat", artifact, *settings)
     assert code == 0 and out == talk(runtime, "hello")[0]
+
+
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_conversation(
+    runtime: TorchRuntime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def typed(prompt: str, lines: Iterator[str] = iter(["hello"])) -> str:
+        for line in lines:
+            return line
+        raise KeyboardInterrupt
+
+    def interrupted(ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        yield from runtime.encode("abc")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(runtime, "stream", interrupted)
+    monkeypatch.setattr(terminal, "open_runtime", lambda *given: runtime)
+    stdin = io.StringIO()
+    monkeypatch.setattr(stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    terminal.chat(Path("here"), sampling=GREEDY)
+    said = capsys.readouterr()
+    assert said.out == "abc\n" and " (stopped)" in said.err and "/reset" in said.err

@@ -46,14 +46,23 @@ def test_faults_are_one_line(
         code, _, said = tiny.run_cli(monkeypatch, capsys, "serve", artifact, "--port", taken.getsockname()[1])
         assert code == 2 and said.count("\n") == 1 and "choose another --port" in said
     there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "fastapi" else there(name, *more))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "fastapi" else there(name, *more)
+    )
     code, _, said = tiny.run_cli(monkeypatch, capsys, "serve", artifact)
     assert code == 2 and "pip install 'compresslab[serve]'" in said
 
 
 @pytest.mark.parametrize(
     ("host", "loopback"),
-    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("192.168.1.4", False), ("box", False)],
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("192.168.1.4", False),
+        ("box", False),
+    ],
 )
 def test_only_loopback_is_private(host: str, loopback: bool) -> None:
     assert server.is_loopback(host) is loopback

@@ -10,6 +10,7 @@ Oracle: the pieces of a streamed answer together are the answer that is not stre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -28,6 +29,8 @@ from compresslab.serving.generation import Piece, generate
 from compresslab.serving.requests import ApiError, ChatRequest, CompletionRequest
 from compresslab.serving.runtime import Runtime
 from compresslab.serving.worker import Job, Stopped, Worker
+
+DISCARD_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,17 +180,17 @@ class Service:
                 self.worker.cancel(answering.job)
 
     async def _read(self, request: Request) -> bytes:
-        """The body, given up as soon as it is too long, said or not."""
-        too_long = ApiError(413, f"the body is longer than {self.limits.body} bytes", code="body_too_large",
-                            headers={"Connection": "close"})  # fmt: skip
-        said = request.headers.get("content-length", "0")
-        if said.isdigit() and int(said) > self.limits.body:
-            raise too_long
+        """The body, given up as soon as it is too long."""
         content = bytearray()
-        async for part in request.stream():
+        parts = request.stream()
+        async for part in parts:
             content += part
             if len(content) > self.limits.body:
-                raise too_long
+                await _discard(parts)
+                raise ApiError(
+                    413, f"the body is longer than {self.limits.body} bytes", code="body_too_large",
+                    headers={"Connection": "close"},
+                )  # fmt: skip
         return bytes(content)
 
     def _prompt(self, body: requests.Request) -> list[int]:
@@ -268,6 +271,14 @@ def make_app(service: Service) -> FastAPI:
         return await service.answer(request, CompletionRequest)
 
     return app
+
+
+async def _discard(parts: AsyncIterator[bytes]) -> None:
+    """What else is sent, for a moment: a connection closed on unread bytes is reset, and the answer lost with it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for _ in parts:
+                pass
 
 
 def _event(content: dict[str, Any]) -> str:
