@@ -56,7 +56,12 @@ class LlamaCppRuntime(Runtime):
         self.llama.set_seed(seed)
         self.llama.reset()  # a prompt half read from an earlier request's cache gives other last bits, and another text
         made = self.llama.generate(
-            list(ids), temp=sampling.temperature, top_p=sampling.top_p, top_k=0, min_p=0.0, repeat_penalty=1.0
+            list(ids),
+            temp=0.0 if sampling.is_greedy else sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=0,
+            min_p=0.0,
+            repeat_penalty=1.0,
         )
         for _, token in zip(range(sampling.max_tokens), made, strict=False):
             if llama_vocab_is_eog(self.llama._model.vocab, token):

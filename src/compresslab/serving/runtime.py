@@ -27,6 +27,11 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Logits divided by next to nothing are no numbers."""
+        return self.temperature < 1e-5
+
 
 class Runtime(ABC):
     """An opened language model. It answers one request at a time.

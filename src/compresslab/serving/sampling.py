@@ -22,7 +22,7 @@ def generator_of(sampling: Sampling) -> torch.Generator:
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The next token from logits [vocabulary]."""
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / sampling.temperature, dim=-1).sort(descending=True, stable=True)
     # The likeliest tokens up to the first that reaches top_p, which is kept: at least one is.

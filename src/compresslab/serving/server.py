@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import socket
@@ -47,11 +48,11 @@ def serve(
         if not is_loopback(host):
             say(f"warning: {host} can be reached from other machines, and there is no password")
         try:
-            make_server(service).run(sockets=[listening])
-        except KeyboardInterrupt:  # uvicorn raises it again once all is closed
-            say("stopped")
+            with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once all is closed
+                make_server(service).run(sockets=[listening])
         finally:
             service.worker.stop()
+        say("stopped")
 
 
 def make_server(service: Service) -> uvicorn.Server:
