@@ -36,7 +36,7 @@ ROWS: list[tuple[str, ...]] = [
     ("rotating", "mixed", "tuning", "exporters"),
     ("stages",),
     ("questions", "learning"),
-    ("pipeline", "evaluation", "warm", "doctor"),
+    ("pipeline", "evaluation", "warm", "doctor", "serving"),
     ("cli",),
 ]
 

@@ -470,6 +470,44 @@ def monitor(
 
 
 @app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="An artifact, a model's folder, or a GGUF or onnx-genai export.")],
+    runtime: Annotated[str, typer.Option(help="auto, packed, torch, llama.cpp or onnx-genai.")] = "auto",
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens up to this.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 512,
+) -> None:
+    """Talk to a model in the terminal; through a pipe, each line is a turn."""
+    from compresslab.serving import chat
+    from compresslab.serving.runtime import Sampling
+
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    chat.chat(folder, runtime=runtime, sampling=sampling)
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="An artifact, a model's folder, or a GGUF or onnx-genai export.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    runtime: Annotated[str, typer.Option(help="auto, packed, torch, llama.cpp or onnx-genai.")] = "auto",
+    max_tokens_limit: Annotated[int, typer.Option(min=1, help="Of one answer, whatever is asked for.")] = 1024,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait while one is answered.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for a request, waiting included.")] = 300,
+    body_limit: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 1_000_000,
+) -> None:
+    """A model behind OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models."""
+    from compresslab.serving import server
+
+    def say(line: str) -> None:
+        error_console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    server.serve(folder, runtime=runtime, host=host, port=port, max_tokens=max_tokens_limit, queue=queue, timeout=timeout,
+                 body=body_limit, say=say)  # fmt: skip
+
+
+@app.command()
 def models(as_json: Json = False) -> None:
     """The offline zoo: models that come through pip, and whether they are cached."""
     from compresslab import zoo

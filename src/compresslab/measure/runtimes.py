@@ -114,7 +114,7 @@ class OpenVino(Runtime):
 
 
 class GenAi(Runtime):
-    package, module, extra = "onnxruntime-genai", "onnxruntime_genai", "onnx"
+    package, module, extra = "onnxruntime-genai", "onnxruntime_genai", "genai"
     reads = "a folder with genai_config.json"
 
     def file(self, folder: Path) -> Path | None:
@@ -125,7 +125,7 @@ class GenAi(Runtime):
 
 
 class LlamaCpp(Runtime):
-    package, module, extra, reads = "llama-cpp-python", "llama_cpp", "gguf", "a .gguf file"
+    package, module, extra, reads = "llama-cpp-python", "llama_cpp", "llama-cpp", "a .gguf file"
 
     def file(self, folder: Path) -> Path | None:
         return _first(folder, "*.gguf")
