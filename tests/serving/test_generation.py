@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, save_model
+from byte_model import CONTEXT, save_model
 
 import compresslab
 import tiny

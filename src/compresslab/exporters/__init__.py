@@ -29,6 +29,7 @@ FORMATS: dict[str, str] = {
     "gptq": "gptq.GPTQ",
     "onnx": "onnx_qdq.ONNX",
     "onnx-genai": "onnx_genai.GENAI",
+    "openvino": "openvino.EXPORTER",
     "safetensors-bf16": "plain.BFLOAT16",
     "safetensors-fp16": "plain.FLOAT16",
 }
