@@ -303,3 +303,15 @@ def test_a_damaged_artifact_is_named(tmp_path: Path) -> None:
     tiny.change_tensors(artifact, lambda t: t.pop("encoder.layer.0.output.LayerNorm.bias"))
     with pytest.raises(CompressLabError, match=r"lacks 1 tensors, first encoder.layer.0.output.LayerNorm.bias"):
         coded_layers.network(artifact)
+
+
+def test_convolutions_that_pad_with_anything_but_zeros_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network of transformers does; a rewritten one might."""
+    artifact = compress(tiny.save("bert", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
+    skeleton = models.build(models.read_config(artifact))
+    skeleton.get_submodule("encoder.layer.0.output.dense").padding_mode = "reflect"
+    monkeypatch.setattr(exporter.Given, "skeleton", lambda self: skeleton)
+    with pytest.raises(CompressLabError, match=r"encoder.layer.0.output.dense pads with mode reflect"):
+        exported(artifact, tmp_path)

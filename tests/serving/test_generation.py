@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+<<<<<<< HEAD
+=======
+from byte_model import CONTEXT, save_model
+>>>>>>> serve
 
 import compresslab
 import tiny
