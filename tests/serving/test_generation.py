@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-<<<<<<< HEAD
-=======
 from byte_model import CONTEXT, save_model
->>>>>>> serve
 
 import compresslab
 import tiny
