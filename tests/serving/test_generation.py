@@ -24,7 +24,6 @@ from compresslab.serving.generation import StopStrings, TextStream, generate
 from compresslab.serving.runtime import Runtime, Sampling
 from compresslab.serving.sampling import choose
 from compresslab.serving.torch_runtime import TorchRuntime
-from conftest import CONTEXT, save_model
 
 GREEDY = Sampling(max_tokens=30, temperature=0)
 
