@@ -135,12 +135,6 @@ def test_a_stopwatch_reads_a_known_wait() -> None:
     assert 50 <= value < 150
 
 
-def test_percentiles_are_numpys() -> None:
-    values = [float(x) for x in np.random.default_rng(0).exponential(size=37)]
-    for percent in (50, 95, 99, 100):
-        assert rounds.percentile(values, percent) == pytest.approx(np.percentile(values, percent))
-
-
 def test_what_cannot_run_is_one_line(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

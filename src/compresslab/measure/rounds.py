@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from compresslab.errors import CompressLabError
 from compresslab.measure import runtimes, sessions
 from compresslab.measure.environment import cpu_name, peak_memory_bytes
@@ -188,21 +190,12 @@ def _measurements(entrant: Entrant, runtime: str, times: dict[str, list[float]],
         spread = (deciles[-1] - deciles[0]) / 2 if deciles else None
         found.append(one(name, statistics.median(values), "ms", len(values), words[name], spread))
         for percent in (95, 99):
-            value = percentile(values, percent)
+            value = float(np.percentile(values, percent))
             found.append(one(f"{name}_p{percent}", value, "ms", len(values), words[name]))
         if name == "decode_ms_per_token":
             rate = 1000 / statistics.median(values)
             found.append(one("decode_tokens_per_s", rate, "tokens/s", len(values), words[name]))
     return [*found, one("peak_memory_bytes", peak, "bytes", 1, "resident memory of the process")]
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the two nearest observations."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def _cores() -> list[int]:

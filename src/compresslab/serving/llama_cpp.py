@@ -41,7 +41,7 @@ class LlamaCppRuntime(Runtime):
         from jinja2 import TemplateError
 
         try:
-            text = self.template(messages=[dict(message) for message in prompt]).prompt  # type: ignore[misc]
+            text = self.template(messages=[dict(message) for message in prompt]).prompt
         except (TemplateError, ValueError) as error:  # raise_exception in a template is a ValueError here
             raise CompressLabError(f"the model's chat template refuses these messages: {error}") from None
         return list(self.llama.tokenize(text.encode(), add_bos=False, special=True))

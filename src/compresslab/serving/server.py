@@ -64,7 +64,7 @@ def make_server(service: Service) -> uvicorn.Server:
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: object) -> None:
             service.worker.stop()
-            super().handle_exit(sig, frame)  # type: ignore[arg-type]
+            super().handle_exit(sig, frame)
 
     config = uvicorn.Config(make_app(service), log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE)
     return Server(config)
