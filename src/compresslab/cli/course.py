@@ -1,0 +1,258 @@
+"""`compresslab lab ...`: what to do next, the grader, hints, the measurement, progress."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from compresslab.cli.console import Json, app, error_console, out_console
+
+lab_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The course: labs to fill in, run and compare.")
+app.add_typer(lab_app, name="lab")
+
+Number = Annotated[str, typer.Argument(help="The lab's number; see `compresslab lab list`.")]
+Folder = Annotated[Path | None, typer.Argument(help="Your folder; the one you started if left out.")]
+Lang = Annotated[str | None, typer.Option(help="en or zh-TW; what the terminal speaks if left out.")]
+Learner = Annotated[str | None, typer.Option(help="Whose progress; you, if left out.")]
+
+
+def _say(text: str) -> None:
+    out_console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(lines: list[list[str]]) -> None:
+    table = Table(*lines[0], box=None, pad_edge=False)
+    for line in lines[1:]:
+        table.add_row(*line)
+    out_console.print(table)
+
+
+@lab_app.command("list")
+def list_labs(lang: Lang = None, learner: Learner = None, as_json: Json = False) -> None:
+    """The labs that are there, and how far you are."""
+    from compresslab.course import catalogue
+
+    _labs(list(catalogue.labs().values()), lang, learner, as_json)
+
+
+@lab_app.command()
+def progress(lang: Lang = None, learner: Learner = None, as_json: Json = False) -> None:
+    """How far you are with what you started."""
+    from compresslab.course import catalogue
+    from compresslab.course.learner import Progress
+
+    started = Progress(learner).steps
+    _labs([lab for number, lab in catalogue.labs().items() if number in started], lang, learner, as_json)
+
+
+@lab_app.command()
+def path(
+    name: Annotated[str, typer.Argument(help="beginner, advanced or research.")], lang: Lang = None,
+    learner: Learner = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """A learning path: its labs in order, and how far you are."""
+    from compresslab.course import catalogue, words
+
+    there, missing = catalogue.path(name)
+    _labs(there, lang, learner, as_json)
+    if missing and not as_json:
+        _say(words.say("missing-labs", words.language(lang), count=missing))
+
+
+@lab_app.command()
+def theory(
+    number: Annotated[
+        str | None, typer.Argument(help="The chapter's number, such as 3.1; all are listed if left out.")
+    ] = None,
+    lang: Lang = None,
+) -> None:
+    """A chapter of the theory, with its formulas, in the terminal."""
+    from rich.markdown import Markdown
+
+    from compresslab.course import theory as shelf
+    from compresslab.course import words
+
+    if number is None:
+        for known, path in shelf.chapters().items():
+            _say(f"{known}  {path.stem.partition('-')[2].replace('_', ' ')}")
+    else:
+        out_console.print(Markdown(shelf.read(number, words.language(lang)), code_theme="default"))
+
+
+def _labs(found: list[Any], lang: str | None, learner: str | None, as_json: bool) -> None:
+    from compresslab.course import words
+    from compresslab.course.learner import Progress
+
+    lang, steps = words.language(lang), Progress(learner)
+    rows = [
+        {
+            "number": lab.number, "title": lab.say("title", lang), "question": lab.say("question", lang),
+            "state": words.say(steps.of(lab).state, lang), "attempts": steps.of(lab).attempts,
+            "hints": steps.of(lab).hints, "looked": steps.of(lab).looked,
+        }
+        for lab in found
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))  # noqa: T201
+        return
+    looked = words.say("looked", lang)
+    _show(
+        [["", "", "", ""]]
+        + [[r["number"], r["title"], r["state"] + (f", {looked}" if r["looked"] else ""), r["question"]] for r in rows]
+    )
+
+
+@lab_app.command()
+def start(number: Number, folder: Folder = None, lang: Lang = None, learner: Learner = None) -> None:
+    """A folder of your own to work in: the exercise, the text, and a sheet for what you expect."""
+    from compresslab.course import catalogue, words
+    from compresslab.course import learner as learners
+
+    lab, lang, steps = catalogue.lab(number), words.language(lang), learners.Progress(learner)
+    folder = folder or Path(f"lab-{number}")
+    learners.start(lab, folder, steps, lang)
+    _say(f"{lab.number} {lab.say('title', lang)}\n\n{lab.say('question', lang)}\n\n{lab.say('task', lang)}\n")
+    _say(words.say("next-fill", lang, folder=folder, number=number))
+
+
+@lab_app.command()
+def check(number: Number, folder: Folder = None, lang: Lang = None, learner: Learner = None) -> None:
+    """Grade your exercise, in a process of its own. Exit code 1 if something is wrong."""
+    from compresslab.course import catalogue, grading, words
+    from compresslab.course.learner import Progress
+
+    lab, lang, steps = catalogue.lab(number), words.language(lang), Progress(learner)
+    where = steps.folder(lab, folder)
+    verdict = grading.grade(lab, where / "exercise.py")
+    step = steps.of(lab)
+    step.attempts += 1
+    step.passed = step.passed or verdict.symptom is None
+    step.folder = str(where.absolute())
+    steps.save()
+    _say(grading.explain(lab, verdict, lang))
+    if verdict.symptom is None:
+        _say(words.say("next-run", lang, folder=where, number=number))
+        return
+    _say("\n" + words.say("next-hint", lang, number=number))
+    raise typer.Exit(1)
+
+
+@lab_app.command()
+def hint(number: Number, lang: Lang = None, learner: Learner = None) -> None:
+    """The next hint, from a nudge to nearly the answer."""
+    from compresslab.course import catalogue, words
+    from compresslab.course.learner import Progress
+
+    lab, lang, steps = catalogue.lab(number), words.language(lang), Progress(learner)
+    step = steps.of(lab)
+    step.hints = min(step.hints + 1, lab.hints)
+    steps.save()
+    _say(f"{words.say('hint', lang, step=step.hints, steps=lab.hints)}: {lab.say(f'hint-{step.hints}', lang)}")
+    if step.hints == lab.hints:
+        _say(words.say("no-more-hints", lang, number=number))
+
+
+@lab_app.command()
+def solve(number: Number, folder: Folder = None, lang: Lang = None, learner: Learner = None) -> None:
+    """What leads from your file to the solution; your file stays as it is."""
+    from compresslab.course import catalogue, words
+    from compresslab.course.learner import Progress
+
+    lab, lang, steps = catalogue.lab(number), words.language(lang), Progress(learner)
+    yours = steps.folder(lab, folder) / "exercise.py"
+    step = steps.of(lab)
+    step.looked = step.looked or not step.passed
+    steps.save()
+    mine, theirs = (p.read_text(encoding="utf-8").splitlines() for p in (yours, lab.folder / "solution.py"))
+    _say(words.say("solution", lang))
+    _say("\n".join(difflib.unified_diff(mine, theirs, "exercise.py", "solution.py", lineterm="")))
+    _say("\n" + lab.say("why", lang))
+    _say(f"\n{lab.answer}.{lab.function}")
+
+
+@lab_app.command()
+def run(
+    number: Number,
+    folder: Folder = None,
+    scale: Annotated[str, typer.Option(help="micro (offline, minutes), real (a pre-trained model).")] = "micro",
+    seeds: Annotated[int | None, typer.Option(help="How many; the lab's own number if left out.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another model than the lab's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The result file; in your folder if left out.")] = None,
+    prediction: Annotated[bool, typer.Option(help="Ask for your prediction first.")] = True,
+    lang: Lang = None, learner: Learner = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure, and hold what came out against what you and the paper said."""
+    import dataclasses
+
+    from compresslab.course import catalogue, experiment, showing, words
+    from compresslab.course import learner as learners
+
+    lab, lang, steps = catalogue.lab(number), words.language(lang), learners.Progress(learner)
+    said = None
+    if prediction:
+        where = steps.folder(lab, folder)
+        said = learners.predictions(lab, where)
+        out = out or where / f"result-{scale}.json"
+    result = experiment.run(
+        number, scale=scale, seeds=seeds, model=model, say=lambda what: error_console.print(what, highlight=False)
+    )
+    if out is not None:
+        result.save(out)
+    steps.of(lab).ran.append(scale)
+    steps.save()
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=1))  # noqa: T201
+        return
+    for lines in (
+        showing.measured(result, lang),
+        showing.verdicts(result, lang, said),
+        showing.papers(result, lang),
+    ):
+        _show(lines)
+        _say("")
+    _say(lab.say("explain", lang))
+
+
+@lab_app.command()
+def notebook(
+    number: Number,
+    out: Annotated[Path, typer.Option(help="The folder for notebook, page and result.")],
+    scale: Annotated[str, typer.Option(help="micro or real.")] = "micro",
+    lang: Lang = None,
+) -> None:
+    """The lab as a notebook, executed and rendered."""
+    from compresslab.course import catalogue, words
+    from compresslab.course import notebook as notebooks
+
+    _say(f"wrote {notebooks.render(catalogue.lab(number), out, scale=scale, lang=words.language(lang))}")
+
+
+@lab_app.command()
+def verify(
+    number: Annotated[str | None, typer.Argument(help="One lab; all if left out.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for notebooks and results.")] = Path("labs-out"),
+) -> None:
+    """Prove the labs: graders, notebooks at micro scale, expectations. Exit code 1 if one does not stand."""
+    from compresslab.course import catalogue, verifying
+
+    chosen = [catalogue.lab(number)] if number else list(catalogue.labs().values())
+    bad = []
+    for lab in chosen:
+        faults = verifying.faults(lab, out / lab.number)
+        bad += faults
+        _say(f"lab {lab.number}: {'; '.join(faults) or 'ok'}")
+    if bad:
+        raise typer.Exit(1)
+
+
+@lab_app.command()
+def glossary(term: Annotated[str, typer.Argument(help="In English or Chinese; all if left out.")] = "") -> None:
+    """Terms in English and in Traditional Chinese."""
+    from compresslab.course import words
+
+    _show([["English", "繁體中文"], *([en, zh] for en, zh in words.look_up(term))])

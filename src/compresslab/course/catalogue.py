@@ -1,0 +1,92 @@
+"""Which labs there are, and in which order the learning paths take them.
+
+A lab is a package under labs/ that has everything a lab needs (FILES); one that lacks a file is not listed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from compresslab.course import words
+from compresslab.errors import CompressLabError, unknown
+
+LABS = Path(__file__).resolve().parent / "labs"
+FILES = (
+    "lab.yaml", "words.yaml", "lab.py", "experiment.py", "checks.py", "exercise.py", "solution.py", "paper.yaml",
+    "README.md", "README.zh-TW.md",
+)  # fmt: skip
+PATHS: dict[str, tuple[str, ...]] = {
+    "beginner": ("3.1", "3.2", "3.5", "3.6", "3.9", "3.10"),
+    "advanced": ("3.3", "3.4", "3.7", "3.8", "3.11", "3.12"),
+    "research": ("3.1", "3.3", "3.4", "3.7", "3.8", "3.11", "3.12"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """One lab.
+
+    Attributes:
+        number: as in the curriculum, "3.3".
+        function: what the learner writes; the library has one of the same name and signature.
+        answer: the module of the library that has it.
+        hints: how many there are, from a nudge to nearly the answer.
+        expectations: directions that the measurement should show; see experiment.py.
+    """
+
+    number: str
+    folder: Path
+    function: str
+    answer: str
+    hints: int
+    expectations: tuple[dict[str, Any], ...]
+
+    def say(self, key: str, lang: str, **values: object) -> str:
+        return words.say(key, lang, self.folder / "words.yaml", **values)
+
+    def module(self, name: str) -> ModuleType:
+        """One of the lab's own modules: experiment or checks."""
+        return importlib.import_module(f"compresslab.course.labs.{self.folder.name}.{name}")
+
+    @property
+    def papers(self) -> list[dict[str, Any]]:
+        return yaml.safe_load((self.folder / "paper.yaml").read_text(encoding="utf-8"))
+
+    @property
+    def mutants(self) -> list[Path]:
+        return sorted((self.folder / "mutants").glob("*.py"))
+
+
+def labs() -> dict[str, Lab]:
+    """Every lab that is complete, by number."""
+    found = {}
+    for folder in sorted(LABS.glob("lab_*")):
+        if all((folder / name).is_file() for name in FILES):
+            raw = yaml.safe_load((folder / "lab.yaml").read_text(encoding="utf-8"))
+            found[raw["number"]] = Lab(folder=folder, **raw | {"expectations": tuple(raw["expectations"])})
+    return dict(sorted(found.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
+
+
+def lab(number: str) -> Lab:
+    """CompressLabError if there is none of this number."""
+    known = labs()
+    if number not in known:
+        raise unknown("lab", number, known)
+    return known[number]
+
+
+def path(name: str) -> tuple[list[Lab], int]:
+    """The labs of a learning path that are there, in order, and how many of the path are still to be written."""
+    if name not in PATHS:
+        raise unknown("path", name, PATHS)
+    known = labs()
+    there = [known[number] for number in PATHS[name] if number in known]
+    if not there:
+        raise CompressLabError(f"none of the labs of path '{name}' is there yet")
+    return there, len(PATHS[name]) - len(there)

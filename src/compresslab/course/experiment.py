@@ -1,0 +1,159 @@
+"""Running a lab: the same measurement for every seed, and verdicts on the directions it should show.
+
+lab, scale, seeds -> rows of measured values per seed -> for each expectation "A is better than B" the mean paired difference
+over the seeds, which must exceed two of its standard deviations -> a Result, saved as JSON; every table and figure is made of it.
+
+With a single seed there is no spread: the verdict is then the direction alone, and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compresslab.course.catalogue import Lab, lab
+from compresslab.errors import CompressLabError, unknown
+from compresslab.measure import environment
+
+SCALES = ("micro", "real", "paper")
+DEVIATIONS = 2.0
+
+Rows = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What became of an expectation.
+
+    Attributes:
+        key: of the words that state it.
+        better, worse: the rows compared, by `metric`.
+        difference: mean over the seeds of how much better; positive where the expectation points.
+        deviation: standard deviation of that over the seeds; None for a single seed.
+        verdict: "holds", "direction only", "does not hold".
+    """
+
+    key: str
+    better: str
+    worse: str
+    metric: str
+    difference: float
+    deviation: float | None
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a lab measured.
+
+    Attributes:
+        rows: row -> metric -> one value per seed.
+    """
+
+    lab: str
+    scale: str
+    model: str
+    seeds: list[int]
+    settings: dict[str, Any]
+    rows: dict[str, dict[str, list[float]]]
+    verdicts: list[Verdict]
+    environment: dict[str, Any]
+    seconds: float
+    created: str
+
+    def mean(self, row: str, metric: str) -> float:
+        return statistics.fmean(self.rows[row][metric])
+
+    def spread(self, row: str, metric: str) -> float | None:
+        values = self.rows[row][metric]
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def holds(self) -> bool:
+        return all(verdict.verdict == "holds" for verdict in self.verdicts)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Result:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return Result(**raw | {"verdicts": [Verdict(**verdict) for verdict in raw["verdicts"]]})
+
+
+def run(
+    number: str, *, scale: str = "micro", seeds: int | None = None, model: str | None = None,
+    say: Callable[[str], None] = lambda what: None,
+) -> Result:  # fmt: skip
+    """Measure a lab.
+
+    Args:
+        seeds: how many; None for the lab's own number at this scale.
+        model: another model than the lab's own at this scale.
+        say: told what is being done.
+    """
+    chosen = lab(number)
+    experiment = chosen.module("experiment")
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    if scale not in experiment.SETTINGS:
+        raise CompressLabError(f"lab {number} has no scale '{scale}' yet: it has {', '.join(experiment.SETTINGS)}")
+    settings = experiment.SETTINGS[scale]
+    if model is not None:
+        settings = dataclasses.replace(settings, model=model)
+    if seeds is not None:
+        settings = dataclasses.replace(settings, seeds=seeds)
+    if settings.seeds < 1:
+        raise CompressLabError(f"--seeds {settings.seeds}: at least one is needed")
+    started = time.perf_counter()
+    measured: list[Rows] = [experiment.measure(settings, seed, say) for seed in range(settings.seeds)]
+    rows = {
+        row: {metric: [once[row][metric] for once in measured] for metric in metrics}
+        for row, metrics in measured[0].items()
+    }
+    return Result(
+        lab=number, scale=scale, model=settings.model, seeds=list(range(settings.seeds)),
+        settings=dataclasses.asdict(settings), rows=rows, verdicts=judge(chosen, rows),
+        environment=environment.describe(torch.device("cpu")), seconds=time.perf_counter() - started,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def judge(chosen: Lab, rows: dict[str, dict[str, list[float]]]) -> list[Verdict]:
+    """Verdicts on the expectations whose rows were measured."""
+    return [
+        _judge(expected, rows)
+        for expected in chosen.expectations
+        if expected["better"] in rows and expected["worse"] in rows
+    ]
+
+
+def _judge(expected: dict[str, Any], rows: dict[str, dict[str, list[float]]]) -> Verdict:
+    metric = expected["metric"]
+    sign = 1 if expected.get("higher_is_better") else -1
+    pairs = zip(rows[expected["better"]][metric], rows[expected["worse"]][metric], strict=True)
+    differences = [sign * (better - worse) for better, worse in pairs]
+    mean = statistics.fmean(differences)
+    finite = all(math.isfinite(difference) for difference in differences)
+    deviation = statistics.stdev(differences) if finite and len(differences) > 1 else None
+    if not (finite and mean > 0):
+        verdict = "does not hold"
+    elif deviation is None or mean <= DEVIATIONS * deviation:
+        verdict = "direction only"
+    else:
+        verdict = "holds"
+    return Verdict(
+        key=expected["key"], better=expected["better"], worse=expected["worse"], metric=metric, difference=mean,
+        deviation=deviation, verdict=verdict,
+    )  # fmt: skip

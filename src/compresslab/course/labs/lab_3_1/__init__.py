@@ -1,0 +1,1 @@
+"""Lab 3.1: how many bits can go without training, and what decides it."""

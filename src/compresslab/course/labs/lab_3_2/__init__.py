@@ -1,0 +1,1 @@
+"""Lab 3.2: training with the rounding in place."""

@@ -1,0 +1,28 @@
+"""Lab 3.2, a mutant: the gradient goes through round, whose derivative is 0.
+
+Symptom: dead
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compresslab.numerics.grid import Grid
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    *,
+    step_gradient: str = "rounding",
+    gradient_scale: float = 1.0,
+) -> Tensor:
+    """x rounded onto a grid: float32 of the shape of x."""
+    zero = torch.zeros_like(scale) if zero_point is None else zero_point
+    scale = scale * gradient_scale + (scale - scale * gradient_scale).detach()  # the same number, less of its gradient
+    position = (x / scale + zero).clamp(grid.qmin, grid.qmax)
+    code = position.round()
+    return (code - zero) * scale

@@ -1,0 +1,1 @@
+"""Lab 3.4: which layers deserve the bits of a budget."""

@@ -1,0 +1,93 @@
+"""Results in words: tables as Markdown for notebooks and as rows for the terminal, all of them from a Result.
+
+Result -> rows, verdicts and the papers' claims as lists of cells; a Pareto plot of perplexity (or another metric) against bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from compresslab.course.catalogue import Lab, lab
+from compresslab.course.experiment import Result
+from compresslab.report.pareto import Axis, Point, beats, drawable, plot
+from compresslab.report.plots import number
+
+
+def measured(result: Result, lang: str) -> list[list[str]]:
+    """Head and one line for each row and metric: mean and spread over the seeds."""
+    course = lab(result.lab)
+    lines = [[course.say(key, lang) for key in ("row", "mean", "spread")]]
+    for row, metrics in result.rows.items():
+        for metric in metrics:
+            if metric == "bytes":
+                continue
+            spread = result.spread(row, metric)
+            size = f" ({number(result.mean(row, 'bytes'), 'bytes')})" if "bytes" in metrics else ""
+            lines.append(
+                [
+                    course.say(f"row-{row}", lang) + size,
+                    f"{result.mean(row, metric):.4g}",
+                    "-" if spread is None else f"{spread:.2g}",
+                ]
+            )
+    return lines
+
+
+def verdicts(result: Result, lang: str, said: Mapping[str, bool] | None = None) -> list[list[str]]:
+    """Head and one line for each expectation, with what the learner had said."""
+    course = lab(result.lab)
+    head = ["claim", "difference", "spread", "verdict"] + (["you-said"] if said else [])
+    lines = [[course.say(key, lang) for key in head]]
+    for found in result.verdicts:
+        spread = "-" if found.deviation is None else f"{found.deviation:.2g}"
+        line = [course.say(found.key, lang), f"{found.difference:.3g}", spread, course.say(found.verdict, lang)]
+        if said:
+            line.append(course.say("yes" if said[found.key] else "no", lang))
+        lines.append(line)
+    return lines
+
+
+def papers(result: Result, lang: str) -> list[list[str]]:
+    """Head and one line for each claim of a paper: its number, ours, and what became of it."""
+    course = lab(result.lab)
+    by_key = {found.key: found for found in result.verdicts}
+    lines = [[course.say(key, lang) for key in ("claim", "paper-says", "ours", "verdict")]]
+    for paper in course.papers:
+        found = by_key.get(paper["expectation"])
+        if found is None:
+            continue
+        metric = found.metric
+        ours = f"{result.mean(found.worse, metric):.4g} → {result.mean(found.better, metric):.4g}"
+        theirs = f"{paper['worse']} → {paper['better']} ({paper['where']}, arXiv {paper['arxiv']})"
+        lines.append([course.say(found.key, lang), theirs, ours, course.say(_became(found.verdict), lang)])
+    return lines
+
+
+def _became(verdict: str) -> str:
+    """Of a paper's claim: another model and text can show its direction, never its number."""
+    return "does not hold" if verdict == "does not hold" else "direction only"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rest])
+
+
+def pareto(result: Result, metric: str, label: str, lang: str) -> str:
+    """SVG of every row that has bytes, by mean; the front among them drawn."""
+    course: Lab = lab(result.lab)
+    quality, cost = Axis(label=label, unit="1"), Axis(label=course.say("bytes", lang), unit="bytes")
+    points = [
+        Point(
+            run=i, mark=row, label=course.say(f"row-{row}", lang), cost=result.mean(row, "bytes"),
+            quality=result.mean(row, metric), group=0, baseline=row == "float",
+        )
+        for i, (row, metrics) in enumerate(result.rows.items())
+        if "bytes" in metrics and metric in metrics
+    ]  # fmt: skip
+    shown = [
+        dataclasses.replace(p, front=not any(beats(q, p, quality.higher_is_better) for q in points))
+        for p in drawable(points)
+    ]
+    return str(plot(shown, quality, cost))

@@ -1,0 +1,61 @@
+"""Verdicts from rows: a direction holds only beyond two standard deviations over the seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from compresslab.course import catalogue, experiment, showing
+from compresslab.errors import CompressLabError
+
+LAB = catalogue.lab("3.3")
+
+
+def _verdict(better: list[float], worse: list[float]) -> str:
+    rows = {"gptq-2": {"perplexity": better}, "rtn-2": {"perplexity": worse}}
+    (found,) = experiment.judge(LAB, rows)
+    assert found.key == "gptq-2"
+    return found.verdict
+
+
+def test_a_direction_must_exceed_two_standard_deviations() -> None:
+    assert _verdict([5.0, 5.1, 5.2], [6.0, 6.1, 6.3]) == "holds"
+    assert _verdict([5.0, 5.1, 5.2], [5.0, 5.9, 5.3]) == "direction only"
+    assert _verdict([6.0, 6.1], [5.0, 5.0]) == "does not hold"
+    assert _verdict([5.0], [6.0]) == "direction only"  # one seed has no spread
+    assert _verdict([float("nan"), 5.0], [6.0, 6.0]) == "does not hold"
+
+
+def test_a_run_keeps_all_seeds_and_is_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        model: str = "none"
+        seeds: int = 3
+
+    def measure(settings: Any, seed: int, say: Any) -> Any:
+        say("x")
+        return {
+            "rtn-2": {"perplexity": 9.0 + seed, "bytes": 10.0},
+            "gptq-2": {"perplexity": 6.0 + 1.1 * seed, "bytes": 10.0},
+        }
+
+    fake = ModuleType("experiment")
+    fake.SETTINGS, fake.measure = {"micro": Settings()}, measure  # type: ignore[attr-defined]
+    monkeypatch.setattr(catalogue.Lab, "module", lambda self, name: fake)
+    result = experiment.run("3.3")
+    assert result.rows["rtn-2"]["perplexity"] == [9.0, 10.0, 11.0] and result.holds
+    result.save(tmp_path / "result.json")
+    assert experiment.read(tmp_path / "result.json") == result
+    assert len(experiment.run("3.3", seeds=1).seeds) == 1
+    assert "<svg" in showing.pareto(result, "perplexity", "perplexity", "en")
+    table = showing.markdown(showing.measured(result, "zh-TW"))
+    assert "GPTQ，2 位元" in table and "7.1" in table
+    assert showing.verdicts(result, "en", {"gptq-2": False})[1][-2:] == ["holds", "no"]
+    with pytest.raises(CompressLabError, match="no scale 'real' yet"):
+        experiment.run("3.3", scale="real")
+    with pytest.raises(CompressLabError, match="unknown scale"):
+        experiment.run("3.3", scale="huge")

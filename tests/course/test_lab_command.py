@@ -1,0 +1,80 @@
+"""The way of a learner through `compresslab lab`: start, a wrong file, a hint, the solution, a prediction, progress."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tiny
+from compresslab.course import catalogue, grader, grading, learner, verifying
+
+LAB = catalogue.lab("3.3")
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COMPRESSLAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COMPRESSLAB_LEARNER", "ada")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+
+
+def test_a_learner_goes_through_a_lab(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def lab(*words: object) -> tuple[int, str, str]:
+        return tiny.run_cli(monkeypatch, capsys, "lab", *words)
+
+    code, _, said = lab("check", "3.3")
+    assert code == 2 and "lab 3.3 is not started" in said
+    mine = tmp_path / "mine"
+    code, out, _ = lab("start", "3.3", mine)
+    assert code == 0 and "compresslab lab check 3.3" in out
+    assert (mine / "exercise.py").read_bytes() == (LAB.folder / "exercise.py").read_bytes()
+    assert lab("start", "3.3", mine)[0] == 2  # nothing of the learner's is ever overwritten
+
+    shutil.copyfile(LAB.folder / "mutants" / "no_propagation.py", mine / "exercise.py")
+    code, out, _ = lab("check", "3.3")
+    assert code == 1 and "No error is passed on" in out and "*" in out
+    assert lab("hint", "3.3")[1].startswith("Hint 1 of 3")
+    assert lab("hint", "3.3", "--lang", "zh-TW")[1].startswith("提示 2")
+    assert "+        target = weight[:, column] + error[:, :k]" in lab("solve", "3.3")[1]
+    shutil.copyfile(LAB.folder / "solution.py", mine / "exercise.py")
+    assert lab("check", "3.3")[0] == 0
+
+    code, _, said = lab("run", "3.3")
+    assert code == 2 and "write down what you expect first" in said
+    (row,) = json.loads(lab("progress", "--json")[1])
+    assert row["attempts"] == 2 and row["hints"] == 2 and row["looked"] and "passed" in row["state"]
+    assert json.loads(lab("progress", "--learner", "bob", "--json")[1]) == []
+    assert "3.3" in lab("path", "advanced")[1]
+    assert "零點" in lab("glossary", "zero")[1]
+
+
+def test_predictions_are_read_as_yes_and_no(tmp_path: Path) -> None:
+    learner.start(LAB, tmp_path, learner.Progress(), "zh-TW")
+    sheet = tmp_path / "prediction.yaml"
+    assert "困惑度" in sheet.read_text(encoding="utf-8")
+    sheet.write_text(
+        sheet.read_text(encoding="utf-8").replace(": '?'", ": yes", 1).replace(": '?'", ": no"), encoding="utf-8"
+    )
+    assert list(learner.predictions(LAB, tmp_path).values()) == [True] + [False] * (len(LAB.expectations) - 1)
+
+
+def test_only_complete_labs_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(LAB.folder, tmp_path / "lab_3_3")
+    monkeypatch.setattr(catalogue, "LABS", tmp_path)
+    assert list(catalogue.labs()) == ["3.3"]
+    (tmp_path / "lab_3_3" / "paper.yaml").unlink()
+    assert not catalogue.labs()
+
+
+def test_a_grader_that_lets_a_mutant_through_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = tmp_path / "harmless.py"
+    text = (LAB.folder / "solution.py").read_text(encoding="utf-8")
+    mutant.write_text(text.replace('"""Lab', '"""\nSymptom: group\n', 1), encoding="utf-8")
+    monkeypatch.setattr(catalogue.Lab, "mutants", [mutant])
+    monkeypatch.setattr(grading, "grade", lambda lab, file: grading.Verdict(symptom=grader.grade(lab, file)["symptom"]))
+    assert list(verifying.grader_faults(LAB)) == ["lab 3.3, harmless.py: the grader says passed, not group"]
