@@ -1,0 +1,1 @@
+"""Methods that set weights to zero, one paper in one file."""
