@@ -8,14 +8,15 @@ A *source* is a name of :data:`DATASETS`, a local file or folder, or a data set 
 - a folder holds one file per split, named train, valid and test (or what :data:`SPLIT_NAMES` lists);
 - of a hub data set they are its train, validation and test.
 
-Models that read pictures take a folder of them or a parquet file; see images.py.
+Prompts with references and rated pairs of texts are tables too; see questions.py. Models that read pictures take a folder of
+them or a parquet file; see labelled_images.py.
 """
 
 from __future__ import annotations
 
 from compresslab.data.catalogue import DATASETS, SPLIT_NAMES, Dataset, Kind, Labels
 from compresslab.data.files import images
-from compresslab.data.labelled import Labelled, labelled_examples, labelled_texts
+from compresslab.data.labelled import Labelled, labelled_examples, labelled_test, labelled_texts
 from compresslab.data.labelled_images import Pictures, image_batches, image_calibration, label_ids, pictures
 from compresslab.data.offline import (
     LabelledImages,
@@ -26,7 +27,9 @@ from compresslab.data.offline import (
     is_cached,
     word_pairs,
 )
-from compresslab.data.passages import calibration_passages, encoder_texts, passages, rated_documents
+from compresslab.data.passages import calibration_passages, encoder_texts, padded, passages, rated_documents
+from compresslab.data.questions import Rated, Written
+from compresslab.data.questions import read as questions
 from compresslab.data.sources import Texts, texts
 from compresslab.data.tokens import Calibration, calibration, windows
 
@@ -40,9 +43,11 @@ __all__ = [
     "LabelledImages",
     "Labels",
     "Pictures",
+    "Rated",
     "RatedDocuments",
     "Texts",
     "WordPair",
+    "Written",
     "calibration",
     "calibration_passages",
     "digits",
@@ -54,9 +59,12 @@ __all__ = [
     "is_cached",
     "label_ids",
     "labelled_examples",
+    "labelled_test",
     "labelled_texts",
+    "padded",
     "passages",
     "pictures",
+    "questions",
     "rated_documents",
     "texts",
     "windows",

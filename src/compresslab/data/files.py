@@ -68,7 +68,7 @@ def _read(path: Path, split: str) -> Found:
     try:
         digest = file_sha256(path)
         if suffix == ".txt":
-            lines = _text(path).splitlines(keepends=True)
+            lines = read_text(path).splitlines(keepends=True)
             return digest, _pieces("".join(lines[_cut(len(lines), split)])), None
         documents, labels = _parquet(path) if suffix == ".parquet" else _delimited(path)
     except OSError as error:
@@ -84,7 +84,7 @@ def _cut(count: int, split: str) -> slice:
     return slice(*bounds[split])
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The file's text; a byte order mark is dropped, and CR LF reads as LF."""
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -109,7 +109,7 @@ def _pieces(text: str) -> list[str]:
 
 def _delimited(path: Path) -> tuple[list[str], Labels | None]:
     """Documents and labels of a .tsv or .csv file."""
-    rows = list(_rows(path))
+    rows = list(table_rows(path))
     if not rows:
         return [], None
     header = _header(rows)
@@ -128,9 +128,9 @@ def _delimited(path: Path) -> tuple[list[str], Labels | None]:
     return [columns[text][i] for i in kept], labels
 
 
-def _rows(path: Path) -> Iterator[list[str]]:
+def table_rows(path: Path) -> Iterator[list[str]]:
     """The rows of a .tsv or .csv file, all of one length; empty lines are skipped."""
-    text = _text(path)
+    text = read_text(path)
     if path.suffix.lower() == ".tsv":
         # Tab-separated data sets do not quote: a quotation mark is a character of the text.
         rows: Iterable[list[str]] = (line.split("\t") if line else [] for line in text.split("\n"))

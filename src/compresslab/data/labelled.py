@@ -49,20 +49,26 @@ def labelled_texts(
         raise CompressLabError(f"{source} has no labels to train towards: give it a column named label beside the text")
     measured = _test_texts(source)
 
-    def examples(part: Texts) -> list[Example]:
-        assert part.labels is not None
-        encoded = tokenizer(part.documents, truncation=True, max_length=longest, return_attention_mask=False)[
-            "input_ids"
-        ]
-        numbers = _numbers(part.labels, classes, source)
-        pairs = zip(encoded, numbers, strict=True)
-        return [{"input_ids": torch.tensor(ids), "labels": torch.tensor(label)} for ids, label in pairs]
-
-    made = examples(found)
+    made = _examples(found, tokenizer, longest, classes)
     return Labelled(
         source=source, revision=found.revision, samples=len(made), test_split=f"{source}, {measured.split} split",
-        sha256=examples_sha256(made), train=made, test=examples(measured),
+        sha256=examples_sha256(made), train=made, test=_examples(measured, tokenizer, longest, classes),
     )  # fmt: skip
+
+
+def labelled_test(
+    source: str, tokenizer: Any, *, longest: int, classes: Mapping[int, str]
+) -> tuple[list[Example], str]:
+    """Those to measure on alone, and in words where they come from; as :func:`labelled_texts` has them."""
+    measured = _test_texts(source)
+    return _examples(measured, tokenizer, longest, classes), f"{source}, {measured.split} split"
+
+
+def _examples(part: Texts, tokenizer: Any, longest: int, classes: Mapping[int, str]) -> list[Example]:
+    assert part.labels is not None
+    encoded = tokenizer(part.documents, truncation=True, max_length=longest, return_attention_mask=False)["input_ids"]
+    pairs = zip(encoded, _numbers(part.labels, classes, part.name), strict=True)
+    return [{"input_ids": torch.tensor(ids), "labels": torch.tensor(label)} for ids, label in pairs]
 
 
 def labelled_examples(given: Any, seed: int) -> Labelled:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from compresslab import models
 from compresslab.errors import CompressLabError
 
 
@@ -70,7 +71,7 @@ def decoder(model: Any) -> torch.export.ExportedProgram:
     cache = [torch.zeros(batch, heads, past, width) for _ in range(2 * text.num_hidden_layers)]
     free = torch.export.Dim.AUTO
     shapes = ({0: free, 1: free}, {0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free} for _ in cache])
-    return _export(CachedDecoder(model), (ids, mask, positions, cache), shapes)
+    return export(CachedDecoder(model), (ids, mask, positions, cache), shapes)
 
 
 def forward(model: Any) -> torch.export.ExportedProgram:
@@ -78,15 +79,13 @@ def forward(model: Any) -> torch.export.ExportedProgram:
     inputs = inputs_of(model)
     free = torch.export.Dim.AUTO
     shapes = (tuple({0: free, 1: free} if x.dim() == 2 else {0: free} for _, x in inputs),)
-    return _export(Forward(model, [name for name, _ in inputs]), tuple(x for _, x in inputs), shapes)
+    return export(Forward(model, [name for name, _ in inputs]), tuple(x for _, x in inputs), shapes)
 
 
 def inputs_of(model: Any, batch: int = 2, tokens: int = 7) -> list[tuple[str, Tensor]]:
     """What a network that is no decoder reads, by name, in order; the shapes are those of an example."""
     if model.main_input_name == "pixel_values":
-        size, channels = model.config.image_size, getattr(model.config, "num_channels", 3)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return [("pixel_values", torch.zeros(batch, channels, height, width))]
+        return [("pixel_values", torch.zeros(batch, *models.picture_shape(model.config)))]
     ones = torch.ones(batch, tokens, dtype=torch.long)
     found = [("input_ids", ones), ("attention_mask", ones.clone())]
     if "token_type_ids" in inspect.signature(model.forward).parameters:
@@ -99,7 +98,8 @@ def keeps_all_tokens(config: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
-def _export(wrapped: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
+def export(wrapped: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
+    """The graph of a module that holds the network as `model`. CompressLabError naming the layer that torch cannot trace."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # torch's own tree code calls what it has itself deprecated (seen in 2.13).

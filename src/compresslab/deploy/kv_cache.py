@@ -233,3 +233,8 @@ def method_of(found: Mapping[str, Any]) -> KVCache:
     if name is None or scales is None or not found.get("symmetric", True):
         raise CompressLabError(f"no cache for the kv_cache_scheme {dict(found)}")
     return KVCache(format=name, scales=scales)
+
+
+def can_crop(cache: Cache) -> bool:
+    """Whether every layer holds the keys and values of every token, so that the last ones can be dropped."""
+    return all(type(layer) in (DynamicLayer, RoundedLayer) for layer in cache.layers)

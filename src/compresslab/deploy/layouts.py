@@ -87,6 +87,8 @@ def check_formats(solver: Solver, activations: ActivationQuantizer | None) -> No
 def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
     """The canonical form of every compressed layer of an artifact, one at a time, as it lies on disk."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    if not config:  # plain numbers, as pruning alone leaves them
+        return iter(())
     if config.get("quant_method") == "bitsandbytes":
         return bitsandbytes.read_weights(folder)
     return compressed_tensors.read_weights(folder)

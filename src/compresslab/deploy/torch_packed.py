@@ -10,6 +10,7 @@ device, no native bfloat16, 2, 3, 5, 6 or 7 bits, rows that are no multiple of 1
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -35,10 +36,15 @@ def load(folder: Path | str) -> tuple[nn.Module, int]:
 
 def pack_(model: nn.Module, folder: Path | str) -> int:
     """Replace the linear layers of an opened artifact by packed ones; how many."""
+    return pack_layers_(model, read_weights(Path(folder)))
+
+
+def pack_layers_(model: nn.Module, weights: Iterable[tuple[str, QuantWeight]]) -> int:
+    """Replace the linear layers of these names by packed ones, where this machine has a kernel for them; how many."""
     count = 0
     if not is_fast_here():
         return count
-    for name, weight in read_weights(Path(folder)):
+    for name, weight in weights:
         linear = model.get_submodule(name)
         if isinstance(linear, nn.Linear) and _dtype(linear) == torch.bfloat16 and can_pack(weight):
             owner, _, leaf = name.rpartition(".")

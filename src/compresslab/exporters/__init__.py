@@ -25,6 +25,7 @@ from compresslab.exporters.contract import EXPORT_MANIFEST, Exported, Exporter, 
 FORMATS: dict[str, str] = {
     "awq": "awq.AWQ",
     "compressed-tensors": "compressed_tensors.COMPRESSED_TENSORS",
+    "executorch": "executorch.EXECUTORCH",
     "gguf": "gguf.GGUF",
     "gptq": "gptq.GPTQ",
     "onnx": "onnx_qdq.ONNX",

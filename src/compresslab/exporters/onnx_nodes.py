@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from compresslab.errors import CompressLabError
+from compresslab.exporters import onnx_convolutions
 from compresslab.numerics.grid import QuantInput, QuantWeight
 
 DOMAIN, MICROSOFT = "compresslab", "com.microsoft"
@@ -45,7 +46,7 @@ class Builder:
 
     def tensor(self, name: str, values: np.ndarray | Tensor) -> str:
         array = values.numpy() if isinstance(values, Tensor) else values
-        self.tensors.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.tensors.setdefault(name, numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     # --- weights
@@ -121,8 +122,9 @@ class Builder:
         one = self.tensor("compresslab.one", np.array(1, dtype=np.float32))
         zero = ""
         if symmetric:
-            size = self.node("Abs", [x], f"{n}.Abs")
-            top = self.node("ReduceMax", [size, *axes], f"{n}.ReduceMax", keepdims=int(per_token))
+            most = self.node("ReduceMax", [x, *axes], f"{n}.ReduceMax", keepdims=int(per_token))
+            least = self.node("ReduceMin", [x, *axes], f"{n}.ReduceMin", keepdims=int(per_token))
+            top = self.node("Max", [most, self.node("Neg", [least], f"{n}.Neg")], f"{n}.top")
             half = self.tensor("compresslab.half_levels", np.array(127.5, dtype=np.float32))
             step = self.node("Div", [top, half], f"{n}.step")
         else:
@@ -163,14 +165,46 @@ class Builder:
 
     # --- layers
 
-    def linear(self, x: str, layer: str) -> str:
-        """The product of a layer; what computes it."""
-        found = self.inputs.get(layer)
+    def linear(self, x: str, layer: str, bias: Tensor | None) -> str:
+        """The output of a layer; what computes it."""
+        found, weight = self.inputs.get(layer), self.weights[layer]
+        if found is not None and found.scale is not None and weight.grid.bits == 8 and weight.scale.shape[1] == 1:
+            return self._static_product(x, layer, found, weight, bias)
+        return self._biased(self._product(x, layer, found, weight), layer, bias)
+
+    def _biased(self, y: str, layer: str, bias: Tensor | None) -> str:
+        if bias is None:
+            return y
+        # As a row: onnxruntime (1.32) makes BiasGelu of a vector, which takes longer than Add and Gelu one by one.
+        return self.node("Add", [y, self.tensor(f"{layer}.bias", bias.reshape(1, -1))], f"{layer}.Add")
+
+    def _static_product(self, x: str, layer: str, found: QuantInput, weight: QuantWeight, bias: Tensor | None) -> str:
+        """What onnxruntime makes of DequantizeLinear and MatMul, and the bias with it, else added in a pass of its own."""
+        real = self.static(x, layer, found)
+        codes, scale, point = next(node.input for node in self.nodes if node.output[0] == real)
+        names = [
+            codes,
+            self.tensor(f"{layer}.codes", weight.codes.t().contiguous()),
+            scale,
+            *self._columns(layer, weight),
+            point,
+        ]
+        zeros = (
+            ""
+            if weight.zero_point is None
+            else self.tensor(f"{layer}.zero_point", _by_column(weight.zero_point, weight))
+        )
+        names += [zeros] if bias is None else [zeros, self.tensor(f"{layer}.bias", bias)]
+        return self.node("MatMulIntegerToFloat", names, f"{layer}.MatMulIntegerToFloat", MICROSOFT)
+
+    def _columns(self, layer: str, weight: QuantWeight) -> list[str]:
+        return [self.tensor(f"{layer}.scale", _by_column(weight.scale.float(), weight))]
+
+    def _product(self, x: str, layer: str, found: QuantInput | None, weight: QuantWeight) -> str:
         if found is None:
             return self.node("MatMul", [x, self.weight(layer)], f"{layer}.MatMul")
         if found.scale is not None:
             return self.node("MatMul", [self.static(x, layer, found), self.weight(layer)], f"{layer}.MatMul")
-        weight = self.weights[layer]
         if found.grid.bits != 8 or found.grid.granularity == "group" or weight.scale.shape[1] > 1:
             raise CompressLabError(
                 f"layer {layer} rounds its inputs as it runs to {found.grid.bits} bits by {found.grid.granularity}, and ONNX "
@@ -199,11 +233,16 @@ class Builder:
         return self.node("Mul", [y, scale], f"{layer}.Mul")
 
 
+def _by_column(x: Tensor, weight: QuantWeight) -> Tensor:
+    """One number to an output."""
+    return x[:, 0].expand(len(weight.codes)).contiguous()
+
+
 def fill_(model: Any, weights: dict[str, QuantWeight], inputs: dict[str, QuantInput]) -> list[str]:
     """Replace the marks of a graph; what the user should know."""
     graph = model.graph
     built = Builder(weights, inputs)
-    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
     renamed: dict[str, str] = {}
     for node in graph.node:
         for position, name in enumerate(node.input):
@@ -213,13 +252,17 @@ def fill_(model: Any, weights: dict[str, QuantWeight], inputs: dict[str, QuantIn
             continue
         layer = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "layer")
         if node.op_type == "linear":
-            renamed[node.output[0]] = built.linear(node.input[0], layer)
+            bias = numpy_helper.to_array(tensors[node.input[2]]) if len(node.input) > 2 else None
+            made = None if bias is None else torch.from_numpy(bias.copy())
+            renamed[node.output[0]] = built.linear(node.input[0], layer, made)
         elif node.op_type == "weight":
-            renamed[node.output[0]] = built.weight(layer, shapes[node.input[0]])
+            renamed[node.output[0]] = built.weight(layer, list(tensors[node.input[0]].dims))
         else:
             renamed[node.output[0]] = _rounded_picture(built, node.input[0], layer)
     _finish_(model, built, renamed)
-    return _notes(inputs)
+    left = onnx_convolutions.make_integer_(model)
+    onnx.checker.check_model(model, full_check=False)
+    return [*_notes(inputs), *_left(left)]
 
 
 def _rounded_picture(built: Builder, x: str, layer: str) -> str:
@@ -250,7 +293,15 @@ def _finish_(model: Any, built: Builder, renamed: dict[str, str]) -> None:
     del model.opset_import[:]
     versions[MICROSOFT] = 1
     model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in versions.items())
-    onnx.checker.check_model(model, full_check=False)
+
+
+def _left(layers: Sequence[str]) -> list[str]:
+    if not layers:
+        return []
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    return [
+        f"{layers[0]}{more}: grouped convolutions whose output is not rounded at once, which onnxruntime multiplies in float"
+    ]
 
 
 def _notes(inputs: dict[str, QuantInput]) -> list[str]:

@@ -147,8 +147,7 @@ def _example(given: Given, model: nn.Module) -> tuple[tuple[Tensor, ...], list[s
     config: Any = model.config
     output = "logits" if (given.config.get("architectures") or [""])[0].split("For")[1:] else "last_hidden_state"
     if models.main_input(config) == "pixel_values":
-        size = config.image_size if isinstance(getattr(config, "image_size", None), int) else 224
-        return (torch.zeros(2, getattr(config, "num_channels", 3), size, size),), ["pixel_values"], output
+        return (torch.zeros(2, *models.picture_shape(config, given.folder)),), ["pixel_values"], output
     ids = torch.ones(2, 9, dtype=torch.long)
     names = ["input_ids", "attention_mask"]
     if getattr(config, "type_vocab_size", 0):
@@ -224,22 +223,22 @@ class MarkedLinear(nn.Module):
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _mark("linear", self.layer, (x, self.weight), (*x.shape[:-1], self.weight.shape[0]))
-        return y if self.bias is None else y + self.bias
+        given = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
+        return _mark("linear", self.layer, given, (*x.shape[:-1], self.weight.shape[0]))
 
 
-class MarkedConv(nn.Module):
-    """A convolution whose input and weight are marked."""
+class MarkedConv(nn.Conv2d):
+    """A convolution whose input and weight are marked; for the rest the one it stands for, whose strides networks read."""
 
     def __init__(self, layer: str, conv: nn.Conv2d, rounds: bool) -> None:
-        super().__init__()
-        self.layer, self.conv, self.rounds = layer, conv, rounds
+        self.__dict__ = conv.__dict__.copy()
+        self.layer, self.rounds = layer, rounds
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rounds:
             x = _mark("input", self.layer, (x,), x.shape)
-        weight = _mark("weight", self.layer, (self.conv.weight,), self.conv.weight.shape)
-        return self.conv._conv_forward(x, weight, self.conv.bias)
+        weight = _mark("weight", self.layer, (self.weight,), self.weight.shape)
+        return self._conv_forward(x, weight, self.bias)
 
 
 def mark_(model: nn.Module, weights: dict[str, QuantWeight], inputs: dict[str, QuantInput]) -> None:

@@ -12,6 +12,7 @@ Quality, each a list of Scored, unit by unit:
     embedding.agreement(reference, found)                        -> [Scored]  cosine, correlation of similarities
     embedding.human_pairs(first, second, rated)                  -> [Scored]  Pearson, Spearman over pairs of texts
     embedding.human_documents(found, rated)                      -> [Scored]  the same over all pairs of documents
+    writing.write(model, tokenizer, prompts)                     -> texts, for the next
     generation.bleu / chrf / rouge(hypotheses, references)       -> Scored or [Scored]
     harness.run(model, tokenizer, tasks)                         -> [Scored]  lm-evaluation-harness
 
@@ -22,9 +23,9 @@ Efficiency, each a list of Measurement:
     counts.operations(model, inputs)                       macs, flops of one forward of that input
     speed.language_model_speed(model, prompt)              prefill_ms, decode_tokens_per_s
     speed.forward_speed(model, inputs)                     forward_ms
-    speed.sweep(model, inputs_of, batches=..., lengths=..) p50, p95, p99 and throughput over batch and length
+    sweep.forward(model, inputs_of, batches=..., lengths=..) p50, p95, p99 and throughput over batch and length
     speed.summary(name, values, unit, device, conditions)  any list of timed runs as one Measurement
-    speed.percentiles(name, times_ms, device, conditions)  p50, p95 and p99 of timed runs
+    sweep.percentiles(name, times_ms, device, conditions)  p50, p95 and p99 of timed runs
     energy.of(call, items=..., unit=...)                   joules and grams of CO2 of a call, measured or marked an estimate
     environment.peak_memory_bytes()                        of this process
     fresh.measure(Job(...))                                any of this in a process of its own

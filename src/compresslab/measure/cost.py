@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compresslab import models
@@ -18,10 +19,22 @@ PROMPT = 128  # tokens
 
 
 def inputs_of(job: Job, windows: Tensor | None) -> dict[str, Tensor] | None:
-    """What the model is timed on: one picture, or the start of one window; None if the job has neither."""
+    """What the model is timed on: one picture, the start of one window, or one example; None if the job has none."""
     if job.images is not None:
         return {"pixel_values": next(quality.pictures(job, job.images)[1])[:1]}
-    return None if windows is None else {"input_ids": windows[:1, :PROMPT]}
+    if windows is not None:
+        return {"input_ids": windows[:1, :PROMPT]}
+    return None if job.examples is None else _one(load_file(job.examples))
+
+
+def _one(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first example of a batch, without its label and its filling."""
+    first = {name: tensor[:1] for name, tensor in batch.items() if name != "labels"}
+    if "input_ids" not in first:
+        return first
+    mask = first.get("attention_mask")
+    tokens = first["input_ids"].shape[1] if mask is None else int(mask.sum())
+    return {"input_ids": first["input_ids"][:, : min(tokens, PROMPT)]}
 
 
 def times(model: torch.nn.Module, inputs: dict[str, Tensor], conditions: str) -> list[Measurement]:

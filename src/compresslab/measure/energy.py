@@ -156,7 +156,7 @@ def of(
         raise CompressLabError("this GPU's energy counter cannot be read: pip install 'compresslab[energy]'")
     else:
         joules, kind = settings.watts_per_core * cores, "_estimated"
-        said = f"estimate, not measured: {settings.watts_per_core:g} W a core x {cores / wall:.2f} cores busy x {wall:.1f} s"
+        said = f"estimate, not measured: {settings.watts_per_core:g} W a core, {cores / wall:.2f} cores busy"
     told = f"{said}, {items} {item}s in {wall:.1f} s" + (f", {conditions}" if conditions else "")
     each = joules / items
     carbon = each / JOULES_PER_KWH * grams * 1000

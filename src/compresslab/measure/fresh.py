@@ -43,7 +43,10 @@ class Job(Frozen):
     Attributes:
         folder: the model.
         windows: safetensors file with "input_ids" [n, L], or None to leave quality and speed out. For an encoder also with
-            "passages." and perhaps "rated.", as data.encoder_texts makes them.
+            "passages." and perhaps "rated.", as data.encoder_texts makes them, or with "pairs.first.", "pairs.second." and
+            "pairs.scores". "timed" in place of "input_ids" is for the speed alone.
+        pairs: the stem of what is measured on pairs, e.g. word_similarity.
+        written: JSON file with prompts, references and new_tokens, for what a model writes.
         images: a source of labelled pictures (data/labelled_images.py) whose test split is measured on, in place of windows.
         long_windows: "input_ids" for the quality by position, read through the KV cache that the folder asks for.
         examples: safetensors file with labelled examples in one batch, to count how often the model is right.
@@ -58,6 +61,8 @@ class Job(Frozen):
 
     folder: Path
     windows: Path | None = None
+    pairs: str = "pair_similarity"
+    written: Path | None = None
     images: str | None = None
     long_windows: Path | None = None
     examples: Path | None = None
@@ -106,7 +111,8 @@ def _run(job: Job) -> Result:
 
     torch.set_num_threads(job.threads)
     found: list[Measurement] = []
-    windows = None if job.windows is None else load_file(job.windows).get("input_ids")
+    texts = {} if job.windows is None else load_file(job.windows)
+    windows = texts.get("input_ids", texts.get("timed"))
     inputs = cost.inputs_of(job, windows)
     started = time.perf_counter()
     model = models.load(job.folder).to(job.device)
@@ -119,7 +125,7 @@ def _run(job: Job) -> Result:
     peak = peak_memory_bytes()
     found.append(
         Measurement(name="peak_memory_bytes", value=peak, unit="bytes", n=1, device=where,
-                    conditions=f"resident memory of a fresh process that {opened}, ran a prompt of 128 tokens and decoded")
+                    conditions=f"resident memory of a fresh process that {opened}, {_ran(job, model, inputs)}")
     )  # fmt: skip
     runtime = "transformers"
     if windows is not None and job.packed and models.is_language_model(model):
@@ -141,6 +147,17 @@ def _run(job: Job) -> Result:
     return Result(
         measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
     )
+
+
+def _ran(job: Job, model: torch.nn.Module, inputs: dict[str, Tensor] | None) -> str:
+    """What the process did before its memory was read, in words."""
+    from compresslab import models
+
+    if inputs is None or not job.speed:
+        return "ran nothing yet"
+    if models.is_language_model(model):
+        return f"ran a prompt of {inputs['input_ids'].shape[1]} tokens and decoded"
+    return "ran forwards of one input"
 
 
 def _on_packed_kernels(

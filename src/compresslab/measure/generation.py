@@ -48,6 +48,12 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str], *, conditions: s
     ]  # fmt: skip
 
 
+def check_installed() -> None:
+    """CompressLabError if one of the libraries is not there."""
+    _imported("sacrebleu.metrics", "sacrebleu")
+    _imported("rouge_score.rouge_scorer", "rouge-score")
+
+
 def _corpus(
     name: str, metric: Any, of: Any, hypotheses: Sequence[str], references: Sequence[str], conditions: str
 ) -> Scored:

@@ -2,7 +2,8 @@
 
     with Monitor(sources, interval) as seen: work()   ->   seen.summary(): mean and peak of everything, as Measurements
 
-Oracle: a stand-in for NVML in the tests whose answers are known; for processes, one that computes and holds known memory.
+Source: NVML API reference, as nvidia-ml-py 13 wraps it. Oracle: a stand-in for the driver's library whose answers are known,
+under the real nvidia-ml-py; for processes, one that computes and holds known memory.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ UNITS = {"utilization": "%", "memory_bytes": "bytes", "power": "W", "temperature
 
 
 class Gpu(Frozen):
-    """One GPU as NVML describes it."""
+    """One GPU as NVML describes it; memory is None where it is the machine's own (DGX Spark, Jetson) or not to be told."""
 
     index: int
     name: str
     uuid: str
-    memory_bytes: int
-    free_bytes: int
+    memory_bytes: int | None
+    free_bytes: int | None
     driver: str
     compute_capability: str
 
@@ -62,15 +63,38 @@ def nvml() -> Any:
 
 
 def gpus(library: Any) -> list[Gpu]:
+    """Every GPU of this machine.
+
+    Raises:
+        NoNvml: if one of them does not answer, because it fell off the bus or may not be asked by this user.
+    """
+    try:
+        return _gpus(library)
+    except library.NVMLError as error:
+        raise NoNvml(f"a GPU does not answer: NVML says '{error}'; see what nvidia-smi says") from None
+
+
+def untold(library: Any) -> tuple[type[Exception], ...]:
+    """What NVML raises where this card, driver or user is not told one quantity; anything else is a fault."""
+    return library.NVMLError_NotSupported, library.NVMLError_NoPermission, library.NVMLError_FunctionNotFound
+
+
+def _gpus(library: Any) -> list[Gpu]:
     found = []
     for index in range(library.nvmlDeviceGetCount()):
         handle = library.nvmlDeviceGetHandleByIndex(index)
-        held = library.nvmlDeviceGetMemoryInfo(handle)
+        total: int | None = None
+        free: int | None = None
+        try:
+            held = library.nvmlDeviceGetMemoryInfo(handle)
+            total, free = int(held.total), int(held.free)
+        except untold(library):
+            pass  # the field's None says it
         major, minor = library.nvmlDeviceGetCudaComputeCapability(handle)
         found.append(
             Gpu(
                 index=index, name=_str(library.nvmlDeviceGetName(handle)), uuid=_str(library.nvmlDeviceGetUUID(handle)),
-                memory_bytes=held.total, free_bytes=held.free, driver=_str(library.nvmlSystemGetDriverVersion()),
+                memory_bytes=total, free_bytes=free, driver=_str(library.nvmlSystemGetDriverVersion()),
                 compute_capability=f"{major}.{minor}",
             )
         )  # fmt: skip
@@ -82,7 +106,7 @@ def _str(text: str | bytes) -> str:
 
 
 class GpuSource:
-    """Samples of one GPU. A quantity that this card does not tell (power on some laptops) is left out."""
+    """Samples of one GPU. A quantity that is not told (power on some laptops, utilization of a MIG slice) is left out."""
 
     def __init__(self, library: Any, gpu: Gpu) -> None:
         self.library, self.gpu = library, gpu
@@ -102,7 +126,7 @@ class GpuSource:
         for name, ask in asked.items():
             try:
                 found[name] = float(ask())
-            except self.library.NVMLError_NotSupported:
+            except untold(self.library):
                 continue
         return found
 

@@ -192,9 +192,10 @@ def _text(path: Path) -> str | None:
 # --- measured ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(call: Callable[[], object], repeats: int = 5) -> list[float]:
-    """Wall time of each call, after one that is not counted."""
-    call()
+def seconds(call: Callable[[], object], repeats: int = 5, *, warm_up: int = 1) -> list[float]:
+    """Wall time of each call, after `warm_up` that are not counted."""
+    for _ in range(warm_up):
+        call()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -213,14 +214,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def ceilings(cpu_: Cpu, *, budget_s: float = 6.0) -> list[Measurement]:
+def ceilings(cpu_: Cpu, *, budget_s: float = 4.0) -> list[Measurement]:
     """The fastest matrix products by dtype and the fastest streams through memory that torch reaches here.
 
     Args:
-        budget_s: about how long this may take; where it would take longer, the large size is left out.
+        budget_s: about how long this may take; where it would take longer, large sizes and repeats are left out.
     """
     found = [_product(name, dtype, cpu_, budget_s / 5) for name, dtype in DTYPES.items()]
-    return [*_streams(cpu_, budget_s / 8), *(m for m in found if m is not None)]
+    return [*_streams(cpu_, budget_s / 5), *(m for m in found if m is not None)]
 
 
 def _thread_counts(cpu_: Cpu) -> list[int]:
@@ -270,12 +271,15 @@ def _streams(cpu_: Cpu, budget_s: float) -> list[Measurement]:
         "triad": (12 * count, lambda: torch.add(b, c, alpha=3.0, out=a)),
     }
     found = []
+    share = budget_s / len(calls) / len(_thread_counts(cpu_))
     for name, (moved, call) in calls.items():
         best: tuple[list[float], int] = ([0.0], 0)
         for used in _thread_counts(cpu_):
+            deadline = time.perf_counter() + share
             with threads(used):
-                once = seconds(call, 1)[0]
-                taken = seconds(call, max(3, min(9, int(budget_s / 2 / once))))
+                taken = seconds(call, 3)
+                while len(taken) < 9 and time.perf_counter() + taken[-1] < deadline:
+                    taken += seconds(call, 1, warm_up=0)
             rates = [moved / t / 1e9 for t in taken]
             best = max(best, (rates, used), key=lambda pair: statistics.median(pair[0]))
         said = f"arrays of {4 * count / 1e6:.0f} MB, {best[1]} threads"

@@ -8,6 +8,7 @@ gives agreement and paired differences.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,17 @@ from torch import Tensor
 
 from compresslab import data, models
 from compresslab.deploy import kv_cache
-from compresslab.measure import agreement, classification, embedding, harness, intervals, perplexity, size
+from compresslab.measure import (
+    agreement,
+    classification,
+    embedding,
+    generation,
+    harness,
+    intervals,
+    perplexity,
+    size,
+    writing,
+)
 from compresslab.measure.intervals import Scored
 from compresslab.report.schema import Measurement
 
@@ -42,6 +53,8 @@ def ask(job: Job, model: torch.nn.Module) -> list[Measurement]:
         scores += _pictures(job, job.images, model)
     if job.examples is not None:
         scores += _examples(job, model, load_file(job.examples))
+    if job.written is not None:
+        scores += _written(job, model, json.loads(job.written.read_text(encoding="utf-8")))
     if job.tasks:
         tokenizer = models.load_tokenizer(job.folder, str(job.folder))
         scores += harness.run(model, tokenizer, job.tasks, limit=job.task_limit)
@@ -72,11 +85,15 @@ def _answered(job: Job, answer: Tensor) -> Tensor | None:
 
 def _texts(job: Job, model: torch.nn.Module, texts: dict[str, Tensor]) -> list[Scored]:
     if models.is_language_model(model):
+        if "input_ids" not in texts:
+            return []
         if job.reference is None:
             return [perplexity.perplexity(model, texts["input_ids"], conditions=job.source)]
         folder = job.reference / WINDOWS
         way = {"against" if folder.exists() else "record": folder}
         return agreement.read(model, texts["input_ids"], conditions=job.source, **way)
+    if "pairs.scores" in texts:
+        return _pairs(job, model, texts)
     if "passages.input_ids" not in texts:
         return []
     found = embedding.embeddings(model, texts["passages.input_ids"], texts["passages.attention_mask"])
@@ -86,6 +103,28 @@ def _texts(job: Job, model: torch.nn.Module, texts: dict[str, Tensor]) -> list[S
         documents = embedding.embeddings(model, texts["rated.input_ids"], texts["rated.attention_mask"])
         scores += embedding.human_documents(documents, texts["rated.similarity"], conditions="lee")
     return scores
+
+
+def _pairs(job: Job, model: torch.nn.Module, texts: dict[str, Tensor]) -> list[Scored]:
+    first, second = (
+        embedding.embeddings(model, texts[f"pairs.{side}.input_ids"], texts[f"pairs.{side}.attention_mask"])
+        for side in ("first", "second")
+    )
+    found = torch.cat([first, second])
+    before = _answered(job, found)
+    scores = [] if before is None else embedding.agreement(before, found, conditions=job.source)[:2]
+    return scores + embedding.human_pairs(first, second, texts["pairs.scores"], name=job.pairs, conditions=job.source)
+
+
+def _written(job: Job, model: torch.nn.Module, asked: dict[str, Any]) -> list[Scored]:
+    tokenizer = models.load_tokenizer(job.folder, str(job.folder))
+    found = writing.write(model, tokenizer, asked["prompts"], new_tokens=asked["new_tokens"])
+    said = f"{job.source}, greedy, at most {asked['new_tokens']} tokens"
+    return [
+        generation.bleu(found, asked["references"], conditions=said),
+        generation.chrf(found, asked["references"], conditions=said),
+        *generation.rouge(found, asked["references"], conditions=said),
+    ]
 
 
 def pictures(job: Job, source: str) -> tuple[data.Pictures, Iterator[Tensor]]:

@@ -124,6 +124,18 @@ class GenAi(Runtime):
         return sessions.GenAiSession(_needed(self.file(folder), folder, self).parent, threads)
 
 
+class ExecuTorch(Runtime):
+    package, module, extra, reads = "executorch", "executorch", "executorch", "a .pte file"
+
+    def file(self, folder: Path) -> Path | None:
+        return _first(folder, "*.pte")
+
+    def open(self, folder: Path, threads: int) -> Session:
+        from compresslab.measure.executorch_session import ExecuTorchSession
+
+        return ExecuTorchSession(_needed(self.file(folder), folder, self), threads)
+
+
 class LlamaCpp(Runtime):
     package, module, extra, reads = "llama-cpp-python", "llama_cpp", "llama-cpp", "a .gguf file"
 
@@ -140,6 +152,7 @@ RUNTIMES: dict[str, Runtime] = {
     "onnx": OnnxRuntime(),
     "onnx-genai": GenAi(),
     "openvino": OpenVino(),
+    "executorch": ExecuTorch(),
     "llama.cpp": LlamaCpp(),
 }
 

@@ -72,13 +72,13 @@ class TorchSession(Session):
         return [value.float().numpy() for value in out.to_tuple() if isinstance(value, torch.Tensor)]
 
     def inputs(self, batch: int, tokens: int) -> dict[str, Any]:
-        size = getattr(self.model.config, "image_size", None)
+        from compresslab import models
+
         if self.vocabulary:
             shapes: dict[str, tuple[Any, str]] = {name: ((batch, tokens), "int64") for name in _TEXT}
         else:
-            edge = size or 224
-            shapes = {"pixel_values": ((batch, getattr(self.model.config, "num_channels", 3), edge, edge), "float32")}
-        return _random(shapes, self.vocabulary)
+            shapes = {"pixel_values": ((batch, *models.picture_shape(self.model.config)), "float32")}
+        return random_inputs(shapes, self.vocabulary)
 
 
 class OnnxSession(Session):
@@ -94,7 +94,7 @@ class OnnxSession(Session):
             raise CompressLabError(
                 f"{path} is a decoder with a KV cache (input {cached[0]}): runtime onnx-genai opens it with genai_config.json"
             )
-        self.vocabulary = _vocabulary(path.parent)
+        self.vocabulary = vocabulary_beside(path.parent)
 
     def forward(self, inputs: Mapping[str, Any]) -> list[Any]:
         return list(self.session.run(None, {name: inputs[name] for name in self.declared}))
@@ -122,7 +122,7 @@ class OpenVinoSession(Session):
             type_ = port.get_element_type().get_type_name()
             self.declared[port.get_any_name()] = (shape, kinds.get(type_, type_))
         self.decodes = bool(self.request.query_state()) and "input_ids" in self.declared
-        self.vocabulary = _vocabulary(path.parent)
+        self.vocabulary = vocabulary_beside(path.parent)
 
     def prefill(self, ids: Sequence[int]) -> None:
         self.request.reset_state()
@@ -217,7 +217,7 @@ def random_ids(count: int, vocabulary: int) -> list[int]:
     return [draw.randrange(vocabulary) for _ in range(count)]
 
 
-def _vocabulary(folder: Path) -> int:
+def vocabulary_beside(folder: Path) -> int:
     """From the config.json beside a graph; 0 where there is none, or the network reads no text."""
     path = folder / "config.json"
     return int(json.loads(path.read_text(encoding="utf-8")).get("vocab_size", 0)) if path.exists() else 0
@@ -232,10 +232,11 @@ def _graph_inputs(
         name: (tuple(d if isinstance(d, int) and d > 0 else free[i] for i, d in enumerate(shape)), type_)
         for name, (shape, type_) in declared.items()
     }
-    return _random(shapes, vocabulary)
+    return random_inputs(shapes, vocabulary)
 
 
-def _random(shapes: Mapping[str, tuple[tuple[int, ...], str]], vocabulary: int) -> dict[str, Any]:
+def random_inputs(shapes: Mapping[str, tuple[tuple[int, ...], str]], vocabulary: int) -> dict[str, Any]:
+    """The same arrays every time, by name, shape and dtype: full masks, random ids, random pictures."""
     import numpy as np
 
     made: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from compresslab.errors import CompressLabError, unknown
 from compresslab.measure.runtimes import RUNTIMES
 from compresslab.serving.runtime import Runtime
 
-NAMES = ("packed", "torch", "llama.cpp", "onnx-genai")
+NAMES = ("packed", "torch", "llama.cpp", "onnx-genai", "openvino")
 
 
 def open_runtime(folder: Path, name: str = "auto") -> Runtime:
@@ -35,6 +35,10 @@ def open_runtime(folder: Path, name: str = "auto") -> Runtime:
         from compresslab.serving.onnx_genai import OnnxGenaiRuntime
 
         return OnnxGenaiRuntime(folder)
+    if chosen == "openvino":
+        from compresslab.serving.openvino import OpenVinoRuntime
+
+        return OpenVinoRuntime(file)
     from compresslab.serving.torch_runtime import TorchRuntime
 
     return TorchRuntime(folder, packed=chosen == "packed")

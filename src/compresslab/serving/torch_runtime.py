@@ -1,6 +1,7 @@
 """Answers by transformers, in the dtype that the folder asks for or on torch's packed CPU kernels.
 
-    ids -> one forward into a KV cache (the artifact's own, rounded one where its recipe has a kv-cache step)
+    ids -> the last request's KV cache up to where it began alike -> one forward of the rest into it (the artifact's own,
+           rounded cache where its recipe has a kv-cache step)
         -> logits of the last token -> choose -> one forward for each further token
 
 Oracle: greedy tokens are those of transformers' generate.
@@ -19,6 +20,7 @@ from compresslab import models
 from compresslab.deploy import kv_cache, torch_packed
 from compresslab.deploy.layouts import read_weights
 from compresslab.errors import CompressLabError
+from compresslab.serving.kept_cache import KeptCache
 from compresslab.serving.runtime import Sampling
 from compresslab.serving.sampling import choose, generator_of
 from compresslab.serving.tokenizer import TokenizerRuntime
@@ -37,18 +39,26 @@ class TorchRuntime(TokenizerRuntime):
         self.folder, self.model = folder, model
         text = model.config.get_text_config(decoder=True)
         self.context_length = int(getattr(text, "max_position_embeddings", None) or UNKNOWN_CONTEXT)
+        self.kept = KeptCache(self._new_cache)
         self.ends = self.ends_with(getattr(model.generation_config, "eos_token_id", None))
 
     def stream(self, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
         generator = generator_of(sampling)
-        cache = kv_cache.cache_of(self.folder, self.model.config) or kv_cache.float_cache(self.model.config)
-        new = list(ids)
+        # With a seed the same text is promised, and a prompt read in other pieces has other last bits.
+        cache, new = self.kept.take(ids) if sampling.seed is None else (self._new_cache(), list(ids))
+        read = list(ids[: len(ids) - len(new)])
         for _ in range(sampling.max_tokens):
-            token = choose(self._logits(new, cache), sampling, generator)
+            logits = self._logits(new, cache)
+            read += new
+            self.kept.keep(cache, read)
+            token = choose(logits, sampling, generator)
             if token in self.ends:
                 return
             yield token
             new = [token]
+
+    def _new_cache(self) -> Any:
+        return kv_cache.cache_of(self.folder, self.model.config) or kv_cache.float_cache(self.model.config)
 
     @torch.inference_mode()
     def _logits(self, new: list[int], cache: Any) -> Tensor:

@@ -73,19 +73,17 @@ class Worker:
         with self._changed:
             self._running = None
             self._changed.wait_for(lambda: self._waiting or self._stopped)
-            if self._stopped:
-                return None
-            self._running = self._waiting.popleft()
+            self._running = self._waiting.popleft() if self._waiting else None
             return self._running
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
             self._work(job)
-        for job in self._waiting:
-            job.deliver(Stopped())
 
     def _work(self, job: Job) -> None:
         try:
+            if self._stopped:  # who still waits is told so one by one: an answer may make a client cancel another
+                raise Stopped
             for piece in job.pieces():
                 if job.cancelled.is_set():
                     return
