@@ -5,12 +5,13 @@ BIN = $(VENV)/bin
 DEMO ?= demo/smollm2-135m-w4a16-gptq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test expectations check bench clean
+.PHONY: help demo test expectations check labs bench clean
 
 help:
 	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
 	@echo "make test    all tests (under 10 minutes on two cores)"
 	@echo "make expectations  every shipped recipe on SmolLM2-135M, within its band (about half an hour)"
+	@echo "make labs    every lab: its grader proven, its notebook executed, its expectations checked (offline)"
 	@echo "make check   lint, types, formatting"
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
 
@@ -36,13 +37,16 @@ expectations: $(VENV)/.ready
 	$(BIN)/python -m pytest -m expectations
 
 check: $(VENV)/.ready
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks theory
+	$(BIN)/ruff format --check src tests benchmarks theory
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py
+
+labs: $(VENV)/.ready
+	$(BIN)/compresslab lab verify
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench.py
 
 clean:
-	rm -rf $(VENV) .peers demo
+	rm -rf $(VENV) .peers demo labs-out

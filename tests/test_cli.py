@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import tiny
-from compresslab import cli, data, pipeline, recipe, zoo
+from compresslab import data, pipeline, recipe, zoo
+from compresslab.cli.console import out_console
 from compresslab.report.schema import Report, read_report
 
 Run = Callable[..., tuple[int, str, str]]
@@ -111,7 +112,10 @@ def test_dry_run_as_json(run: Run, saved: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     facts = json.loads(out)
     assert facts["layers"] == 14 and facts["blocks"] == 2
-    assert facts["skipped"] == {"lm_head": "outside the repeated blocks"}
+    assert facts["skipped"] == {
+        "lm_head": "outside the repeated blocks",
+        "model.embed_tokens": "Embedding is no linear layer",
+    }
     assert all(facts[key] > 0 for key in ("memory_bytes", "disk_bytes", "artifact_bytes"))
     assert facts["recipe"]["steps"][0]["bits"] == 3 and facts["recipe"]["calibration"]["samples"] == 4
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +176,7 @@ def test_ignore_adds_to_the_recipe(run: Run, saved: Path) -> None:
     assert code == 0
     report = Report.model_validate_json(out)
     assert report.recipe["ignore"] == ["@outside-blocks", "*.down_proj", "*.o_proj"]
-    assert len(report.skipped) == 5 and len(report.layers) == 10
+    assert len(report.skipped) == 4 + len({"lm_head", "model.embed_tokens"}) and len(report.layers) == 10
 
 
 def test_force(run: Run, saved: Path) -> None:
@@ -217,7 +221,7 @@ def test_no_line_is_wider_than_the_terminal(
     run: Run, saved: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    assert cli.out_console.width == 60
+    assert out_console.width == 60
     if command in ("report", "compare"):
         assert run(*arguments(saved, "--quiet", out="one"))[0] == 0
         assert run(*arguments(saved, "--quiet", "--set", "bits=3", out="two"))[0] == 0

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from compresslab.errors import CompressLabError
+from compresslab.measure import energy
 from compresslab.report import compare, pareto
 from compresslab.report.pareto import Axis, Point
 from compresslab.report.schema import Measurement, Report
@@ -36,7 +37,7 @@ def run(name: str, perplexity: float, ms: float, *, joules: float | None = None,
         told("decode_tokens_per_s", 1000 / ms, "tokens/s", how, device),
     ]
     if joules is not None:
-        after.append(told("energy_j", joules, "J", "per token", device))
+        after.append(told("decode_energy_j_per_token", joules, "J/token", "counter", device))
     return make(title=name, recipe={"name": name}, before=before, after=tuple(after))
 
 
@@ -134,6 +135,27 @@ def test_energy_is_shown_where_it_was_measured() -> None:
     assert [front.name for front in only.fronts] == ["energy"]
     with pytest.raises(CompressLabError, match="--by speed: there are bytes, latency, energy"):
         compare.comparison([run("a", 26.0, 20.0)], by="speed")
+
+
+def test_energy_as_it_is_measured_is_found_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of the real loop differ in what they came to, and are comparable all the same."""
+    monkeypatch.setattr(energy, "rapl", lambda: None)
+    made = []
+    for i, name in enumerate(("decode", "decode", "forward")):
+        item = "token" if name == "decode" else "input"
+        settings = energy.Settings(seconds=0.01 * (i + 1), grid=400)
+        found = energy.of(
+            lambda: sum(range(20_000)) and 7, name=name, item=item, settings=settings, conditions="batch 1"
+        )
+        made.append(make(title=str(i), before=measured(BEFORE), after=(*measured(AFTER), *found)))
+    found = compare.comparison(made[:2])
+    (front,) = (front for front in found.fronts if front.name == "energy")
+    assert len(front.points) == 2 and {p.group for p in front.points} == {0}
+    assert not [caveat for caveat in found.caveats if "Energy" in caveat]
+    assert all(row[7].endswith(" J") for row in found.rows[1:])
+    assert [front.name for front in compare.comparison(made[2:]).fronts][-1] == "energy"
+    caveats = compare.comparison(made).caveats  # a token is no forward
+    assert [caveat for caveat in caveats if "Energy was measured under different conditions" in caveat]
 
 
 def test_another_quality_can_be_asked_for() -> None:

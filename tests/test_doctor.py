@@ -18,7 +18,7 @@ from rich.console import Console
 
 from compresslab import doctor
 from compresslab.errors import CompressLabError
-from compresslab.measure import gpu, hardware
+from compresslab.measure import energy, gpu, hardware
 from compresslab.report.schema import Measurement
 from tiny import run_cli
 
@@ -164,6 +164,17 @@ def test_no_product_is_faster_than_the_ceiling() -> None:
     assert all(m.n >= 3 and m.spread is not None and m.spread >= 0 for m in found.values())
 
 
+def test_measuring_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own, on which a copy takes half a second, as on a machine that is overrun."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: 0.5 * next(clock))
+    calls: list[int] = []
+    monkeypatch.setattr(torch, "add", lambda *_, **__: calls.append(1))
+    found = hardware._streams(cpu(HASWELL, usable=2, physical=2), 0.8)
+    assert {m.n for m in found} == {3}
+    assert len(calls) == 2 * 4  # two numbers of threads: one call to warm up and three that count
+
+
 def test_a_dtype_without_a_kernel_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: object) -> torch.Tensor:
         raise RuntimeError('"_int_mm" not implemented')
@@ -207,6 +218,12 @@ class Nvml(types.ModuleType):
         pass
 
     class NVMLError_NotSupported(NVMLError):
+        pass
+
+    class NVMLError_NoPermission(NVMLError):
+        pass
+
+    class NVMLError_FunctionNotFound(NVMLError):
         pass
 
     def __init__(self, *, power: bool = True) -> None:
@@ -278,6 +295,84 @@ def test_mean_and_peak_of_what_a_gpu_did(power: bool) -> None:
         assert (found["power_peak"].value, found["power_peak"].unit) == (300 + count, "W")
     facts = monitor.facts()["gpu while it ran"]
     assert facts["temperature_peak (degrees C)"] == 50.0
+
+
+class Driver:
+    """libnvidia-ml.so.1 at the C boundary: functions that write through the pointers they are given."""
+
+    def __init__(self, **refused: int) -> None:
+        self.refused = refused
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("nvml"):
+            raise AttributeError(name)
+        return lambda *given: self.refused.get(name, 0) or self.answer(name, given)
+
+    def answer(self, name: str, given: tuple[Any, ...]) -> int:
+        numbers = {
+            "nvmlDeviceGetCount_v2": (1,), "nvmlDeviceGetCudaComputeCapability": (9, 0), "nvmlDeviceGetPowerUsage": (350_000,),
+            "nvmlDeviceGetTemperature": (61,), "nvmlDeviceGetTotalEnergyConsumption": (7_500,),
+        }  # fmt: skip
+        texts = {"Name": b"NVIDIA H100", "UUID": b"GPU-1234", "DriverVersion": b"570.1"}
+        if name in numbers:
+            for pointer, value in zip(given[-len(numbers[name]) :], numbers[name], strict=True):
+                pointer._obj.value = value
+        elif (kind := next((kind for kind in texts if name.endswith("Get" + kind)), None)) is not None:
+            next(one for one in given if hasattr(one, "raw")).value = texts[kind]
+        elif name.endswith("MemoryInfo"):
+            held = given[1]._obj
+            held.total, held.free, held.used = 80 << 30, 70 << 30, 10 << 30
+        elif name.endswith("UtilizationRates"):
+            given[1]._obj.gpu = 42
+        elif not name.startswith(("nvmlInit", "nvmlDeviceGetHandleBy")):
+            raise AssertionError(f"{name} is not asked for")
+        return 0
+
+
+@pytest.fixture
+def real_nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The real nvidia-ml-py over a Driver; call it with functions to refuse and the NVML error code of each."""
+    library = pytest.importorskip("pynvml")
+
+    def over(**refused: int) -> Any:
+        monkeypatch.setattr(library, "nvmlLib", Driver(**refused))
+        monkeypatch.setattr(library, "_nvmlGetFunctionPointer_cache", {})
+        return gpu.nvml()
+
+    return over
+
+
+def test_the_real_wrapper_of_nvml_is_asked_rightly(real_nvml: Any) -> None:
+    library = real_nvml()
+    (card,) = gpu.gpus(library)
+    assert card == gpu.Gpu(index=0, name="NVIDIA H100", uuid="GPU-1234", memory_bytes=80 << 30, free_bytes=70 << 30,
+                           driver="570.1", compute_capability="9.0")  # fmt: skip
+    sample = gpu.GpuSource(library, card).sample()
+    assert sample == {"utilization": 42, "memory_bytes": 10 << 30, "power": 350, "temperature": 61}
+    handle = library.nvmlDeviceGetHandleByUUID("GPU-1234")
+    assert energy.Nvml(library, handle).joules() == 7.5
+
+
+def test_what_a_card_does_not_tell_is_left_out_and_a_lost_card_is_a_fault(real_nvml: Any) -> None:
+    untold, refused, lost = 3, 4, 15  # NVML_ERROR_NOT_SUPPORTED, _NO_PERMISSION, _GPU_IS_LOST
+    library = real_nvml(nvmlDeviceGetMemoryInfo=untold, nvmlDeviceGetUtilizationRates=refused)
+    (card,) = gpu.gpus(library)
+    assert card.memory_bytes is None and card.free_bytes is None
+    assert gpu.GpuSource(library, card).sample() == {"power": 350, "temperature": 61}
+    with pytest.raises(gpu.NoNvml, match="GPU is lost"):
+        gpu.gpus(real_nvml(nvmlDeviceGetName=lost))
+    library = real_nvml(nvmlDeviceGetPowerUsage=lost)
+    with pytest.raises(library.NVMLError):
+        gpu.GpuSource(library, card).sample()
+
+
+def test_the_doctor_shows_a_card_whose_memory_is_not_told(monkeypatch: pytest.MonkeyPatch, real_nvml: Any) -> None:
+    library = real_nvml(nvmlDeviceGetMemoryInfo=3)
+    monkeypatch.setattr(hardware, "ceilings", lambda cpu: [])
+    monkeypatch.setattr(gpu, "nvml", lambda: library)
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(doctor.to_terminal(doctor.diagnose()))
+    assert "NVIDIA H100, memory not told" in console.export_text()
 
 
 def test_a_monitor_that_fails_says_so_and_harms_nothing() -> None:

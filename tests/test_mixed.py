@@ -492,9 +492,9 @@ def test_the_command_line(
             and err.count("\n") == 1
         )
         code, said, _ = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "6bits", "--dry-run")
-        assert code == 0 and "6bits, left out here" in " ".join(said.split())
+        assert code == 0 and "6bits; what it makes of" in " ".join(said.split())
         code, said, _ = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "6bits", "--dry-run", "--json")
-        assert code == 0 and json.loads(said)["budget"].startswith("6bits, left out here")
+        assert code == 0 and json.loads(said)["budget"].startswith("6bits; what it makes of")
         assert not out.exists()
         code, said, _ = tiny.run_cli(monkeypatch, capsys, *command, "--budget", "6bits", "--json")
     assert code == 0

@@ -107,6 +107,23 @@ def test_what_is_skipped_says_why(saved: dict[str, Path], kind: str, skipped: di
     assert make_plan(models.find(saved[kind]), OUTSIDE).skipped == skipped
 
 
+def test_matrices_of_other_layers_are_told_of(saved: dict[str, Path], tmp_path: Path) -> None:
+    embedding = {"model.embed_tokens": "Embedding is no linear layer"}
+    assert make_plan(models.find(saved["llama"]), OUTSIDE).others == embedding
+    config = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=32,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    plan = make_plan(models.find(tmp_path), OUTSIDE)
+    assert plan.others == embedding | {
+        "model.layers.0.mlp.gate": "MixtralTopKRouter is no linear layer",
+        "model.layers.0.mlp.experts.gate_up_proj": "MixtralExperts is no linear layer",
+        "model.layers.0.mlp.experts.down_proj": "MixtralExperts is no linear layer",
+    }
+    assert plan.in_float == plan.others | {"lm_head": "outside the repeated blocks"}
+
+
 def test_without_outside_blocks_the_head_is_compressed_unless_it_is_tied(saved: dict[str, Path]) -> None:
     assert "lm_head" in make_plan(models.find(saved["llama"]), []).layers
     plan = make_plan(models.find(saved["llama-tied"]), [])

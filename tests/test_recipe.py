@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import tiny
 from compresslab import methods, recipe, zoo
-from compresslab.contract import ActivationQuantizer, Rounding
+from compresslab.contract import ActivationQuantizer, Pruner, Rounding
 from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
 
@@ -27,6 +27,9 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     found = recipe.read(name)
     assert found.name == name
     assert found.summary.endswith(".")
+    if found.rounding is None:
+        assert isinstance(found.shaping.build(), Pruner)
+        return
     solver = found.rounding.build()
     assert isinstance(solver, Rounding)
     if solver.grid().format == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
@@ -188,10 +191,12 @@ def test_layers_that_are_wrong(layers: object, pattern: str) -> None:
 
 
 def test_layers_belong_to_the_step_that_rounds() -> None:
-    others = [name for name, cls in methods.METHODS.items() if not isinstance(cls(), Rounding | ActivationQuantizer)]
+    others = [
+        name for name, cls in methods.METHODS.items() if not isinstance(cls(), Rounding | ActivationQuantizer | Pruner)
+    ]
     for name in others:
         with pytest.raises(
-            CompressLabError, match=f"method {name} has no 'layers': they belong to the step that rounds"
+            CompressLabError, match=f"method {name} has no 'layers': they belong to the step that prunes or rounds"
         ):
             recipe.parse({"name": "a", "version": 1, "steps": [{"method": name, "layers": {}}]}, "here")
     if others:

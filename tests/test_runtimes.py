@@ -66,7 +66,7 @@ def test_every_runtime_returns_what_torch_returns(folders: dict[str, Path], name
 
 def test_each_finds_its_own_kind_of_file(tmp_path: Path) -> None:
     kinds = {"onnx": ["model.onnx"], "onnx-genai": ["model.onnx", "genai_config.json"], "openvino": ["m.xml", "m.bin"],
-             "llama.cpp": ["model.gguf"], "torch": ["config.json", "model.safetensors"]}  # fmt: skip
+             "llama.cpp": ["model.gguf"], "executorch": ["model.pte"], "torch": ["config.json", "model.safetensors"]}  # fmt: skip
     for kind, files in kinds.items():
         (tmp_path / kind).mkdir()
         for file in files:

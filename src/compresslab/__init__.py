@@ -10,7 +10,12 @@ The names below are the public ones; each is imported when it is first used, so 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
+
+# Where torchao is installed (ExecuTorch brings it), transformers imports it, and it tells of kernels for other machines.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in str(record.msg))
 
 _HOME = {
     "compress": "compresslab.pipeline",

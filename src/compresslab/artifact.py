@@ -38,7 +38,6 @@ from compresslab.contract import LayerRecord
 from compresslab.errors import CompressLabError
 from compresslab.measure.size import read_header
 from compresslab.models import Source
-from compresslab.numerics.grid import QuantWeight
 from compresslab.plan import Unit
 from compresslab.report.schema import Report, read_report
 from compresslab.solving import BlockState, Solved
@@ -103,6 +102,15 @@ class Artifact:
             if file_sha256(path) != known["sha256"]:
                 raise CompressLabError(f"{path} is not what was written (sha256 differs): fetch the artifact again")
 
+    def rewrite(self, texts: dict[str, str]) -> None:
+        """Put other texts in the place of files that say something about the model, and their hashes into the manifest."""
+        manifest = self.manifest()
+        for name, text in texts.items():
+            atomic_write(self.folder / name, text.encode())
+            path = self.folder / name
+            manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        atomic_write(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
 
 def _names_the_disk(method: Callable[..., Result]) -> Callable[..., Result]:
     """A method whose OSErrors (a full disk, mostly) are told as one line; what is finished stays, to go on from."""
@@ -129,7 +137,12 @@ class Writer:
     """
 
     def __init__(
-        self, out: Path, key: dict[str, Any], *, as_opened: Callable[[QuantWeight, bool], Tensor], force: bool = False
+        self,
+        out: Path,
+        key: dict[str, Any],
+        *,
+        as_opened: Callable[[Any, bool], Tensor],
+        force: bool = False,
     ) -> None:
         self.out = out = out.resolve()
         self.partial = out.parent / f"{out.name}.partial"
@@ -283,7 +296,7 @@ class Writer:
         folder.mkdir()
         files = [self.partial / entry["file"] for entry in self._progress["units"].values()]
         _merge(files, folder)
-        config = source.config.to_dict() | {"quantization_config": quantization_config}
+        config = source.config.to_dict() | ({"quantization_config": quantization_config} if quantization_config else {})
         config = {k: v for k, v in config.items() if k not in ("_name_or_path", "_attn_implementation")}
         (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
         if source.folder is not None:

@@ -16,7 +16,7 @@ Gram matrix of the layer's input, H = X^T X. The driver in layerwise.py gathers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -50,7 +50,35 @@ class Solution:
         note: anything out of the ordinary that the report must tell (a raised damping, a dead channel), else "".
     """
 
-    weight: QuantWeight
+    weight: QuantWeight | FloatWeight
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FloatWeight:
+    """A weight that stays plain numbers: what a recipe that prunes leaves where it does not round.
+
+    Attributes:
+        values: [out, in], in the dtype that is stored.
+    """
+
+    values: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 [out, in]."""
+        return self.values.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What a pruner made of one layer.
+
+    Attributes:
+        weight: float32 [out, in]; zeros are what was pruned, and stay zeros whatever rounds the weight afterwards.
+        note: as of a Solution.
+    """
+
+    weight: Tensor
     note: str = ""
 
 
@@ -74,7 +102,11 @@ class Rounding(Method, Protocol):
 
 @runtime_checkable
 class Solver(Rounding, Protocol):
-    """A method that works on one linear layer at a time."""
+    """A method that works on one linear layer at a time.
+
+    A weight that was pruned comes with zeros, which the driver puts back after the solve. A solver that has `knows_zeros = True`
+    takes a keyword `kept`, bool [out, in] or None, and makes the other weights make up for what these zeros cost.
+    """
 
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
@@ -88,6 +120,74 @@ class Solver(Rounding, Protocol):
             scale_dtype: the dtype in which scales are stored.
             groups_along: "out" if the layer keeps its weight as [in, out] (Conv1D), so that the neighbours on disk which
                 share a scale are output channels.
+
+        Raises:
+            ValueError: if the layer cannot be handled; the driver adds the layer's name.
+        """
+        ...
+
+
+class Layers(Protocol):
+    """What is known of the layers to be pruned before the first of them is.
+
+    Attributes:
+        blocks: layer -> the block that it belongs to ("" for none), in network order.
+    """
+
+    @property
+    def blocks(self) -> Mapping[str, str]: ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, float32 [out, in], one at a time and in order."""
+        ...
+
+    def norms(self) -> Mapping[str, Tensor]:
+        """|X_j| of the uncompressed network, float32 [groups, in], by layer: from a pass over the calibration batches."""
+        ...
+
+
+@runtime_checkable
+class SparsityAllocation(Method, Protocol):
+    """A method that says how sparse each layer shall be; a pruner beside it, or it itself, does the pruning.
+
+    Attributes:
+        allocates: False where its settings leave every layer with the same sparsity.
+    """
+
+    @property
+    def allocates(self) -> bool: ...
+
+    def sparsities(self, layers: Layers, sparsity: float) -> dict[str, float]:
+        """The sparsity of every layer, so that of all their weights together `sparsity` become zero.
+
+        Raises:
+            ValueError: if there is no such choice.
+        """
+        ...
+
+
+@runtime_checkable
+class Pruner(Method, Protocol):
+    """A method that sets weights to zero, one linear layer at a time; what rounds them, if anything, comes afterwards.
+
+    Attributes:
+        sparsity: share of zeros.
+        pattern: "2:4" and the like, or None where zeros may be anywhere.
+    """
+
+    sparsity: float
+    pattern: str | None
+
+    def check(self, rows: int, columns: int) -> None:
+        """ValueError if a weight [out, in] of this shape cannot be pruned so."""
+        ...
+
+    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
+        """Prune one weight.
+
+        Args:
+            weight: float32 [out, in]; must not be changed.
+            gram: as in Solver.solve.
 
         Raises:
             ValueError: if the layer cannot be handled; the driver adds the layer's name.
@@ -304,6 +404,15 @@ class Refiner(Method, Protocol):
 
 
 @runtime_checkable
+class Rerunning(Protocol):
+    """A method that runs parts of the network again, beyond the passes that gather its inputs."""
+
+    def reruns(self, batches: int) -> float:
+        """How many forwards of all calibration batches that comes to; a backward counts as two. The preflight adds them."""
+        ...
+
+
+@runtime_checkable
 class Tuner(Method, Protocol):
     """A method that trains what is no code in a solved network, towards what the uncompressed one says at its end.
 
@@ -351,6 +460,8 @@ class LayerRecord:
         nonzero_frac: share of weights that are not exactly zero.
         seconds: time of the solve, without the forward and the Gram matrix.
         activation_bits: width of the codes that the runtime rounds the layer's input to; None if that stays in float.
+        sparsity: share of weights that a pruner set to zero; None where none was at work.
+        pattern: of these zeros, such as "2:4"; None where they may be anywhere.
     """
 
     name: str
@@ -365,6 +476,8 @@ class LayerRecord:
     seconds: float
     note: str = ""
     activation_bits: int | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
 
 
 Batches = Sequence[dict[str, Tensor]]

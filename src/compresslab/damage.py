@@ -47,7 +47,7 @@ def damage_of(sensitivity: str | None, calibration: Pass, recipe_name: str) -> t
     Raises:
         CompressLabError: unknown, or one that needs calibration text or a language model where there is none.
     """
-    name = sensitivity or best_sensitivity(calibration)
+    name = sensitivity or best_sensitivity(calibration.source, calibration.batches is not None)
     if name not in SENSITIVITIES:
         raise unknown("sensitivity", name, SENSITIVITIES)
     if name != "gram" and calibration.batches is None:
@@ -63,10 +63,9 @@ def damage_of(sensitivity: str | None, calibration: Pass, recipe_name: str) -> t
     return name, SENSITIVITIES[name](calibration)
 
 
-def best_sensitivity(calibration: Pass) -> str:
+def best_sensitivity(source: Source, has_text: bool) -> str:
     """fisher for a language model with calibration text, gram for all else."""
-    has_loss = calibration.batches is not None and models.is_language_model(calibration.source.skeleton())
-    return "fisher" if has_loss else "gram"
+    return "fisher" if has_text and models.is_language_model(source.skeleton()) else "gram"
 
 
 class OutputNoise:
@@ -234,6 +233,22 @@ SENSITIVITIES: dict[str, Callable[[Pass], Damage]] = {
     "kl": Divergence,
     "leave-one-out": LeaveOneOut,
 }
+
+
+def tokens_read(sensitivity: str, layers: int, widths: int) -> int:
+    """How many tokens pass through the whole model, a backward counted as two passes and a second derivative as six.
+
+    Args:
+        widths: how many choices there are for each layer, halves among them.
+    """
+    batch = KL_WINDOWS * KL_TOKENS
+    return {
+        "gram": 0,
+        "fisher": 3 * FISHER_WINDOWS * FISHER_TOKENS,
+        "hessian": 9 * PROBES * KL_TOKENS,
+        "kl": batch * (layers + 1),
+        "leave-one-out": batch * (layers * widths + 1),
+    }[sensitivity]
 
 
 def first_windows(calibration: Pass, windows: int, tokens: int) -> dict[str, Tensor]:

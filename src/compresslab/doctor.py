@@ -114,7 +114,7 @@ class Diagnosis(Frozen):
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine and measure it; under ten seconds."""
+    """Look at the machine and measure it; about five seconds, under ten where others compute."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     cpu, memory = hardware.cpu(), hardware.memory()
     try:
@@ -263,7 +263,9 @@ def to_terminal(found: Diagnosis) -> RenderableType:
         "disk": f"{human(found.disk_free_bytes, 'bytes')} free for {plain(found.disk_folder)}",
     }
     for card in found.gpus:
-        free = f"{human(card.free_bytes, 'bytes')} of {human(card.memory_bytes, 'bytes')} free"
+        free = "memory not told"
+        if card.free_bytes is not None and card.memory_bytes is not None:
+            free = f"{human(card.free_bytes, 'bytes')} of {human(card.memory_bytes, 'bytes')} free"
         facts[f"GPU {card.index}"] = (
             f"{plain(card.name)}, {free}, driver {card.driver}, compute {card.compute_capability}"
         )

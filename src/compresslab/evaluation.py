@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -14,25 +16,33 @@ from safetensors.torch import save_file
 
 from compresslab import data as datasets
 from compresslab import models
+from compresslab.artifact import Artifact
 from compresslab.deploy import torch_packed
 from compresslab.errors import CompressLabError
-from compresslab.measure import fresh, harness, size, speed
+from compresslab.measure import fresh, generation, harness, size, speed, writing
+from compresslab.measure.cost import PROMPT
 from compresslab.measure.energy import Settings, grid_intensity
-from compresslab.report.schema import Frozen, Measurement
+from compresslab.questions import PASSAGES, window_length
+from compresslab.report import render
+from compresslab.report.schema import Frozen, Measurement, Report, read_report
+from compresslab.training import collate
 
 
 def evaluate(
     model: str | Path, data: str = "wiki", *, windows: int = 24, length: int = 512, device: str = "auto",
     against: str | Path | None = None, sweep: fresh.Sweep | None = None, energy: Settings | None = None,
-    tasks: Sequence[str] = (), task_limit: int | None = None,
+    tasks: Sequence[str] = (), task_limit: int | None = None, new_tokens: int = 64, into_report: bool = False,
 ) -> list[Measurement]:  # fmt: skip
     """Size, speed, peak memory and quality of a model or an artifact, opened in a fresh process.
 
     Args:
+        data: text, labelled texts or pictures (data/__init__.py), or questions with known answers (data/questions.py).
         against: the uncompressed model; agreement with it and paired differences to it come along.
         sweep: batches and lengths at which latency is to be measured, if at all.
         energy: how to count joules and carbon, if at all.
         tasks: of lm-evaluation-harness, names or YAML files; `task_limit` documents of each.
+        new_tokens: how long an answer may be, where text is written.
+        into_report: whether the report of the artifact takes in what is found.
 
     Raises:
         CompressLabError: if there is no such model, too little text, no picture for a model that reads those, or an extra
@@ -45,18 +55,40 @@ def evaluate(
     if energy is not None:
         grid_intensity(energy)
     folders = [models.locate(name) for name in (model, against) if name is not None]
+    report = read_report(folders[0]) if into_report else None
     with tempfile.TemporaryDirectory() as scratch:
         job = fresh.Job(
-            folder=folders[0], source=f"{data}, test split", device=str(pick_device(device)),
+            folder=folders[0], device=str(pick_device(device)),
             threads=torch.get_num_threads(), packed=_is_artifact(folders[0]), sweep=sweep, energy=energy,
             tasks=tuple(tasks), task_limit=task_limit,
-            **_questions(folders[0], str(model), data, windows, length, Path(scratch)),
+            **_questions(folders[0], str(model), data, windows, length, new_tokens, Path(scratch)),
         )  # fmt: skip
+        before: tuple[Measurement, ...] = ()
         if against is not None:
             job = job.model_copy(update={"reference": Path(scratch) / "reference"})
             plain = {"folder": folders[1], "speed": False, "packed": False, "sweep": None, "energy": None}
-            fresh.measure(job.model_copy(update=plain))
-        return [*size.measure(folders[0]), *fresh.measure(job).measurements]
+            before = fresh.measure(job.model_copy(update=plain)).measurements
+        found = [*size.measure(folders[0]), *fresh.measure(job).measurements]
+    if report is not None:
+        told = {m.name for m in found}
+        _write_report(report, folders[0], found, [m for m in before if m.name in told and m.low is not None])
+    return found
+
+
+def _write_report(report: Report, folder: Path, after: Sequence[Measurement], before: Sequence[Measurement]) -> None:
+    """Add to a report what it lacks. What it has for both sides is replaced on both or not at all, so that they stay a pair."""
+    pairs = {m.name for m in before}
+    fixed = {m.name for m in report.before} - pairs
+    sides = {
+        "before": (report.before, {m.name: m for m in before}),
+        "after": (report.after, {m.name: m for m in after if m.name not in fixed}),
+    }
+    merged = {
+        side: (*(new.get(m.name, m) for m in old), *(m for name, m in new.items() if name not in {o.name for o in old}))
+        for side, (old, new) in sides.items()
+    }
+    changed = report.model_copy(update=merged)
+    Artifact(folder).rewrite({"report.json": changed.to_json(), "report.html": render.to_html(changed)})
 
 
 def parse_sweep(text: str) -> fresh.Sweep:
@@ -70,19 +102,69 @@ def parse_sweep(text: str) -> fresh.Sweep:
     return fresh.Sweep(batches=tuple(batches), lengths=tuple(lengths))
 
 
-def _questions(folder: Path, name: str, data: str, windows: int, length: int, scratch: Path) -> dict[str, Any]:
+def _questions(
+    folder: Path, name: str, data: str, windows: int, length: int, new_tokens: int, scratch: Path
+) -> dict[str, Any]:
     """What the model is asked, as fields of a fresh.Job; what is wrong with the data is told here, not over there."""
-    from compresslab.questions import PASSAGES
-
+    said = {"source": f"{data}, test split"}
     if models.reads_images(folder):
         datasets.pictures(data, "test")
-        return {"images": data}
+        return said | {"images": data}
     tokenizer = models.load_tokenizer(folder, name)
+    asked = datasets.questions(data)
+    if isinstance(asked, datasets.Written):
+        return _written(folder, name, data, tokenizer, asked, new_tokens, scratch)
+    if isinstance(asked, datasets.Rated):
+        return _rated(folder, name, data, tokenizer, asked, scratch)
+    config = models.read_config(folder)
+    if models.sorts_texts(config):
+        return _labelled(folder, name, data, tokenizer, scratch)
     texts = {"input_ids": datasets.windows(data, tokenizer, length=length, count=windows)}
-    if models.is_encoder(models.read_config(folder)):
+    if models.is_encoder(config):
         texts |= datasets.encoder_texts(data, tokenizer, count=PASSAGES * windows, longest=length)
     save_file(texts, scratch / "windows.safetensors")
-    return {"windows": scratch / "windows.safetensors"}
+    return said | {"windows": scratch / "windows.safetensors"}
+
+
+def _written(
+    folder: Path, name: str, data: str, tokenizer: Any, asked: datasets.Written, new_tokens: int, scratch: Path
+) -> dict[str, Any]:
+    config = models.read_config(folder)
+    if not models.writes(config):
+        raise CompressLabError(
+            f"{data} asks for text after prompts, which '{name}' cannot write: name a causal or seq2seq language model"
+        )
+    generation.check_installed()
+    rows = tokenizer(asked.prompts)["input_ids"]
+    writing.check(config, rows, new_tokens)
+    (scratch / "written.json").write_text(json.dumps(dataclasses.asdict(asked) | {"new_tokens": new_tokens}), "utf-8")
+    fields: dict[str, Any] = {"written": scratch / "written.json", "source": f"{Path(data).name}, all rows"}
+    if not getattr(config, "is_encoder_decoder", False):
+        timed = torch.tensor([[token for row in rows for token in row][:PROMPT]])
+        save_file({"timed": timed}, scratch / "windows.safetensors")
+        fields["windows"] = scratch / "windows.safetensors"
+    return fields
+
+
+def _rated(folder: Path, name: str, data: str, tokenizer: Any, asked: datasets.Rated, scratch: Path) -> dict[str, Any]:
+    config = models.read_config(folder)
+    if not models.is_encoder(config):
+        raise CompressLabError(f"{data} rates how alike texts are, and '{name}' embeds none: name an encoder")
+    longest = min(512, int(getattr(config, "max_position_embeddings", 512) or 512))
+    sides = {side: datasets.padded(tokenizer, getattr(asked, side), longest) for side in ("first", "second")}
+    texts = {f"pairs.{side}.{key}": tensor for side, found in sides.items() for key, tensor in found.items()}
+    row = sides["first"]["input_ids"][sides["first"]["attention_mask"].bool()][:PROMPT]
+    texts |= {"pairs.scores": torch.tensor(asked.scores, dtype=torch.float64), "input_ids": row[None, :longest].clone()}
+    save_file(texts, scratch / "windows.safetensors")
+    return {"windows": scratch / "windows.safetensors", "pairs": asked.name, "source": f"{Path(data).name}, all pairs"}
+
+
+def _labelled(folder: Path, name: str, data: str, tokenizer: Any, scratch: Path) -> dict[str, Any]:
+    source = models.find(folder)
+    classes, longest = models.classes_of_texts(source), window_length(source)
+    examples, said = datasets.labelled_test(data, tokenizer, longest=longest, classes=classes)
+    save_file(collate(examples), scratch / "examples.safetensors")
+    return {"examples": scratch / "examples.safetensors", "source": said}
 
 
 class Pair(Frozen):

@@ -194,13 +194,17 @@ class Forward(ABC):
             elif stop.layer in self.grams:  # not if only references came here, by another way through the experts
                 gram = self.grams.pop(stop.layer)
                 for walk in here:
-                    _compare(gram, walk, self.layers[stop.layer][1])
+                    twin = walk.reference
+                    if twin is not None and twin.waits_at == stop and twin.waits_with is not None:
+                        _compare(gram, walk, twin.waits_with, self.layers[stop.layer][1])
                 if self.with_references:  # twice the walks leave twice the gaps; without them it would only cost time
                     give_memory_back()
                 self._solve(stop.layer, gram)
             if all(self._is_through(unit) for unit in self.units.values()):
                 return
             for walk in here:
+                if self.with_references and walk.is_reference and walk.index == 0:
+                    give_memory_back()  # what the compressed network's walks have left behind
                 walk.waits_at = walk.coroutine.switch()
 
     def _is_through(self, unit: Unit) -> bool:
@@ -295,9 +299,19 @@ class Forward(ABC):
             self._before_layer(stop, walk, module, x)
         elif not walk.stopped_with(x, way_of_reading(module)):
             walk.remember(x, way_of_reading(module))
-            self._wait(stop, walk, x)
+            if not self._passes(stop, walk, module, x):
+                self._wait(stop, walk, x)
         if stop.layer in self.originals:
             module._parameters["weight"] = self.originals[stop.layer] if walk.is_reference else self.rounded[stop.layer]
+
+    def _passes(self, stop: Stop, reference: Walk, module: nn.Module, x: Tensor) -> bool:
+        """Whether a reference was compared at once and need not wait: at a unit's last layer, which mostly reads the widest
+        tensor, so that all references would hold one."""
+        compressed = self.walks[reference.index]
+        if stop.layer != self.units[stop.unit].layers[-1] or compressed.waits_at != stop:
+            return False
+        _compare(self.grams[stop.layer], compressed, x, module)
+        return True
 
     def _before_layer(self, stop: Stop, walk: Walk, module: nn.Module, x: Tensor) -> None:
         """Add this walk's tokens to the layer's Gram matrix and wait; or solve at once from a neighbour's."""
@@ -513,13 +527,11 @@ def _with_first(output: Any, hidden: Tensor) -> Any:
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
-def _compare(gram: Statistic, walk: Walk, module: nn.Module) -> None:
-    """Tell the Gram matrix how far this walk's input has drifted from its reference's, if both are here."""
-    twin = walk.reference
-    if twin is None or twin.waits_with is None or walk.waits_with is None or twin.waits_at != walk.waits_at:
-        return
+def _compare(gram: Statistic, walk: Walk, reference: Tensor, module: nn.Module) -> None:
+    """Tell the Gram matrix how far the input that a walk waits with has drifted from its reference's."""
+    assert walk.waits_with is not None
     mask = walk.batch.get("attention_mask")
-    there, here = real_tokens(twin.waits_with, mask), real_tokens(walk.waits_with, mask)
+    there, here = real_tokens(reference, mask), real_tokens(walk.waits_with, mask)
     if there.shape == here.shape:  # experts may have got other tokens
         gram.add_drift_(input_rows(module, there), input_rows(module, here))
 

@@ -68,13 +68,15 @@ class Material:
         methods: LayerMethods,
         recipe: Recipe,
         device: torch.device,
+        stages: Stages,
         surveys: int,
     ) -> preflight.Estimate:
         """What a run on it takes."""
         trains_codes = any(isinstance(solver, aware.Untrained) for solver in methods.solvers.values())
         text = self.calibration if surveys or not trains_codes else None  # such a training takes no Gram matrix
         tokens = (text.samples, text.sequence_length) if text else (0, None)
-        needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys)
+        reruns = stages.reruns(len(text.batches)) if text else 0.0
+        needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys, reruns)
         if recipe.training is None:
             return needs
         examples = self.examples
@@ -95,6 +97,11 @@ def _labelled(source: models.Source, stages: Stages, data: Any, seed: int) -> da
     return datasets.labelled_texts(data, source.tokenizer(), longest=window_length(source), classes=classes)
 
 
+def batch_size(sequence_length: int | None) -> int:
+    """Of the calibration batches: windows of text, or pictures where there is no length."""
+    return BATCH_PICTURES if sequence_length is None else max(1, BATCH_TOKENS // sequence_length)
+
+
 def _calibration(
     source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int
 ) -> datasets.Calibration | None:
@@ -111,13 +118,13 @@ def _calibration(
         )
     if source.reads_images:
         return datasets.image_calibration(
-            data, source.image_processor(), samples=recipe.calibration.samples, seed=seed, batch_size=BATCH_PICTURES
+            data, source.image_processor(), samples=recipe.calibration.samples, seed=seed, batch_size=batch_size(None)
         )
     length = recipe.calibration.sequence_length
     gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
     found = gather(
         data, source.tokenizer(), samples=recipe.calibration.samples, sequence_length=length, seed=seed,
-        batch_size=max(1, BATCH_TOKENS // length),
+        batch_size=batch_size(length),
     )  # fmt: skip
     for batch in found.batches:
         check_tokens(source, batch["input_ids"])

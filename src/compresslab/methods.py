@@ -13,6 +13,10 @@ from compresslab.activations.dynamic import Dynamic
 from compresslab.activations.static import Static
 from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
 from compresslab.errors import CompressLabError, unknown
+from compresslab.prune.magnitude import Magnitude
+from compresslab.prune.owl import OWL
+from compresslab.prune.sparsegpt import SparseGPT
+from compresslab.prune.wanda import Wanda
 from compresslab.quantize.autoround import AutoRound
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.batchnorm_folding import BatchNormFolding
@@ -53,6 +57,10 @@ METHODS: dict[str, type] = {
     "lsq": LSQ,
     "pact": PACT,
     "dorefa": DoReFa,
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "owl": OWL,
 }
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from compresslab.contract import ActivationQuantizer, Along, Smoother, Solver
 from compresslab.damage import Damage, damage_of
 from compresslab.deploy.layouts import Layout, layout_for
 from compresslab.errors import CompressLabError
+from compresslab.masks import as_codes
 from compresslab.models import is_transposed
 from compresslab.recipe import FLOAT, HALVES, UNROUNDED, Recipe, Step, differing_settings
 from compresslab.report.schema import Search
@@ -37,6 +39,36 @@ from compresslab.solving import Pass, Statistic, read_weight, solve_parts
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 AS_IT_IS = "as the recipe says"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surveyed:
+    """What every planned layer may become.
+
+    Attributes:
+        options: of every layer; their costs are those of the books, their damage that of the sensitivity.
+        sensitivity: the row of damage.SENSITIVITIES that was taken.
+    """
+
+    options: dict[str, list[Option]]
+    books: Books
+    sensitivity: str
+
+
+def survey_of(
+    calibration: Pass, recipe: Recipe, solvers: Mapping[str, Solver], budget: Budget, *, sensitivity: str | None = None,
+    smoothers: Sequence[Smoother] = (), activations: Mapping[str, ActivationQuantizer] | None = None,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> Surveyed:  # fmt: skip
+    """Every choice for every layer, in the unit of a budget. Arguments and errors as of `share_out`."""
+    step = recipe.shaping
+    widths = _solvers_by_width(step)
+    if smoothers:
+        calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers, activations))
+    layout, books = _layout(solvers, widths, calibration, step, activations), books_of(budget, calibration)
+    name, damage = damage_of(sensitivity, calibration, recipe.name)
+    options = Survey(calibration, step, widths, layout, damage, books).options(on_layer)
+    return Surveyed(options=options, books=books, sensitivity=name)
 
 
 def share_out(
@@ -59,41 +91,42 @@ def share_out(
         CompressLabError: a method without a choice of bits, a format that cannot mix them, or a budget that is too small
             for any choice or so large that there is none.
     """
-    step = recipe.rounding
-    widths = _solvers_by_width(step)
-    if smoothers:
-        calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers, activations))
-    layout, books = _layout(solvers, widths, calibration, step, activations), books_of(budget, calibration)
-    name, damage = damage_of(sensitivity, calibration, recipe.name)
-    survey = Survey(calibration, step, widths, layout, damage, books)
-    options = survey.options(on_layer)
-    least = math.fsum(min(option.cost for option in mine) for mine in options.values())
+    found = survey_of(
+        calibration, recipe, solvers, budget, sensitivity=sensitivity, smoothers=smoothers, activations=activations,
+        on_layer=on_layer,
+    )  # fmt: skip
+    books = found.books
+    least = math.fsum(min(option.cost for option in mine) for mine in found.options.values())
     if least > books.left(budget):
         raise CompressLabError(
             f"a budget of {budget} cannot be met: the least possible is {_rounded_up(books.amount(least))}{budget.unit}"
         )
-    chosen = allocate(options, books.left(budget))
+    chosen = allocate(found.options, books.left(budget))
     if all(option.name in UNROUNDED for option in chosen.chosen.values()):
         raise CompressLabError(
             f"a budget of {budget} leaves no layer to round: the model takes {_rounded_up(books.amount(chosen.cost))}"
             f"{budget.unit} without codes (compresslab export --to safetensors-bf16 writes one of 16 bits)"
         )
+    return filled(recipe, chosen), _describe(found, chosen, budget)
+
+
+def filled(recipe: Recipe, chosen: Allocation) -> Recipe:
+    """A recipe with an allocation as its `layers`; those that it settles itself, and those of its own width, say nothing."""
+    step = recipe.shaping
     differing = {
         name: option.name if option.name in UNROUNDED else {"bits": int(option.name)}
         for name, option in chosen.chosen.items()
         if option.name not in (AS_IT_IS, str(step.settings["bits"]))
     }
-    search = _describe(options, chosen, books, budget, name)
-    return recipe.override({"layers": step.layers | differing}), search
+    return recipe.override({"layers": step.layers | differing})
 
 
-def _describe(
-    options: Mapping[str, Sequence[Option]], chosen: Allocation, books: Books, budget: Budget, sensitivity: str
-) -> Search:
+def _describe(surveyed: Surveyed, chosen: Allocation, budget: Budget) -> Search:
     """The search as the report shows it: every point (amount of the budget's unit, damage)."""
+    options = surveyed.options
 
     def point(allocation: Allocation) -> tuple[float, float]:
-        return books.amount(allocation.cost), allocation.damage
+        return surveyed.books.amount(allocation.cost), allocation.damage
 
     uniform = {}
     for label in (*map(str, WIDTHS), *HALVES, FLOAT):
@@ -103,7 +136,7 @@ def _describe(
     return Search(
         budget=str(budget),
         unit=budget.unit,
-        sensitivity=sensitivity,
+        sensitivity=surveyed.sensitivity,
         chosen=point(chosen),
         front=tuple(point(allocation) for allocation in front(options)),
         uniform=uniform,
@@ -169,7 +202,8 @@ class Survey:
         def rounded(label: str, solver: Solver) -> Option:
             try:
                 method = draft_of(solver)
-                solved = solve_parts(method, weight, gram, scale_dtype=stored.dtype, groups_along=along).weight
+                found = solve_parts(method, weight, gram, scale_dtype=stored.dtype, groups_along=along)
+                solved = as_codes(found.weight)
             except ValueError as error:
                 raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
             damage = self.damage(name, weight, solved.dequantize(), gram)

@@ -90,9 +90,7 @@ class Source:
         """The smallest input that the network runs on."""
         if not self.reads_images:
             return {main_input(self.config): torch.zeros(1, 8, dtype=torch.long)}
-        size = getattr(self.config, "image_size", None) or 224
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return {"pixel_values": torch.zeros(1, getattr(self.config, "num_channels", 3), height, width)}
+        return {"pixel_values": torch.zeros(1, *picture_shape(self.config, self.folder))}
 
     def image_processor(self) -> Any:
         """What turns pictures into this model's pixel_values. CompressLabError if its folder does not say."""
@@ -402,6 +400,16 @@ def is_language_model(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForCausalLM") or type(model).__name__.endswith("LMHeadModel")
 
 
+def writes(config: transformers.PretrainedConfig) -> bool:
+    """Whether a model of this config writes text after a prompt: a causal or a seq2seq language model."""
+    return (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def sorts_texts(config: transformers.PretrainedConfig) -> bool:
+    """Whether a model of this config sorts texts into classes; `classes_of_texts` has them."""
+    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
+
+
 def is_image_classifier(model: nn.Module) -> bool:
     """Whether a model sorts pictures into classes, so that top-1 accuracy makes sense of it."""
     return type(model).__name__.endswith("ForImageClassification")
@@ -428,6 +436,19 @@ def vocabulary_size(model: nn.Module) -> int:
     config = model.config
     assert isinstance(config, transformers.PretrainedConfig)
     return int(config.vocab_size)
+
+
+def picture_shape(config: Any, folder: Path | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the pictures that a network reads: by its config, else by its folder's
+    preprocessor_config.json, else 224 x 224, as ImageNet's networks have it."""
+    size = getattr(config, "image_size", None)
+    if size is None and folder is not None and (settings := folder / "preprocessor_config.json").exists():
+        said = json.loads(settings.read_text(encoding="utf-8"))
+        size = said.get("crop_size" if said.get("do_center_crop") else "size")
+    if isinstance(size, dict):
+        size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+    height, width = size if isinstance(size, list | tuple) else (size or 224, size or 224)
+    return getattr(config, "num_channels", 3), height, width
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """compress(): the whole data flow on one page.
 
-    read -> (rewrite, rotate) -> plan and preflight -> (share out a budget) -> smooth -> (train) -> calibrate -> solve
-         -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
+    read -> (rewrite, rotate) -> plan and preflight -> (share out a budget) -> smooth -> (train) -> (share out zeros)
+         -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved
+         -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,13 +28,15 @@ from compresslab import budget as budgets
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
 from compresslab.contract import Tuner
+from compresslab.damage import FISHER_TOKENS, SENSITIVITIES, best_sensitivity, tokens_read
 from compresslab.deploy import kv_cache
 from compresslab.deploy.layouts import Layout, read_weights
 from compresslab.errors import CompressLabError
-from compresslab.learning import Material
+from compresslab.learning import Material, batch_size
 from compresslab.measure import environment, fresh, gpu, size
 from compresslab.numerics.gram import best_precision
 from compresslab.plan import Plan
+from compresslab.pruning import allocated
 from compresslab.questions import Questions
 from compresslab.recipe import Recipe
 from compresslab.report import render
@@ -101,8 +105,11 @@ def compress(
         plan, methods, layout = planned(source, chosen)
         material = Material.of(source, stages, chosen, data, seed)
         asked = Questions.of(given, data, evaluation_windows, stages, material.labelled) if measure else Questions()
-        surveys = len(stages.smoothers) + (wanted is not None)
-        preflight.check(material.needs(source, plan, methods, chosen, where, surveys), out)
+        surveys = stages.surveys + (wanted is not None)
+        needs = material.needs(source, plan, methods, chosen, where, stages, surveys)
+        if wanted is not None:
+            needs = _with_budget(needs, source, plan, material.calibration is not None, sensitivity, where)
+        preflight.check(needs, out)
 
     eligible = plan.layers
     if wanted is not None:
@@ -117,13 +124,7 @@ def compress(
     key = _key(source, chosen, material, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(_pass(source, plan, material, where), stages, methods, layout, writer, progress)
-        if stages.smoothers:
-            with clock("smooth"):
-                progress.stage("smooth", 1)
-                job = dataclasses.replace(
-                    job, source=smoothed(job, stages.smoothers, methods.solvers, methods.activations)
-                )
-                progress.step("the inputs of layers")
+        job = _prepared(job, stages, methods, progress, clock)
         job, training = _learned(job, stages, chosen, layout, material, writer, seed, progress, clock)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
@@ -138,7 +139,7 @@ def compress(
                 budgets.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, asked, measure, where, progress)
+            before, after = _measure(original, folder, writer, asked, measure, stages.rounds, where, progress)
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -152,7 +153,7 @@ def compress(
             before=(*sizes[0], *(before.measurements if before else ())),
             after=(*sizes[1], *after.measurements),
             layers=tuple(Layer(**dataclasses.asdict(record)) for record in writer.records()),
-            skipped=plan.skipped,
+            skipped=plan.in_float,
             bytes=kinds,
             search=search,
             parity=Parity(runtime=layout.runtime, tensors=after.weights_compared, max_abs_difference=0.0),
@@ -168,21 +169,40 @@ def plan_only(
     recipe: str | Path | Recipe = recipes.DEFAULT,
     *,
     settings: dict[str, Any] | None = None,
+    budget: str | None = None,
+    sensitivity: str | None = None,
     device: str = "auto",
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
     chosen = _chosen(recipe, settings)
-    stages = stages_of(chosen)
+    has_budget = budget is not None and bool(budgets.parse_budget(budget))
+    stages = stages_of(chosen, has_budget=has_budget)
     source = stages.transformed(models.find(model))
     plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length
     tokens = (chosen.calibration.samples if stages.needs_data else 0, length)
-    estimate = preflight.estimate(source, plan, methods.solvers, *tokens, pick_device(device), len(stages.smoothers))
+    batches = tokens[0] / (batch_size(length) if tokens[0] else 1)
+    estimate = preflight.estimate(
+        source, plan, methods.solvers, *tokens, pick_device(device), stages.surveys + has_budget,
+        stages.reruns(math.ceil(batches)),
+    )  # fmt: skip
+    if has_budget:
+        estimate = _with_budget(estimate, source, plan, tokens[0] > 0, sensitivity, pick_device(device))
     if chosen.training is not None:
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
         foretell = preflight.with_training if stages.trains else preflight.with_tuning
         estimate = foretell(estimate, source, seen, pick_device(device))
     return plan, estimate, chosen
+
+
+def _with_budget(
+    found: preflight.Estimate, source: models.Source, plan: Plan, has_text: bool, sensitivity: str | None, where: torch.device
+) -> preflight.Estimate:  # fmt: skip
+    name = sensitivity or best_sensitivity(source, has_text)
+    tokens = (
+        tokens_read(name, len(plan.layers), len(mixed.WIDTHS) + len(recipes.HALVES)) if name in SENSITIVITIES else 0
+    )
+    return preflight.with_budget(found, source, len(mixed.WIDTHS), tokens, FISHER_TOKENS, where)
 
 
 def _chosen(recipe: str | Path | Recipe, settings: dict[str, Any] | None) -> Recipe:
@@ -215,6 +235,22 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CompressLabError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]})") from None
     return chosen
+
+
+def _prepared(job: solving.Job, stages: Stages, methods: LayerMethods, progress: Progress, clock: Clock) -> solving.Job:
+    """The job with its network smoothed, and with the sparsity of every layer found, where the recipe asks for that."""
+    if stages.smoothers:
+        with clock("smooth"):
+            progress.stage("smooth", 1)
+            source = smoothed(job, stages.smoothers, methods.solvers, methods.activations)
+            job = dataclasses.replace(job, source=source)
+            progress.step("the inputs of layers")
+    if stages.allocation is not None:
+        with clock("share out zeros"):
+            progress.stage("zeros", 1)
+            job = dataclasses.replace(job, pruners=allocated(job, job.pruners, stages.allocation))
+            progress.step("the sparsity of layers")
+    return job
 
 
 def _learned(
@@ -325,6 +361,7 @@ def _job(
         method=stages.name,
         solvers=methods.solvers,
         activations=methods.activations,
+        pruners=methods.pruners,
         correctors=stages.correctors,
         sink=writer,
         encode=layout.encode,
@@ -347,8 +384,8 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
 
 
 def _measure(
-    original: Path, folder: Path, writer: Writer, asked: Questions, everything: bool, device: torch.device,
-    progress: Progress,
+    original: Path, folder: Path, writer: Writer, asked: Questions, everything: bool, rounded: bool,
+    device: torch.device, progress: Progress,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
 
@@ -364,7 +401,7 @@ def _measure(
         if everything:
             before = fresh.measure(job)
             progress.step("the model as it was")
-        again = {"folder": folder, "weights_sha256": writer.weight_hashes(), "packed": device.type == "cpu"}
+        again = {"folder": folder, "weights_sha256": writer.weight_hashes(), "packed": rounded and device.type == "cpu"}
         after = fresh.measure(job.model_copy(update=again))
         progress.step("the artifact, reloaded from disk")
     if after.weights_differing:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, blocks, linear_layers
@@ -27,19 +28,27 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The units in network order, the one outside the blocks last; and the linear layers left alone, with the reason.
+    """The units in network order, the one outside the blocks last; and what is left alone, with the reason.
 
     Attributes:
+        skipped: linear layers, which a config lists for those who open the folder.
+        others: modules and parameters that hold matrices and are no linear layers, such as embeddings and fused experts.
         stored_as: tensor -> the dtype that it is stored in, where that is not its own.
     """
 
     units: tuple[Unit, ...]
     skipped: dict[str, str]
+    others: dict[str, str] = field(default_factory=dict)
     stored_as: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[str, ...]:
         return tuple(layer for unit in self.units for layer in unit.layers)
+
+    @property
+    def in_float(self) -> dict[str, str]:
+        """All that is left in float, and why."""
+        return self.skipped | self.others
 
 
 def make_plan(
@@ -85,7 +94,19 @@ def make_plan(
         if key in source.weights.names() and key not in source.tied:
             tensors[unit_of(key, block_names)].append(key)
     units = tuple(Unit(name=n, tensors=tuple(tensors[n]), layers=tuple(layers[n])) for n in layers)
-    return Plan(units=units, skipped=skipped, stored_as=halves)
+    return Plan(units=units, skipped=skipped, others=_others(skeleton, source), stored_as=halves)
+
+
+def _others(skeleton: nn.Module, source: Source) -> dict[str, str]:
+    """Modules that hold a matrix, and are no linear layers; a matrix that is not called `weight` by its own name."""
+    found: dict[str, str] = {}
+    linear = linear_layers(skeleton)
+    for name, module in skeleton.named_modules():
+        for own, parameter in module.named_parameters(prefix=name, recurse=False):
+            is_matrix = sum(size > 1 for size in parameter.shape) > 1
+            if is_matrix and name not in linear and own in source.weights.names() and own not in source.tied:
+                found[own.removesuffix(".weight")] = f"{type(module).__name__} is no linear layer"
+    return found
 
 
 def _leave_in_float_(

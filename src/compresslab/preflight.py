@@ -23,6 +23,7 @@ from compresslab.measure import hardware
 from compresslab.models import Source, channels_last, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
+from compresslab.pruning import Unrounded
 from compresslab.solving import best_compute_dtype, want_references
 from compresslab.weights import MemoryWeights
 
@@ -51,7 +52,7 @@ class Estimate:
 
 def estimate(
     source: Source, plan: Plan, solvers: Mapping[str, Solver], samples: int, sequence_length: int | None,
-    device: torch.device, surveys: int = 0,
+    device: torch.device, surveys: int = 0, reruns: float = 0,
 ) -> Estimate:  # fmt: skip
     """Predict a run's needs from the model's shapes and this machine's rates.
 
@@ -59,6 +60,7 @@ def estimate(
         samples: 0 without data.
         sequence_length: None for pictures, of which every layer reads as many rows as it makes pixels.
         surveys: passes over the calibration batches before the one that solves.
+        reruns: forwards of all batches beyond those passes (contract.Rerunning).
     """
     skeleton = source.skeleton()
     element = torch.empty((), dtype=source.dtype).element_size()
@@ -96,7 +98,7 @@ def estimate(
             memory += walks * (4 * states + tokens * widest * compute + 4 * 4 * widest**2)
             attention = len(shapes) / 7 * 2 * 2 * tokens * sequence_length * hidden * 0.6
             parts |= _work(shapes, dict.fromkeys(shapes, tokens), device, attention)
-        parts["forward"] *= walks + surveys
+        parts["forward"] *= walks + surveys + reruns
         parts["gram"] *= 2 * walks - 1 + surveys  # the drift of a reference is not symmetric: twice a Gram matrix
     parts["solve"] = parts.get("solve", 0) + sum(r * c for r, c in shapes.values()) / 60e6
     return Estimate(
@@ -142,6 +144,33 @@ def with_tuning(found: Estimate, source: Source, tokens: int, device: torch.devi
     )
 
 
+def with_budget(
+    found: Estimate, source: Source, widths: int, tokens: int, window: int, device: torch.device
+) -> Estimate:
+    """The estimate with sharing out a budget before it: every layer solved at every width, and tokens through the whole model.
+
+    Args:
+        tokens: that pass through the whole model (damage.tokens_read); 0 where it is never in memory.
+        window: how many of them at a time.
+    """
+    parameters = sum(numel(source, name) for name in source.weights.names())
+    seconds = widths * found.parts["solve"] + 2 * parameters * tokens / rates(device)[0]
+    compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
+    whole = 0
+    if tokens:
+        text = source.config.get_text_config(decoder=True)
+        # Of one window with its backward: logits and what softmaxes make of them, and what linear layers read and return.
+        logits = 5 * 4 * text.vocab_size
+        block = compute * 24 * text.hidden_size * text.num_hidden_layers
+        whole = PROGRAM_BYTES + compute * parameters + window * (logits + block)
+    return replace(
+        found,
+        memory_bytes=max(found.memory_bytes, whole),
+        seconds=found.seconds + seconds,
+        parts=found.parts | {"share out": seconds},
+    )
+
+
 def numel(source: Source, name: str) -> int:
     count = 1
     for size in source.weights.shape(name):
@@ -151,6 +180,8 @@ def numel(source: Source, name: str) -> int:
 
 def _packed_bytes(shape: tuple[int, int], solver: Solver, element: int) -> int:
     rows, columns = shape
+    if isinstance(solver, Unrounded):
+        return rows * columns * element
     grid = solver.grid()
     groups = columns // grid.group_size if grid.group_size else 1
     zero_bits = 0 if grid.symmetric else grid.bits

@@ -15,8 +15,8 @@
     expect:
       smollm2-135m: {perplexity_ratio: [1.02, 1.2]}
 
-`layers` belongs to the steps that round, weights or activations: shell patterns of layer names, and the settings in which
-these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
+`layers` belongs to the steps that prune or round, weights or activations: shell patterns of layer names, and the settings
+in which these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
 A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
@@ -40,7 +40,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding, Tuner
+from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Pruner, Rounding, Tuner
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
@@ -70,10 +70,12 @@ class Step(BaseModel):
         settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
         method = methods.build(raw["method"], settings)
         filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
-        if isinstance(method, Rounding | ActivationQuantizer):
+        if isinstance(method, Rounding | ActivationQuantizer | Pruner):
             return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
         if "layers" in raw:
-            raise CompressLabError(f"method {raw['method']} has no 'layers': they belong to the step that rounds")
+            raise CompressLabError(
+                f"method {raw['method']} has no 'layers': they belong to the step that prunes or rounds"
+            )
         return filled
 
     @property
@@ -179,9 +181,22 @@ class Recipe(Strict):
         return self
 
     @property
-    def rounding(self) -> Step:
-        """The step that rounds weights. StopIteration if there is none, which the pipeline refuses first."""
-        return next(step for step in self.steps if isinstance(step.build(), Rounding))
+    def rounding(self) -> Step | None:
+        """The step that rounds weights, if there is one."""
+        return next((step for step in self.steps if isinstance(step.build(), Rounding)), None)
+
+    @property
+    def pruning(self) -> Step | None:
+        """The step that sets weights to zero, if there is one."""
+        return next((step for step in self.steps if isinstance(step.build(), Pruner)), None)
+
+    @property
+    def shaping(self) -> Step:
+        """The step that says which layers are worked on. CompressLabError if none does, which the pipeline refuses first."""
+        step = self.rounding or self.pruning
+        if step is None:
+            raise CompressLabError(f"recipe '{self.name}' has no step that rounds or prunes")
+        return step
 
     @property
     def activations(self) -> Step | None:

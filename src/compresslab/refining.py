@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from compresslab.contract import Solution
 from compresslab.errors import CompressLabError
+from compresslab.masks import as_codes
 from compresslab.models import is_transposed, weight_of
 from compresslab.plan import Unit
 from compresslab.solving import Job, Solved, Statistic, finish_layer, read_weight, solve_input
@@ -66,7 +67,9 @@ def refined(
     started = time.perf_counter()
     wanted = [target.clone() for target in targets]
     try:
-        after = job.refiner.refine(weights, {layer: found.weight for layer, found in solved.items()}, block, wanted)
+        after = job.refiner.refine(
+            weights, {layer: as_codes(found.weight) for layer, found in solved.items()}, block, wanted
+        )
     except ValueError as error:
         raise CompressLabError(f"block {unit.name}: {error}") from error
     with torch.no_grad():

@@ -19,13 +19,16 @@ from compresslab.contract import (
     Batches,
     CacheRounding,
     Corrector,
+    FloatWeight,
     InputSolution,
     LayerRecord,
+    Pruner,
     Refiner,
     Solution,
     Solver,
 )
 from compresslab.errors import CompressLabError
+from compresslab.masks import as_codes, prune_parts, said_of_groups, with_zeros
 from compresslab.models import Source, is_transposed, weight_of
 from compresslab.numerics.gram import Gram, GroupedGram, Precision
 from compresslab.numerics.grid import QuantInput, QuantWeight, stacked
@@ -39,7 +42,7 @@ CACHE_SCALES = ("k_scale", "v_scale")  # the names under which runtimes look for
 class Solved:
     """One finished layer: its codes, the tensors that will be written for it, and its record."""
 
-    weight: QuantWeight
+    weight: QuantWeight | FloatWeight
     transposed: bool  # the module keeps its weight as [in, out]
     tensors: dict[str, Tensor]
     record: LayerRecord
@@ -74,7 +77,8 @@ class Sink(Protocol):
 
 
 Statistic = Gram | GroupedGram
-Encode = Callable[[str, QuantWeight, nn.Module, QuantInput | None], dict[str, Tensor]]
+# The weight is of the kind that the layout holds: codes, or plain numbers.
+Encode = Callable[[str, Any, nn.Module, QuantInput | None], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +104,9 @@ class Job(Pass):
     Attributes:
         method: the solver's name.
         solvers: the solver of every planned layer, by the layer's name; one method with settings that may differ.
-        encode: layer, QuantWeight, module, QuantInput -> the tensors that stand for these on disk, by the suffix of their
-            names.
+        encode: layer, QuantWeight (or FloatWeight), module, QuantInput -> the tensors that stand for these on disk, by the
+            suffix of their names.
+        pruners: what sets weights to zero before the solver sees them, by the layer's name; none for those left whole.
         activations: how the runtime shall round the input of a layer, by the layer's name; none for those left in float.
         correctors: what changes the biases of rounded layers, in this order.
         cache: how keys and values will be stored; if its scales are static they are learned on the way.
@@ -113,6 +118,7 @@ class Job(Pass):
     solvers: Mapping[str, Solver]
     sink: Sink
     encode: Encode
+    pruners: Mapping[str, Pruner] = field(default_factory=dict)
     activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
     correctors: Sequence[Corrector] = ()
     cache: CacheRounding | None = None
@@ -182,7 +188,14 @@ def solve_layer(job: Job, name: str, module: nn.Module, gram: Statistic | None) 
     started = time.perf_counter()
     try:
         along: Along = "out" if is_transposed(module) else "in"
-        solution = solve_parts(job.solvers[name], weight, gram, scale_dtype=stored.dtype, groups_along=along)
+        pruner, kept, note = job.pruners.get(name), None, ""
+        if pruner is not None:
+            pruned = prune_parts(pruner, weight, None if gram is None else gram.parts)
+            # As it will be stored: what is rounded to zero there is zero for the solver too.
+            weight, note = pruned.weight.to(stored.dtype).float(), pruned.note
+            kept = weight != 0
+        solution = solve_parts(job.solvers[name], weight, gram, kept, scale_dtype=stored.dtype, groups_along=along)
+        solution = dataclasses.replace(solution, note=joined_notes(note, solution.note))
         rounding = solve_input(job, name, gram, stored.dtype)
     except ValueError as error:
         raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
@@ -206,7 +219,7 @@ def finish_layer(
 
 
 def corrected_bias(
-    job: Job, name: str, weight: Tensor, solved: QuantWeight, gram: Statistic | None
+    job: Job, name: str, weight: Tensor, solved: QuantWeight | FloatWeight, gram: Statistic | None
 ) -> tuple[Tensor | None, str]:
     """A layer's new bias, in the dtype it is stored in, or None with a note where it cannot have one."""
     if not job.correctors:
@@ -224,19 +237,35 @@ def corrected_bias(
 
 
 def solve_parts(
-    solver: Solver, weight: Tensor, gram: Statistic | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
-) -> Solution:
-    """`solver.solve` of a weight [out, in], or of the rows of each group with the group's own Gram matrix."""
+    solver: Solver, weight: Tensor, gram: Statistic | None, kept: Tensor | None = None, *, scale_dtype: torch.dtype,
+    groups_along: Along = "in",
+) -> Solution:  # fmt: skip
+    """`solver.solve` of a weight [out, in], or of the rows of each group with the group's own Gram matrix.
+
+    Args:
+        kept: bool [out, in], False where the weight must come out as zero; None where nothing was pruned.
+    """
     if gram is None or isinstance(gram, Gram) or not solver.needs_data:
         one = gram if isinstance(gram, Gram) else None
-        return solver.solve(weight, one, scale_dtype=scale_dtype, groups_along=groups_along)
+        return _solve_part(solver, weight, one, kept, scale_dtype=scale_dtype, groups_along=groups_along)
+    count = len(gram.parts)
+    masks = [None] * count if kept is None else kept.chunk(count)
     found = [
-        solver.solve(rows, part, scale_dtype=scale_dtype, groups_along=groups_along)
-        for rows, part in zip(weight.chunk(len(gram.parts)), gram.parts, strict=True)
+        _solve_part(solver, rows, part, mask, scale_dtype=scale_dtype, groups_along=groups_along)
+        for rows, part, mask in zip(weight.chunk(count), gram.parts, masks, strict=True)
     ]
     notes = Counter(solution.note for solution in found if solution.note)
-    said = [f"{note} (in {count} of {len(found)} groups)" for note, count in notes.items()]
-    return Solution(weight=stacked([solution.weight for solution in found]), note="; ".join(said))
+    said = said_of_groups(notes, len(found))
+    return Solution(weight=stacked([as_codes(solution.weight) for solution in found]), note="; ".join(said))
+
+
+def _solve_part(solver: Solver, weight: Tensor, gram: Gram | None, kept: Tensor | None, **more: Any) -> Solution:
+    if kept is None:
+        return solver.solve(weight, gram, **more)
+    if getattr(solver, "knows_zeros", False):
+        more["kept"] = kept
+    solution = solver.solve(weight, gram, **more)
+    return dataclasses.replace(solution, weight=with_zeros(solution.weight, kept))
 
 
 def solve_input(job: Job, name: str, gram: Statistic | None, scale_dtype: torch.dtype) -> InputSolution:
@@ -255,6 +284,7 @@ def describe(
     tensors = job.encode(name, solution.weight, module, rounding.input)
     bytes_after = sum(t.numel() * t.element_size() for t in tensors.values())
     transposed = is_transposed(module)
+    pruner, nonzeros = job.pruners.get(name), nonzero_frac(solution.weight)
     return Solved(
         weight=solution.weight,
         transposed=transposed,
@@ -264,7 +294,7 @@ def describe(
             method=job.method,
             shape=tuple(weight_of(module).shape),
             bits_per_weight=8 * bytes_after / stored.numel(),
-            nonzero_frac=nonzero_frac(solution.weight),
+            nonzero_frac=nonzeros,
             bytes_before=stored.numel() * stored.element_size(),
             bytes_after=bytes_after,
             sqnr_db=sqnr_db(stored.to(job.device, torch.float32), solution.weight, gram),
@@ -272,6 +302,8 @@ def describe(
             seconds=seconds,
             note=joined_notes(solution.note, rounding.note),
             activation_bits=None if rounding.input is None else rounding.input.grid.bits,
+            sparsity=None if pruner is None else pruner.sparsity,
+            pattern=None if pruner is None else pruner.pattern,
         ),
     )
 
@@ -282,13 +314,15 @@ def joined_notes(*notes: str) -> str:
     return "; ".join(dict.fromkeys(remarks))
 
 
-def nonzero_frac(weight: QuantWeight) -> float:
-    if weight.zero_point is None:
+def nonzero_frac(weight: QuantWeight | FloatWeight) -> float:
+    """Share of weights that are not exactly zero."""
+    if isinstance(weight, QuantWeight) and weight.zero_point is None:
         return float(weight.codes.count_nonzero()) / weight.codes.numel()
-    return float(weight.dequantize().count_nonzero()) / weight.codes.numel()
+    real = weight.dequantize()
+    return float(real.count_nonzero()) / real.numel()
 
 
-def sqnr_db(weight: Tensor, solved: QuantWeight, gram: Statistic | None) -> float:
+def sqnr_db(weight: Tensor, solved: QuantWeight | FloatWeight, gram: Statistic | None) -> float:
     """10 log10(signal / noise) of the layer's output over the calibration tokens, or of the weight without data."""
     difference = weight - solved.dequantize()
     if gram is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compresslab import aware
@@ -15,16 +15,21 @@ from compresslab.contract import (
     Equalizer,
     Folder,
     Method,
+    Pruner,
     Refiner,
+    Rerunning,
     Rotation,
     Smoother,
     Solver,
+    SparsityAllocation,
     Tuner,
 )
+from compresslab.deploy.dense import DenseLayout
 from compresslab.deploy.layouts import Layout, check_formats, layout_for
 from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.plan import Plan, check_patterns, make_plan
+from compresslab.pruning import Unrounded, pruners_of
 from compresslab.recipe import Recipe, differing_settings
 from compresslab.rewriting import rewritten
 from compresslab.rotating import rotated
@@ -36,6 +41,8 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
     (Smoother, math.inf, "any that smooth (such as smoothquant)"),
     (ActivationQuantizer, 1, "at most one for activations (such as dynamic)"),
     (CacheRounding, 1, "at most one for keys and values (kv-cache)"),
+    (SparsityAllocation, 1, "at most one that says how sparse each layer shall be (owl)"),
+    (Pruner, 1, "at most one that prunes (such as wanda)"),
     (Solver, 1, "the one that rounds"),
     (Refiner, 1, "at most one that refines blocks (such as autoround)"),
     (Corrector, math.inf, "any that correct (such as bias-correction)"),
@@ -43,13 +50,15 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
 )
 
 
+# What may stand in a recipe that prunes and does not round.
+_WITHOUT_ROUNDING = (SparsityAllocation, Pruner, Corrector)
 # Of these the kinds that are fitted to a network whose scales will not change.
 NOT_TUNED = tuple(place for place, (kind, *_) in enumerate(_KINDS) if kind in (ActivationQuantizer, Corrector))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The methods of a recipe, by what they do; `name` is the solver's."""
+    """The methods of a recipe, by what they do; `name` is the solver's, or the pruner's where nothing is rounded."""
 
     name: str
     rewriters: tuple[Folder | Equalizer, ...]
@@ -57,6 +66,8 @@ class Stages:
     smoothers: tuple[Smoother, ...]
     activations: ActivationQuantizer | None
     cache: CacheRounding | None
+    allocation: SparsityAllocation | None
+    pruner: Pruner | None
     solver: Solver
     refiner: Refiner | None
     correctors: tuple[Corrector, ...]
@@ -68,8 +79,23 @@ class Stages:
 
     @property
     def needs_data(self) -> bool:
+        pruning = (self.allocation, self.pruner)
         rounding = (self.activations, self.cache, self.solver, self.refiner, *self.correctors, self.tuner)
-        return bool(self.smoothers) or any(needs_data(method) for method in rounding if method is not None)
+        return bool(self.smoothers) or any(needs_data(method) for method in (*pruning, *rounding) if method is not None)
+
+    @property
+    def surveys(self) -> int:
+        """Passes over the calibration batches before the one that solves."""
+        return len(self.smoothers) + (self.allocation is not None and self.allocation.needs_data)
+
+    def reruns(self, batches: int) -> float:
+        """Forwards of all calibration batches beyond those passes."""
+        methods: tuple[Any, ...] = (*self.smoothers, self.refiner)
+        return sum(method.reruns(batches) for method in methods if isinstance(method, Rerunning))
+
+    @property
+    def rounds(self) -> bool:
+        return not isinstance(self.solver, Unrounded)
 
     def transformed(self, source: Source) -> Source:
         """The network as it will be rounded: rewritten and rotated, and computing what it did."""
@@ -84,35 +110,73 @@ def needs_data(method: Method) -> bool:
 
 
 def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
-    """CompressLabError unless the steps are such as _KINDS tells, with one solver."""
+    """CompressLabError unless the steps are such as _KINDS tells, with one solver or pruner."""
     built = [(step.method, _to_plan(step.build())) for step in recipe.steps]
     found: list[list[Any]] = [[] for _ in _KINDS]
     kinds = [_kind(method) for _, method in built]
     for kind, (_, method) in zip(kinds, built, strict=True):
         found[kind].append(method)
     counts = all(len(methods) <= most for methods, (_, most, _) in zip(found, _KINDS, strict=True))
-    rewriters, rotations, smoothers, quantizers, caches, solvers, refiners, correctors, tuners = found
-    if kinds != sorted(kinds) or not counts or not solvers:
+    rewriters, rotations, smoothers, quantizers, caches, allocations, pruners, solvers, refiners, correctors, tuners = (
+        found
+    )
+    if kinds != sorted(kinds) or not counts or not (solvers or pruners):
         names = ", ".join(name for name, _ in built)
         raise CompressLabError(
-            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), and may have in this order "
-            f"{', '.join(words for *_, words in _KINDS)}"
+            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq) or prunes "
+            f"(such as wanda), and may have in this order {', '.join(words for *_, words in _KINDS)}"
         )
-    (solver,) = solvers
+    solver = solvers[0] if solvers else Unrounded()
     activations = quantizers[0] if quantizers else None
+    if pruners or allocations:
+        _check_pruning(recipe, [method for _, method in built], has_budget)
     if isinstance(solver, aware.Untrained):
-        _check_training(recipe.rounding.method, activations, has_budget)
+        _check_training(recipe.shaping.method, activations, has_budget)
     if tuners:
         _check_tuning([name for (name, _), kind in zip(built, kinds, strict=True) if kind in NOT_TUNED], solver, caches)
-    check_formats(solver, activations)
+    if solvers:
+        check_formats(solver, activations)
+    allocations += [pruner for pruner in pruners if getattr(pruner, "allocates", False)]
     if isinstance(solver, Smoother):
         smoothers.append(solver)
+    name = " + ".join(step.method for step in (recipe.pruning, recipe.rounding) if step)
     return Stages(
-        name=recipe.rounding.method, rewriters=tuple(rewriters), rotations=tuple(rotations), smoothers=tuple(smoothers),
+        name=name, rewriters=tuple(rewriters), rotations=tuple(rotations), smoothers=tuple(smoothers),
         activations=activations, cache=caches[0] if caches else None, solver=solver,
+        allocation=allocations[0] if allocations else None, pruner=pruners[0] if pruners else None,
         refiner=refiners[0] if refiners else None, correctors=tuple(correctors),
         tuner=tuners[0] if tuners else None,
     )  # fmt: skip
+
+
+def _check_pruning(recipe: Recipe, methods: list[Any], has_budget: bool) -> None:
+    """CompressLabError for what would undo the zeros, or has no use without rounding."""
+    pruning, named = (
+        recipe.pruning,
+        {id(method): step.method for step, method in zip(recipe.steps, methods, strict=True)},
+    )
+    if pruning is None:
+        raise CompressLabError(
+            "owl says how sparse each layer shall be: add a step that prunes, such as wanda, after it"
+        )
+    allocating = [named[id(method)] for method in methods if getattr(method, "allocates", False)]
+    if len(allocating) > 1:
+        raise CompressLabError(f"{' and '.join(allocating)} both say how sparse each layer shall be: leave one out")
+    if has_budget:
+        raise CompressLabError(
+            f"a budget shares out bits by what rounding whole weights does: leave it out, or leave out {pruning.method}"
+        )
+    undo = [m for m in methods if isinstance(m, aware.Untrained | Refiner | Tuner)]
+    if undo:
+        raise CompressLabError(
+            f"{named[id(undo[0])]} learns anew what {pruning.method} has set to zero: round with another method (such as gptq)"
+        )
+    idle = [m for m in methods if not isinstance(m, _WITHOUT_ROUNDING)] if recipe.rounding is None else []
+    if idle:
+        raise CompressLabError(
+            f"{named[id(idle[0])]} prepares a network for rounding, and recipe '{recipe.name}' does not round: leave it out, or "
+            "add a step that rounds"
+        )
 
 
 def _check_tuning(others: list[str], solver: Any, caches: list[Any]) -> None:
@@ -153,12 +217,19 @@ class LayerMethods:
 
     solvers: dict[str, Solver]
     activations: dict[str, ActivationQuantizer]
+    pruners: dict[str, Pruner] = field(default_factory=dict)
 
 
 def planned(source: Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]:
     """The plan, what works on every layer in it, and how these layers will be written."""
     step, inputs = recipe.rounding, recipe.activations
-    plan = make_plan(source, recipe.ignore, step.layers)
+    plan = make_plan(source, recipe.ignore, recipe.shaping.layers)
+    if step is not None and recipe.pruning is not None:  # without rounding make_plan has looked at its patterns
+        check_patterns(recipe.pruning.layers, plan.layers, plan.skipped, source)
+    pruners = {} if recipe.pruning is None else pruners_of(source, plan, recipe.pruning)
+    if step is None:
+        whole: dict[str, Solver] = {layer: Unrounded() for layer in plan.layers}
+        return plan, LayerMethods(solvers=whole, activations={}, pruners=pruners), DenseLayout()
     solvers: dict[str, Solver] = {layer: _to_plan(step.build(layer)) for layer in plan.layers}
     trained = {layer: method for layer, method in solvers.items() if isinstance(method, aware.Untrained)}
     activations: dict[str, ActivationQuantizer] = {x: m for x, m in trained.items() if m.method.activation_grid()}
@@ -167,4 +238,4 @@ def planned(source: Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]
         rounded = [layer for layer in plan.layers if not isinstance(differing_settings(inputs.layers, layer), str)]
         activations = {x: method for x in rounded if isinstance(method := inputs.build(x), ActivationQuantizer)}
     layout = layout_for(source, solvers, activations)
-    return plan, LayerMethods(solvers=solvers, activations=activations), layout
+    return plan, LayerMethods(solvers=solvers, activations=activations, pruners=pruners), layout

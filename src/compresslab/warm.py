@@ -9,6 +9,9 @@ import torch
 
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.numerics.histogram import InputStatistics
+from compresslab.prune.magnitude import Magnitude
+from compresslab.prune.sparsegpt import SparseGPT
+from compresslab.prune.wanda import Wanda
 from compresslab.quantize.qep import QEP
 
 
@@ -21,6 +24,8 @@ def compile_kernels() -> None:
     InputStatistics(128).add_(x)
     for solver in (QEP(), QEP(symmetric=True), QEP(symmetric=True, format="nf4")):
         solver.solve(torch.randn(128, 128), gram, scale_dtype=torch.bfloat16)
+    for pruner in (Magnitude(), Wanda(), Wanda(pattern="2:4"), SparseGPT()):
+        pruner.prune(torch.randn(128, 128), gram)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny
-from compresslab import evaluation
+from compresslab import evaluation, exporters
 from compresslab.errors import CompressLabError
+from compresslab.exporters import contract
 from compresslab.measure import counts, energy, fresh, quality, size, sweep
 from compresslab.report.schema import Measurement
 
@@ -45,6 +46,18 @@ def test_bytes_on_disk_are_what_du_says(tmp_path: Path) -> None:
     assert found["disk_bytes"].value == files
     total = ["du", "--apparent-size", "--block-size=1", "--total", *map(str, size.weight_files(folder))]
     assert found["weight_bytes"].value == int(subprocess.check_output(total, text=True).splitlines()[-1].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("du") is None, reason="needs du of GNU coreutils")
+def test_the_size_of_an_export_is_what_du_says(tmp_path: Path) -> None:
+    """Of its folder, but for the note that we leave there: what is said on the screen, and what is measured of the folder."""
+    folder = tiny.compressed("llama", tmp_path, bits=4, group_size=32, symmetric=True)
+    for name in ("gptq", "compressed-tensors", "safetensors-fp16"):
+        out = tmp_path / name
+        done = exporters.export(str(folder), name, out=out, force=False, options={})
+        du = ["du", "--apparent-size", "--block-size=1", "--all", f"--exclude={contract.EXPORT_MANIFEST}", "."]
+        listed = [line.split("\t") for line in subprocess.check_output(du, cwd=out, text=True).splitlines()]
+        assert done.disk_bytes == sum(int(count) for count, path in listed if (out / path).is_file())
 
 
 # --- counts ---------------------------------------------------------------------------------------------------------
@@ -81,6 +94,47 @@ def test_operations_of_a_language_model_are_those_of_its_parts() -> None:
     layer = n * (h * h * 2 + h * (h // 2) * 2 + 3 * h * 2 * h) + 2 * n * n * h
     expected = 2 * layer + n * h * tiny.VOCABULARY
     assert found["macs"].value * 1e9 == pytest.approx(expected, abs=0.5)
+
+
+@pytest.mark.parametrize("kind", [*tiny.ARCHITECTURES, *tiny.CONVNETS])
+def test_operations_are_counted_without_computing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are those of a forward that computes, which is the oracle; the model is left as it was."""
+    pictures = kind in ("vit", *tiny.CONVNETS)
+    model = tiny.make_convnet(kind) if kind in tiny.CONVNETS else tiny.make(kind)
+    size = 8 if kind == "vit" else tiny.PIXELS
+    inputs = (
+        {"pixel_values": torch.rand(2, 3, size, size)}
+        if pictures
+        else {"input_ids": torch.ones(2, 9, dtype=torch.long)}
+    )
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ran = counts._counted(lambda: model(**inputs))
+    seen: set[str] = set()
+    for module in model.modules():
+        module.register_forward_pre_hook(
+            lambda _, given: seen.update(t.device.type for t in given if torch.is_tensor(t))
+        )
+    found = named(counts.operations(model, inputs))["flops"].value
+    assert found * 1e9 == pytest.approx(ran, rel=1e-12) and ran > 0
+    assert seen == {"meta"}
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+class Expert(nn.Module):
+    """Runs its layer on the rows above zero alone: how many products that takes, the numbers say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x[x[:, 0] > 0])
+
+
+def test_a_network_whose_way_depends_on_numbers_is_run() -> None:
+    x = torch.ones(8, 6)
+    x[:3] = -1
+    assert named(counts.operations(Expert(), {"x": x}))["macs"].value * 1e9 == pytest.approx(5 * 6 * 10)
 
 
 def test_parameters_count_shared_ones_once_and_zeros_apart() -> None:

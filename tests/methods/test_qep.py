@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
 
 import tiny
+from compresslab.layerwise import Forward, Stop, Walk
 from compresslab.numerics.gram import Gram, Precision
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.qep import QEP, make_up
@@ -134,3 +137,21 @@ def test_the_references_walk_through_the_uncompressed_network(monkeypatch: pytes
     assert len(seen) == len(expected) == 2 * 4 * 2
     for found, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_references_do_not_hold_what_the_last_layer_of_a_block_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the widest tensor of a block: with it, every reference would take as much memory as the batch itself."""
+    waited: list[tuple[str, bool]] = []
+    wait = Forward._wait
+
+    def noted(self: Forward, stop: Stop, walk: Walk, x: Tensor) -> None:
+        waited.append((stop.layer.rpartition(".")[2], walk.is_reference))
+        wait(self, stop, walk, x)
+
+    monkeypatch.setattr(Forward, "_wait", noted)
+    batches = tiny.token_batches(3, size=1)
+    tiny.solve(tiny.make("llama"), batches, solver=QEP(bits=2, group_size=16))
+    assert Counter(waited) == {
+        ("q_proj", False): 6, ("q_proj", True): 6, ("o_proj", False): 6, ("o_proj", True): 6,
+        ("gate_proj", False): 6, ("gate_proj", True): 6, ("down_proj", False): 6,
+    }  # fmt: skip

@@ -46,9 +46,16 @@ def find_nearest(lane, thresholds, values, place, nearest):
             place[r], nearest[r] = low, values[low]
 
 
+@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
+def multiply(lane, factors):
+    """lane *= factors, as far as these reach."""
+    for r in range(len(factors)):
+        lane[r] *= factors[r]
+
+
 @numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
 def round_block_with_feedback(
-    target, feedback, columns, group_of, scale, zero, qmin, qmax, thresholds, values, codes, error
+    target, feedback, columns, group_of, scale, zero, qmin, qmax, thresholds, values, codes, error, keep
 ):
     """Round one block of B columns, in order, feeding every column's error into the later ones. All is transposed.
 
@@ -62,6 +69,7 @@ def round_block_with_feedback(
         thresholds, values: float32 [n - 1] and [n], the table of a format (formats.py); of length 0 for integers.
         codes: int8 [in, out], written at `columns`.
         error: float32 [B, out]; on entry W itself, on exit W - Q.
+        keep: float32 [B, out], 0 where the code must stand for zero, else 1; or [B, 0] where all are free.
     """
     width, rows = target.shape
     lowest = np.int32(qmin)
@@ -78,6 +86,7 @@ def round_block_with_feedback(
             column, g = columns[k], group_of[columns[k]]
             s, z, lane = scale[g, first : first + n], zero[g, first : first + n], wanted[k]
             left, out = error[k, first : first + n], codes[column, first : first + n]
+            multiply(lane, keep[k, first : first + n])
             if len(values) == 0:
                 for r in range(n):
                     code = min(max(np.rint(lane[r] / s[r]) + z[r], qmin), qmax)

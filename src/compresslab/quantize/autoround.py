@@ -92,6 +92,9 @@ class AutoRound:
         if not 0 <= self.lean < 0.5:
             raise ValueError(f"lean is at least 0 and below 0.5, not {self.lean}")
 
+    def reruns(self, batches: int) -> float:
+        return 2 + 3 * self.steps * self.batches / max(batches, 1)
+
     def refine(
         self, weights: Mapping[str, Tensor], solved: Mapping[str, QuantWeight], forward: BlockForward,
         targets: Sequence[Tensor],

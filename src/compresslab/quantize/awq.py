@@ -109,6 +109,9 @@ class AWQ:
     def replays(self) -> bool:
         return self.search == "block"
 
+    def reruns(self, batches: int) -> float:
+        return self.steps + 1 if self.replays else 0
+
     def grid(self) -> Grid:
         return Grid.of_weights(self.bits, self.symmetric, self.group_size, self.format)
 

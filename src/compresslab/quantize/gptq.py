@@ -70,6 +70,7 @@ class GPTQ:
     )
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    knows_zeros: ClassVar[bool] = True
 
     bits: int = 4
     group_size: int | None = 64
@@ -87,8 +88,9 @@ class GPTQ:
         return Grid.of_weights(self.bits, self.symmetric, self.group_size, self.format)
 
     def solve(
-        self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
-    ) -> Solution:
+        self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in",
+        kept: Tensor | None = None,
+    ) -> Solution:  # fmt: skip
         grid = self.grid()
         if gram is None or not gram.diagonal.any():
             note = "no calibration token reached this layer: rounded to nearest"
@@ -100,13 +102,15 @@ class GPTQ:
         order, feedback, damp_frac = gram.cached(
             ("gptq", self.damp_frac, self.activation_order), lambda: self._factor(gram)
         )
-        codes = round_with_feedback(weight, scale, zero_point, grid, order, feedback)
+        codes = round_with_feedback(weight, scale, zero_point, grid, order, feedback, kept)
         solved = QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
         return Solution(
-            weight=self._refine(solved, weight, gram, order), note=_remarks(gram, self.damp_frac, damp_frac)
+            weight=self._refine(solved, weight, gram, order, kept), note=_remarks(gram, self.damp_frac, damp_frac)
         )
 
-    def _refine(self, solved: QuantWeight, weight: Tensor, gram: Gram, order: Tensor) -> QuantWeight:
+    def _refine(
+        self, solved: QuantWeight, weight: Tensor, gram: Gram, order: Tensor, kept: Tensor | None
+    ) -> QuantWeight:
         """What a method that builds on this one makes of its solution; `order` [in] is the order of the columns."""
         return solved
 
@@ -120,13 +124,18 @@ class GPTQ:
 
 
 def round_with_feedback(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, order: Tensor, feedback: Tensor
-) -> Tensor:
-    """Codes int8 [out, in] of W under the recurrence above; `feedback` [in, in] has its columns in `order`."""
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, order: Tensor, feedback: Tensor,
+    kept: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Codes int8 [out, in] of W under the recurrence above; `feedback` [in, in] has its columns in `order`.
+
+    Args:
+        kept: bool [out, in], False where a code must stand for zero.
+    """
     order, feedback = order.cpu(), feedback.cpu()
     error = weight.cpu().t().contiguous().index_select(0, order)  # W^T, turned into (W - Q)^T block by block
     codes = torch.empty(error.shape, dtype=torch.int8)
-    round_block = block_rounder(scale, zero_point, grid, codes, order)
+    round_block = block_rounder(scale, zero_point, grid, codes, order, kept)
     for block in blocks_of(weight.shape[1]):
         target = torch.addmm(error[block], feedback[: block.start, block].t(), error[: block.start])
         round_block(target, feedback[block, block].contiguous(), block, error[block])
@@ -139,13 +148,14 @@ def blocks_of(in_features: int) -> list[slice]:
 
 
 def block_rounder(
-    scale: Tensor, zero_point: Tensor | None, grid: Grid, codes: Tensor, order: Tensor
+    scale: Tensor, zero_point: Tensor | None, grid: Grid, codes: Tensor, order: Tensor, kept: Tensor | None = None
 ) -> Callable[[Tensor, Tensor, slice, Tensor], None]:
     """The compiled kernel for one weight: rounds a block of columns, given (target, feedback, block, error).
 
     Args:
         codes: int8 [in, out], in the original order; the kernel writes it.
         order: int64 [in], the column of W that stands at each place.
+        kept: bool [out, in], False where a code must stand for zero.
     """
     in_features, out_features = codes.shape
     group_of = torch.arange(in_features) // (in_features // scale.shape[1])
@@ -154,11 +164,13 @@ def block_rounder(
     zeros = torch.zeros_like(scales) if zeros is None else zeros.t().contiguous().cpu()
     thresholds = NONE if grid.table is None else grid.table.thresholds
     values = NONE if grid.table is None else grid.table.values
+    keep = torch.empty(in_features, 0) if kept is None else kept.cpu().t().float().index_select(0, order).contiguous()
 
     def round_block(target: Tensor, feedback: Tensor, block: slice, error: Tensor) -> None:
         kernels.round_block_with_feedback(
             target.numpy(), feedback.numpy(), order[block].numpy(), group_of.numpy(), scales.numpy(), zeros.numpy(),
             np.float32(grid.qmin), np.float32(grid.qmax), thresholds.numpy(), values.numpy(), codes.numpy(), error.numpy(),
+            keep[block].numpy(),
         )  # fmt: skip
 
     return round_block

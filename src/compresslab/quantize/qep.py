@@ -67,11 +67,12 @@ class QEP(GPTQ):
             raise ValueError(f"strength is a fraction from 0 to 1, not {self.strength}")
 
     def solve(
-        self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
-    ) -> Solution:
+        self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in",
+        kept: Tensor | None = None,
+    ) -> Solution:  # fmt: skip
         if gram is not None and gram.drift is not None and gram.diagonal.any() and self.strength:
             weight = weight + self.strength * make_up(weight, gram, self.damp_frac)
-        return super().solve(weight, gram, scale_dtype=scale_dtype, groups_along=groups_along)
+        return super().solve(weight, gram, scale_dtype=scale_dtype, groups_along=groups_along, kept=kept)
 
 
 def make_up(weight: Tensor, gram: Gram, damp_frac: float) -> Tensor:

@@ -88,13 +88,15 @@ class QuantEase(QEP):
         """One pass instead of many: what sharing out bits compares widths by."""
         return GPTQ(**{field.name: getattr(self, field.name) for field in dataclasses.fields(GPTQ)})
 
-    def _refine(self, solved: QuantWeight, weight: Tensor, gram: Gram, order: Tensor) -> QuantWeight:
+    def _refine(
+        self, solved: QuantWeight, weight: Tensor, gram: Gram, order: Tensor, kept: Tensor | None
+    ) -> QuantWeight:
         matrix = gram.cached(("quantease", self.damp_frac), lambda: damped(gram.matrix, self.damp_frac))
         # Groups along `out` (a transposed layer) have one scale for many rows: only their codes are improved.
         fits_scales = solved.scale.shape[0] == len(weight) and (solved.grid.table is None)
-        solved = sweep(solved, weight, matrix, order, self.sweeps)
+        solved = sweep(solved, weight, matrix, order, self.sweeps, kept)
         for _ in range(self.rounds if fits_scales else 0):
-            solved = sweep(fit_scales(solved, weight, matrix), weight, matrix, order, self.sweeps)
+            solved = sweep(fit_scales(solved, weight, matrix), weight, matrix, order, self.sweeps, kept)
         return solved
 
 
@@ -105,7 +107,9 @@ def damped(matrix: Tensor, damp_frac: float) -> Tensor:
     return matrix
 
 
-def sweep(solved: QuantWeight, weight: Tensor, matrix: Tensor, order: Tensor, times: int) -> QuantWeight:
+def sweep(
+    solved: QuantWeight, weight: Tensor, matrix: Tensor, order: Tensor, times: int, kept: Tensor | None = None
+) -> QuantWeight:
     """Every column of the codes at its best given the others, `times` over; `order` [in] is the order of the columns."""
     order = order.cpu()
     codes = solved.codes.t().contiguous().cpu()
@@ -114,7 +118,7 @@ def sweep(solved: QuantWeight, weight: Tensor, matrix: Tensor, order: Tensor, ti
     ordered = matrix.cpu().index_select(0, order).index_select(1, order)
     pull = ordered / ordered.diagonal()  # column k: H[j, k] / H[k, k]
     pull.fill_diagonal_(0)
-    round_block = block_rounder(solved.scale, solved.zero_point, solved.grid, codes, order)
+    round_block = block_rounder(solved.scale, solved.zero_point, solved.grid, codes, order, kept)
     for _ in range(times):
         for block in blocks_of(len(order)):
             inside = pull[block, block].contiguous()

@@ -31,6 +31,7 @@ from compresslab.report.words import LABELS, model_name, value_text
 # Measures of quality in the order in which one is chosen, and whether more is better.
 QUALITIES = {
     "perplexity": False, "top1_accuracy": True, "accuracy": True, "f1_macro": True, "document_similarity_correlation": True,
+    "sentence_similarity_spearman": True, "word_similarity_spearman": True, "rougeL": True, "bleu": True,
     "embedding_cosine": True, "top1_agreement": True,
 }  # fmt: skip
 _LOWER = re.compile(r"perplexity|^kl|divergence|loss|error|flips")
@@ -40,10 +41,17 @@ COSTS: dict[str, tuple[tuple[str, ...], str, str, bool]] = {
     "latency": (
         ("decode_ms_per_token", "decode_tokens_per_s", "forward_ms", "prefill_ms"), "ms", "latency per token or forward", True,
     ),
-    "energy": (("energy_j", "energy_j_per_token"), "J", "energy", True),
+    "energy": (
+        (
+            "decode_energy_j_per_token", "forward_energy_j_per_input",
+            "decode_energy_estimated_j_per_token", "forward_energy_estimated_j_per_input",
+        ),
+        "J", "energy per token or forward", True,
+    ),
 }  # fmt: skip
 _SUBJECT = re.compile(
     r"(float|bfloat|int)\d+|transformers|opened by transformers.*|Artifact\.load_packed|packed weights on torch's kernels"
+    r"|[\d.]+ cores busy|\d+ (token|input)s in [\d.]+ s"  # what one run of the energy's loop came to
 )
 _HEAD = ("", "model", "recipe", "bits/weight", "folder", "quality", "latency", "energy", "peak memory", "time")
 
@@ -109,7 +117,9 @@ def latency(values: dict[str, Measurement]) -> Measurement | None:
 def cost(name: str, values: dict[str, Measurement]) -> Measurement | None:
     if name == "latency":
         return latency(values)
-    return next((values[one] for one in COSTS[name][0] if one in values), None)
+    names, unit, *_ = COSTS[name]
+    found = next((values[one] for one in names if one in values), None)
+    return None if found is None else found.model_copy(update={"unit": unit})  # J, for the label says of what
 
 
 def comparison(

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from compresslab.report import plots
+from compresslab.report import plots, sparsity
 from compresslab.report.front import front_plot
 from compresslab.report.pieces import markdown_table, md, page_template, terminal_table
 from compresslab.report.plots import decibel, human, plain
@@ -107,7 +107,7 @@ def _md_intervals(report: Report) -> list[str]:
 
 def to_markdown(report: Report) -> str:
     """The model card: README.md of the artifact."""
-    front: dict[str, Any] = {"tags": ["compresslab", "quantized"], "base_model": model_name(report)}
+    front: dict[str, Any] = {"tags": ["compresslab", *sparsity.tags(report)], "base_model": model_name(report)}
     licence = report.model.get("licence") or report.model.get("license")
     if licence:
         front["license"] = plain(licence)
@@ -135,7 +135,7 @@ def to_markdown(report: Report) -> str:
         f"# {md(report.title)}",
         f"{md(model_name(report))}, compressed by CompressLab: **{md(verdict(report))}**.",
         "## How to open it",
-        _fence("pip install transformers compressed-tensors", "sh"),
+        _fence(f"pip install transformers{'' if sparsity.is_plain(report) else ' compressed-tensors'}", "sh"),
         _fence(
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'model = AutoModelForCausalLM.from_pretrained(".")  # the folder of this file\n'

@@ -67,6 +67,8 @@ class Layer(Frozen):
     seconds: float
     note: str = ""
     activation_bits: int | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
 
 
 class Bytes(Frozen):
@@ -110,7 +112,7 @@ class Report(Frozen):
     before: tuple[Measurement, ...]
     after: tuple[Measurement, ...]
     layers: tuple[Layer, ...]
-    skipped: dict[str, str]  # linear layers left in float, and why
+    skipped: dict[str, str]  # what is left in float, and why
     bytes: tuple[Bytes, ...]
     parity: Parity
     search: Search | None = None
@@ -126,8 +128,11 @@ class Report(Frozen):
         after = {m.name: m for m in self.after}
         return [(m, after[m.name]) for m in self.before if m.name in after]
 
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1) + "\n"
+
     def save(self, folder: Path) -> None:
-        (folder / "report.json").write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(self.to_json(), encoding="utf-8")
 
 
 def read_report(folder: Path) -> Report:

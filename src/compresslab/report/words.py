@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from compresslab.report import sparsity
 from compresslab.report.plots import human, number, plain
 from compresslab.report.schema import Measurement, Report
 
@@ -36,12 +37,27 @@ LABELS = {
     "recall_macro": "recall, macro",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "sentence_similarity_spearman": "human similarity, Spearman",
+    "sentence_similarity_pearson": "human similarity, Pearson",
+    "word_similarity_spearman": "human word similarity, Spearman",
+    "word_similarity_pearson": "human word similarity, Pearson",
+    "decode_energy_j_per_token": "energy per token",
+    "forward_energy_j_per_input": "energy per forward",
+    "decode_energy_estimated_j_per_token": "energy per token (estimate)",
+    "forward_energy_estimated_j_per_input": "energy per forward (estimate)",
     "macs": "multiply-accumulates",
     "flops": "FLOPs",
     "nonzero_parameters": "parameters that are not zero",
 }
 _DIFFERENCE = "_difference"  # measure/intervals.py names paired differences so
-_BETTER_UP = {"top1_accuracy", "accuracy", "f1_macro", "f1_micro", "precision_macro", "recall_macro"}
+_BETTER_UP = {
+    "top1_accuracy", "accuracy", "f1_macro", "f1_micro", "precision_macro", "recall_macro", "bleu", "chrf", "rouge1", "rouge2",
+    "rougeL", "sentence_similarity_spearman", "sentence_similarity_pearson", "word_similarity_spearman",
+    "word_similarity_pearson",
+}  # fmt: skip
 # unit -> (word when it went well, word when not, whether more is better)
 _DIRECTIONS = {
     "bytes": ("smaller", "larger", False),
@@ -155,6 +171,8 @@ def claims(report: Report) -> list[tuple[str, str]]:
     if size:
         text, tone = change_and_tone(*pairs[size])
         made.append((f"size {text}" if tone == "same" else text, tone))
+    if zeros := sparsity.claim(report):
+        made.append((zeros, ""))
     speeds = {"decode_tokens_per_s": "decode", "decode_ms_per_token": "decode", "forward_ms": "forward"}
     speed = next((name for name in speeds if name in pairs), None)
     if speed:
@@ -290,6 +308,7 @@ def limitations(report: Report) -> list[str]:
         )
     else:
         found.append("Perplexity was not measured before and after: the table holds all that is known of quality.")
+    found += sparsity.limits(report)
     slower = [row.label for row in table_rows(report) if "slower" in row.change and row.tone == "bad"]
     if slower:
         found.append(f"Slower than the original on the machine below: {', '.join(slower)}.")

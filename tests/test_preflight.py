@@ -1,0 +1,135 @@
+"""What the preflight counts is what a run does: forwards counted where they happen, and said where they are foretold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from compresslab import damage, mixed, pipeline, refining, replaying
+from compresslab.data import Calibration
+from compresslab.quantize.autoround import AutoRound
+from compresslab.quantize.awq import AWQ
+from compresslab.recipe import HALVES, Recipe, parse
+
+BLOCKS, SAMPLES, LENGTH = 2, 6, 16
+GPTQ = {"method": "gptq", "bits": 4, "group_size": 16}
+
+
+def recipe(*steps: dict[str, Any]) -> Recipe:
+    calibration = {"samples": SAMPLES, "sequence_length": LENGTH}
+    raw = {"name": "t", "version": 1, "steps": list(steps), "ignore": ["@outside-blocks"], "calibration": calibration}
+    return parse(raw, "test")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.save("llama", tmp_path / "model")
+
+
+def run(folder: Path, out: Path, batch: int, *steps: dict[str, Any]) -> int:
+    """A whole run on batches of this many windows; how many batches there were."""
+    batches = tiny.token_batches(SAMPLES, LENGTH, size=batch)
+    calibration = Calibration(
+        source="tiny", revision="", split="", samples=SAMPLES, sequence_length=LENGTH, tokens=SAMPLES * LENGTH, seed=0,
+        sha256=str(batch), batches=batches,
+    )  # fmt: skip
+    with tiny.quick():
+        pipeline.compress(folder, recipe(*steps), calibration, out=out, measure=False)
+    return len(batches)
+
+
+@pytest.mark.parametrize(("steps", "each", "batch"), [(3, 1, 2), (5, 2, 3)])
+def test_forwards_of_autoround(
+    steps: int, each: int, batch: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    real = refining.Block.__call__
+
+    def counted(self: refining.Block, index: int, weights: Any) -> Any:
+        calls["learning" if any(w.requires_grad for w in weights.values()) else "judging"] += 1
+        return real(self, index, weights)
+
+    monkeypatch.setattr(refining.Block, "__call__", counted)
+    refine = {"method": "autoround", "steps": steps, "batches": each}
+    batches = run(folder, tmp_path / "out", batch, GPTQ, refine)
+    forwards = {kind: count / BLOCKS / batches for kind, count in calls.items()}
+    # A forward to learn from has a backward behind it; what the uncompressed block returns is one more to judge by.
+    foretold = AutoRound(steps=steps, batches=each).reruns(batches)
+    assert foretold == pytest.approx(3 * forwards["learning"] + forwards["judging"] + 1)
+
+
+def test_forwards_of_awq_by_block(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+    real = replaying.Replays._output
+
+    def counted(self: replaying.Replays, module: Any, call: Any) -> Any:
+        calls[type(module).__name__] += 1
+        return real(self, module, call)
+
+    monkeypatch.setattr(replaying.Replays, "_output", counted)
+    batches = run(folder, tmp_path / "out", 2, {"method": "awq", "group_size": 16, "steps": 4, "search": "block"})
+    method = AWQ(group_size=16, steps=4, search="block")
+    assert {kind: count / BLOCKS / batches for kind, count in calls.items()} == dict.fromkeys(
+        ("LlamaAttention", "LlamaMLP"), method.reruns(batches)
+    )
+    assert AWQ(group_size=16, steps=4).reruns(batches) == 0
+
+
+def test_a_dry_run_counts_them(folder: Path) -> None:
+    with tiny.quick():
+        _, plain, _ = pipeline.plan_only(folder, recipe(GPTQ))
+        _, refined, _ = pipeline.plan_only(folder, recipe(GPTQ, {"method": "autoround", "steps": 10}))
+    # All six windows make one batch of text: 2 + 3 * 10 forwards more than the one that solves.
+    assert refined.parts["forward"] == pytest.approx(33 * plain.parts["forward"])
+    assert refined.seconds > plain.seconds
+
+
+@pytest.mark.parametrize("sensitivity", ["fisher", "kl", "leave-one-out"])
+def test_tokens_through_the_whole_model(
+    sensitivity: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows are shorter than the measures would like, and fewer: counted in their own lengths."""
+    read: list[int] = []
+    real = damage._real_logits
+
+    def counted(model: Any, batch: Any) -> Any:
+        read.append(batch["input_ids"].numel())
+        return real(model, batch)
+
+    monkeypatch.setattr(damage, "_real_logits", counted)
+    monkeypatch.setattr(damage, "FISHER_WINDOWS", 4)
+    monkeypatch.setattr(damage, "FISHER_TOKENS", LENGTH)
+    monkeypatch.setattr(damage, "KL_TOKENS", LENGTH)
+    batches = tiny.token_batches(SAMPLES, LENGTH)
+    calibration = Calibration(
+        source="tiny", revision="", split="", samples=SAMPLES, sequence_length=LENGTH, tokens=SAMPLES * LENGTH, seed=0,
+        sha256="", batches=batches,
+    )  # fmt: skip
+    with tiny.quick():
+        _, report = pipeline.compress(
+            folder,
+            recipe(GPTQ),
+            calibration,
+            out=tmp_path / "out",
+            measure=False,
+            budget="5bits",
+            sensitivity=sensitivity,
+        )
+    backward = 3 if sensitivity == "fisher" else 1
+    widths = len(mixed.WIDTHS) + len(HALVES)
+    assert damage.tokens_read(sensitivity, len(report.layers), widths) == backward * sum(read)
+
+
+def test_a_dry_run_counts_a_budget(folder: Path) -> None:
+    with tiny.quick():
+        _, plain, _ = pipeline.plan_only(folder, recipe(GPTQ))
+        _, shared, _ = pipeline.plan_only(folder, recipe(GPTQ), budget="5bits")
+        _, gram, _ = pipeline.plan_only(folder, recipe(GPTQ), budget="5bits", sensitivity="gram")
+    assert shared.parts["forward"] == pytest.approx(2 * plain.parts["forward"])
+    assert gram.parts["share out"] == pytest.approx(len(mixed.WIDTHS) * plain.parts["solve"])
+    assert shared.parts["share out"] > gram.parts["share out"]
+    assert shared.memory_bytes >= gram.memory_bytes == plain.memory_bytes
