@@ -28,7 +28,7 @@ ROWS: list[tuple[str, ...]] = [
     ("methods",),
     ("weights", "wheels", "architectures", "edits"),
     ("recipe", "zoo", "data", "models", "deploy", "report"),
-    ("plan", "flow", "training", "masks"),
+    ("plan", "flow", "training", "trainer", "masks"),
     ("solving",),
     ("refining",),
     ("layerwise", "tracing", "replaying", "smoothing", "rewriting", "aware"),
@@ -129,7 +129,7 @@ def test_search_knows_nothing_but_the_contract_and_numerics(module: str) -> None
 
 @pytest.mark.parametrize("module", ALL_BUT_ROOT)
 def test_models_and_data_come_from_five_files(module: str) -> None:
-    names = ("models", "training", "data.hub", "zoo", "course.character_model")
+    names = ("models", "trainer", "data.hub", "zoo", "course.character_model")
     files = [f"compresslab.{name}" for name in names]
     if module in files or within(module, "compresslab.deploy", "compresslab.architectures"):
         return
