@@ -3,6 +3,7 @@
     python benchmarks/methods.py --text valid.txt                      # the rows that the file does not have yet
     python benchmarks/methods.py --text valid.txt w4a16-mine           # this one, again if it is there
     python benchmarks/methods.py --text valid.txt w4a16-gptq:bits=3    # a recipe with settings
+    python benchmarks/methods.py --text valid.txt --test-from 200000 --name methods-untouched ...  # windows nothing was chosen on
 
 SmolLM2-135M, calibrated on the first 64 x 512 tokens of the text and tested on 48 windows of 512 from token 100,000 on
 (float: 25.00 on WikiText-2's validation file). Each row is a process of its own on two threads, its artifact is opened
@@ -41,19 +42,20 @@ def main() -> None:
     arguments.add_argument("rows", nargs="*", help="recipe or recipe:setting=value,...; by default all that lack")
     arguments.add_argument("--text", type=Path, required=True, help="wikitext-2's validation file, or another text")
     arguments.add_argument("--name", default="methods-wikitext2", help="name of the result file")
+    arguments.add_argument("--test-from", type=int, default=TEST_FROM, help="the first test token")
     options = arguments.parse_args()
     torch.set_num_threads(2)
     os.environ["OMP_NUM_THREADS"] = "2"
     model = models.locate("smollm2-135m")
     tokens = models.load_tokenizer(model, "smollm2-135m")(options.text.read_text(encoding="utf-8"))["input_ids"]
     path = ROOT / "results" / f"{options.name}.json"
-    result = read(path, options.text.name)
+    result = read(path, options.text.name, options.test_from)
     rows: dict[str, dict[str, Any]] = result["rows"]
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         scratch = Path(folder)
         test = scratch / "test.safetensors"
         save_file({"input_ids": windows(tokens, 0, SAMPLES)}, scratch / "calibration.safetensors")
-        save_file({"input_ids": windows(tokens, TEST_FROM, TEST_WINDOWS)}, test)
+        save_file({"input_ids": windows(tokens, options.test_from, TEST_WINDOWS)}, test)
         if "float" not in rows:
             rows["float"] = quality(model, test)
         for name in options.rows or [row for row in ROWS if row not in rows]:
@@ -69,9 +71,9 @@ def windows(tokens: list[int], start: int, count: int) -> torch.Tensor:
     return torch.tensor(tokens[start : start + count * LENGTH]).view(count, LENGTH)
 
 
-def read(path: Path, text: str) -> dict[str, Any]:
+def read(path: Path, text: str, test_from: int) -> dict[str, Any]:
     """The file as it is, if it is of the same text; else an empty one."""
-    what = f"SmolLM2-135M, {SAMPLES} x {LENGTH} calibration tokens, {TEST_WINDOWS} test windows from token {TEST_FROM}"
+    what = f"SmolLM2-135M, {SAMPLES} x {LENGTH} calibration tokens, {TEST_WINDOWS} test windows from token {test_from}"
     if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))).get("what") == what:
         if found["text"] != text:
             raise SystemExit(f"{path.name} holds rows measured on {found['text']}: give another --name")

@@ -179,9 +179,10 @@ def solve(number: Number, folder: Folder = None, lang: Lang = None, learner: Lea
 def run(
     number: Number,
     folder: Folder = None,
-    scale: Annotated[str, typer.Option(help="micro (offline, minutes), real (a pre-trained model).")] = "micro",
+    scale: Annotated[str, typer.Option(help="micro (offline, minutes), real (a pre-trained model), paper.")] = "micro",
     seeds: Annotated[int | None, typer.Option(help="How many; the lab's own number if left out.")] = None,
     model: Annotated[str | None, typer.Option(help="Another model than the lab's.")] = None,
+    pictures: Annotated[str | None, typer.Option(help="Labelled pictures, for lab 3.1 at real: a folder or .parquet.")] = None,
     out: Annotated[Path | None, typer.Option(help="The result file; in your folder if left out.")] = None,
     prediction: Annotated[bool, typer.Option(help="Ask for your prediction first.")] = True,
     lang: Lang = None, learner: Learner = None, as_json: Json = False,
@@ -196,10 +197,15 @@ def run(
     said = None
     if prediction:
         where = steps.folder(lab, folder)
-        said = learners.predictions(lab, where)
+        said = learners.predictions(lab, where, scale)
         out = out or where / f"result-{scale}.json"
     result = experiment.run(
-        number, scale=scale, seeds=seeds, model=model, say=lambda what: error_console.print(what, highlight=False)
+        number,
+        scale=scale,
+        seeds=seeds,
+        model=model,
+        pictures=pictures,
+        say=lambda what: error_console.print(what, highlight=False),
     )
     if out is not None:
         result.save(out)

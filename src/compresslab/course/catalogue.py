@@ -54,6 +54,10 @@ class Lab:
         """One of the lab's own modules: experiment or checks."""
         return importlib.import_module(f"compresslab.course.labs.{self.folder.name}.{name}")
 
+    def expected(self, scale: str) -> list[dict[str, Any]]:
+        """The directions that are measured at a scale: those that name none are at every one."""
+        return [one for one in self.expectations if scale in one.get("scales", (scale,))]
+
     @property
     def papers(self) -> list[dict[str, Any]]:
         return yaml.safe_load((self.folder / "paper.yaml").read_text(encoding="utf-8"))

@@ -93,7 +93,7 @@ def read(path: Path) -> Result:
 
 
 def run(
-    number: str, *, scale: str = "micro", seeds: int | None = None, model: str | None = None,
+    number: str, *, scale: str = "micro", seeds: int | None = None, model: str | None = None, pictures: str | None = None,
     say: Callable[[str], None] = lambda what: None,
 ) -> Result:  # fmt: skip
     """Measure a lab.
@@ -101,6 +101,7 @@ def run(
     Args:
         seeds: how many; None for the lab's own number at this scale.
         model: another model than the lab's own at this scale.
+        pictures: a folder or .parquet of labelled pictures, for a lab that has a use for them.
         say: told what is being done.
     """
     chosen = lab(number)
@@ -112,6 +113,10 @@ def run(
     settings = experiment.SETTINGS[scale]
     if model is not None:
         settings = dataclasses.replace(settings, model=model)
+    if pictures is not None:
+        if not hasattr(settings, "pictures"):
+            raise CompressLabError(f"lab {number} has no use for pictures at scale {scale}: leave --pictures out")
+        settings = dataclasses.replace(settings, pictures=pictures)
     if seeds is not None:
         settings = dataclasses.replace(settings, seeds=seeds)
     if settings.seeds < 1:

@@ -80,22 +80,26 @@ def start(lab: Lab, folder: Path, progress: Progress, lang: str) -> None:
     shutil.copyfile(lab.folder / "exercise.py", folder / "exercise.py")
     shutil.copyfile(lab.folder / ("README.md" if lang == "en" else f"README.{lang}.md"), folder / "README.md")
     lines = [f"# {lab.say('prediction-head', lang)}"]
-    for expected in lab.expectations:
+    asked = lab.expected("micro")
+    later = [one for one in lab.expectations if one not in asked]
+    for expected in (*asked, *later):
+        if expected in later[:1]:
+            lines += [f"# {lab.say('prediction-later', lang)}"]
         lines += [f"# {lab.say(expected['key'], lang)}", f"{expected['key']}: '?'", ""]
     (folder / "prediction.yaml").write_text("\n".join(lines), encoding="utf-8")
     progress.of(lab).folder = str(folder.absolute())
     progress.save()
 
 
-def predictions(lab: Lab, folder: Path) -> dict[str, bool]:
-    """What the learner said beforehand. CompressLabError as long as something is left open."""
+def predictions(lab: Lab, folder: Path, scale: str = "micro") -> dict[str, bool]:
+    """What the learner said beforehand of a scale. CompressLabError as long as something is left open."""
     path = folder / "prediction.yaml"
     try:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise CompressLabError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
     said = {}
-    for expected in lab.expectations:
+    for expected in lab.expected(scale):
         answer = raw.get(expected["key"]) if isinstance(raw, dict) else None
         if not isinstance(answer, bool):  # YAML reads yes and no as such
             raise CompressLabError(

@@ -15,23 +15,40 @@ from compresslab.report.plots import number
 
 
 def measured(result: Result, lang: str) -> list[list[str]]:
-    """Head and one line for each row and metric: mean and spread over the seeds."""
+    """Head and one line for each row: mean and spread over the seeds of the metric; of several metrics a column each."""
     course = lab(result.lab)
+    metrics = list(dict.fromkeys(m for found in result.rows.values() for m in found if m != "bytes"))
+    if len(metrics) > 1:
+        return _many(result, course, metrics, lang)
+    (metric,) = metrics
     lines = [[course.say(key, lang) for key in ("row", "mean", "spread")]]
-    for row, metrics in result.rows.items():
-        for metric in metrics:
-            if metric == "bytes":
-                continue
-            spread = result.spread(row, metric)
-            size = f" ({number(result.mean(row, 'bytes'), 'bytes')})" if "bytes" in metrics else ""
-            lines.append(
-                [
-                    course.say(f"row-{row}", lang) + size,
-                    f"{result.mean(row, metric):.4g}",
-                    "-" if spread is None else f"{spread:.2g}",
-                ]
-            )
+    for row, found in result.rows.items():
+        spread = result.spread(row, metric)
+        size = f" ({number(result.mean(row, 'bytes'), 'bytes')})" if "bytes" in found else ""
+        lines.append(
+            [
+                course.say(f"row-{row}", lang) + size,
+                f"{result.mean(row, metric):.4g}",
+                "-" if spread is None else f"{spread:.2g}",
+            ]
+        )
     return lines
+
+
+def _many(result: Result, course: Lab, metrics: Sequence[str], lang: str) -> list[list[str]]:
+    """Cells of mean ± spread; empty where a row has no such metric."""
+
+    def cell(row: str, metric: str) -> str:
+        if metric not in result.rows[row]:
+            return ""
+        if metric == "bytes":
+            return number(result.mean(row, metric), metric)
+        spread = result.spread(row, metric)
+        return f"{result.mean(row, metric):.4g}" + (f" ± {spread:.1g}" if spread else "")
+
+    columns = ["bytes", *metrics]
+    head = [course.say(key, lang) for key in ("row", *columns)]
+    return [head, *([course.say(f"row-{row}", lang), *(cell(row, m) for m in columns)] for row in result.rows)]
 
 
 def verdicts(result: Result, lang: str, said: Mapping[str, bool] | None = None) -> list[list[str]]:
@@ -77,11 +94,13 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def pareto(result: Result, metric: str, label: str, lang: str) -> str:
     """SVG of every row that has bytes, by mean; the front among them drawn."""
     course: Lab = lab(result.lab)
-    quality, cost = Axis(label=label, unit="1"), Axis(label=course.say("bytes", lang), unit="bytes")
+    better = next((one for one in course.expectations if one["metric"] == metric), {})
+    quality = Axis(label=label, unit="1", higher_is_better=bool(better.get("higher_is_better")))
+    cost = Axis(label=course.say("bytes", lang), unit="bytes")
     points = [
         Point(
             run=i, mark=row, label=course.say(f"row-{row}", lang), cost=result.mean(row, "bytes"),
-            quality=result.mean(row, metric), group=0, baseline=row == "float",
+            quality=result.mean(row, metric), group=0, baseline=row.endswith("float"),
         )
         for i, (row, metrics) in enumerate(result.rows.items())
         if "bytes" in metrics and metric in metrics

@@ -5,6 +5,7 @@ texts -> embeddings [n, width] of length 1 -> cosines of texts, of pairs -> corr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -24,15 +25,29 @@ def embeddings(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, b
         input_ids, attention_mask: int64 [n, tokens]; padding has mask 0 and counts for nothing.
     """
     device = next(model.parameters()).device
-    found = []
+
+    def hidden(ids: Tensor, mask: Tensor) -> Tensor:
+        return model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
+
     with torch.inference_mode():
-        for start in range(0, len(input_ids), batch_size):
-            rows = slice(start, start + batch_size)
-            longest = int(attention_mask[rows].sum(dim=1).max())
-            ids, mask = input_ids[rows, :longest].to(device), attention_mask[rows, :longest].to(device)
-            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-            average = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-            found.append(nn.functional.normalize(average, dim=1).cpu())
+        return pooled(hidden, input_ids, attention_mask, batch_size=batch_size)
+
+
+def pooled(
+    hidden: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor, *, batch_size: int = 16
+) -> Tensor:
+    """`embeddings` of an encoder in any runtime.
+
+    Args:
+        hidden: ids and mask, int64 [batch, tokens] -> the last hidden state, float32 [batch, tokens, width].
+    """
+    found = []
+    for start in range(0, len(input_ids), batch_size):
+        rows = slice(start, start + batch_size)
+        longest = int(attention_mask[rows].sum(dim=1).max())
+        ids, mask = input_ids[rows, :longest], attention_mask[rows, :longest]
+        average = (hidden(ids, mask) * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        found.append(nn.functional.normalize(average, dim=1))
     return torch.cat(found)
 
 

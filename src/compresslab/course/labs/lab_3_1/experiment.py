@@ -2,7 +2,8 @@
 
 model, calibration windows of a seed -> weights at 8, 4 and 3 bits with a scale per output channel -> at 3 bits with one scale for
 the whole weight, and with ranges drawn at random (the controls) -> 8-bit weights with inputs in 8 and 4 bits: their ranges fixed
-beforehand by extremes, percentile or entropy, or found anew for each token.
+beforehand by extremes, percentile or entropy, or found anew for each token. At `real` and `paper` the models are pre-trained
+encoders, and ONNX Runtime runs them: deployed.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from compresslab.contract import Solution
+from compresslab.course.labs.lab_3_1 import deployed
+from compresslab.course.labs.lab_3_1.deployed import Deployed
 from compresslab.course.trials import TextSettings, Trials
 from compresslab.numerics.grid import Grid, fit_minmax, quantize
 
@@ -26,13 +29,17 @@ class Settings(TextSettings):
     percentile: float = 99.9
 
 
-SETTINGS = {
+SETTINGS: dict[str, Settings | Deployed] = {
     "micro": Settings(model="characters", seeds=3, samples=64, window=64, test_windows=96, test_length=128),
+    "real": Deployed(model="minilm-l6", seeds=3),
+    "paper": Deployed(model="sentence-transformers/bert-base-nli-mean-tokens", seeds=1, samples=512, rounds=25),
 }
 
 
-def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def measure(settings: Settings | Deployed, seed: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """Rows of one seed."""
+    if isinstance(settings, Deployed):
+        return deployed.measure(settings, seed, say)
     trials = Trials(settings, seed, say)
     for bits in (8, 4, 3):
         trials.trial(f"channel-{bits}", [_weights(bits)])

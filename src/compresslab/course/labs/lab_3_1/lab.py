@@ -30,7 +30,7 @@ tell("question")
 tell("background")
 
 # %% before you run the next cell: say yes or no to each of these
-display(Markdown("\n".join(f"- {lab.say(expected['key'], lang)}" for expected in lab.expectations)))
+display(Markdown("\n".join(f"- {lab.say(expected['key'], lang)}" for expected in lab.expected(scale))))
 
 # %%
 result = experiment.run("3.1", scale=scale, seeds=seeds)
@@ -38,7 +38,8 @@ result.save(Path("result.json"))
 display(Markdown(showing.markdown(showing.measured(result, lang))))
 
 # %%
-display(HTML(showing.pareto(result, "perplexity", lab.say("perplexity", lang), lang)))
+metric = "perplexity" if "perplexity" in result.rows[next(iter(result.rows))] else "embedding_cosine"
+display(HTML(showing.pareto(result, metric, lab.say(metric, lang), lang)))
 
 # %%
 display(Markdown(showing.markdown(showing.verdicts(result, lang))))

@@ -30,7 +30,7 @@ tell("question")
 tell("background")
 
 # %% before you run the next cell: say yes or no to each of these
-display(Markdown("\n".join(f"- {lab.say(expected['key'], lang)}" for expected in lab.expectations)))
+display(Markdown("\n".join(f"- {lab.say(expected['key'], lang)}" for expected in lab.expected(scale))))
 
 # %%
 result = experiment.run("3.2", scale=scale, seeds=seeds)
