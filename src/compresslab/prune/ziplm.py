@@ -85,21 +85,34 @@ class ZipLM(Units):
 
     def _greedy(self, weight: Tensor, inverse: Tensor, count: int, keep: int) -> Tensor:
         """The units left when the one that is missed least has gone, again and again; int64 [keep], ascending."""
-        weight, inverse = weight.clone(), inverse.clone()
+        weight, inverse = weight.float(), inverse.float()  # copies; for the order of losses float32 is enough
         left = torch.ones(count, dtype=torch.bool, device=weight.device)
         columns = torch.arange(weight.shape[1], device=weight.device).view(count, -1)
         for _ in range(count - keep):
-            own = inverse[columns[:, :, None], columns[:, None, :]]
-            own[~left] = torch.eye(columns.shape[1], dtype=own.dtype, device=own.device)
-            inner = torch.linalg.inv(own) if columns.shape[1] > 1 else 1 / own
-            mine = weight.view(len(weight), count, -1).transpose(0, 1)
-            loss = ((mine @ inner) * mine).sum((1, 2)).masked_fill(~left, torch.inf)
+            inner = inverses(inverse[columns[:, :, None], columns[:, None, :]], left)
+            loss = (squares(weight, count) * inner).sum((1, 2)).masked_fill(~left, torch.inf)
             gone = int(loss.argmin())
             lost, along = columns[gone], inner[gone] @ inverse[columns[gone]]
-            weight -= weight[:, lost] @ along
-            inverse -= inverse[:, lost] @ along
+            weight.addmm_(weight[:, lost], along, alpha=-1)
+            inverse.addmm_(inverse[:, lost], along, alpha=-1)
             weight[:, lost], left[gone] = 0, False
         return left.nonzero().flatten()
+
+
+def inverses(matrices: Tensor, left: Tensor) -> Tensor:
+    """Of matrices [units, w, w], where a unit is left; the others have lost theirs."""
+    if matrices.shape[1] == 1:
+        return 1 / matrices
+    eye = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
+    return torch.linalg.inv(torch.where(left[:, None, None], matrices, eye))
+
+
+def squares(weight: Tensor, count: int) -> Tensor:
+    """W_S^T W_S of every unit's columns S, [units, w, w]."""
+    if weight.shape[1] == count:
+        return weight.square().sum(0)[:, None, None]
+    mine = weight.unflatten(1, (count, -1)).transpose(0, 1)
+    return mine.transpose(1, 2) @ mine
 
 
 def columns_of(units: Tensor, width: int) -> Tensor:
