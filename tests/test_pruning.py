@@ -344,7 +344,7 @@ def tiny_text(made: Any) -> str:
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ([{"method": "owl"}], "it needs one that rounds .such as gptq. or prunes .such as wanda."),
+        ([{"method": "owl"}], "it needs one that rounds .such as gptq., prunes .such as wanda. or takes out"),
         ([{"method": "owl"}, GPTQ], "add a step that prunes"),
         ([GPTQ, {"method": "wanda"}], "in this order"),
         ([{"method": "wanda"}, {"method": "magnitude"}], "at most one that prunes"),

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import tiny
 from compresslab import methods, recipe, zoo
-from compresslab.contract import ActivationQuantizer, Pruner, Rounding
+from compresslab.contract import ActivationQuantizer, BlockRemover, Pruner, Rounding, UnitRemover
 from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
 
@@ -28,7 +28,7 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     assert found.name == name
     assert found.summary.endswith(".")
     if found.rounding is None:
-        assert isinstance(found.shaping.build(), Pruner)
+        assert isinstance(found.shaping.build(), Pruner | UnitRemover | BlockRemover)
         return
     solver = found.rounding.build()
     assert isinstance(solver, Rounding)

@@ -195,6 +195,71 @@ class Pruner(Method, Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Removal:
+    """What is left of the units that one layer reads.
+
+    Attributes:
+        kept: int64, the units that stay, ascending.
+        weight: float32 [out, kept * width], what reads them.
+        bias_change: float32 [out], to be added to the bias; None for nothing.
+        note: as of a Solution.
+    """
+
+    kept: Tensor
+    weight: Tensor
+    bias_change: Tensor | None = None
+    note: str = ""
+
+
+@runtime_checkable
+class UnitRemover(Method, Protocol):
+    """A method that takes whole neurons and heads out of a network, together with all that makes and reads them.
+
+    removing.py finds the units (groups.py) and cuts them out of the weights and the config.
+
+    Attributes:
+        neuron_frac, head_frac: shares of what every block shall lose.
+    """
+
+    neuron_frac: float
+    head_frac: float
+
+    def kept_of(self, kind: str, count: int) -> int:
+        """How many of `count` "neurons" or "heads" stay. ValueError if none would."""
+        ...
+
+    def remove(
+        self, reader: Tensor, producers: Sequence[Tensor], gram: Gram | None, *, keep: int, has_bias: bool
+    ) -> Removal:
+        """Choose the units of one group.
+
+        Args:
+            reader: float32 [out, units * width], the weight that reads them; each unit is `width` neighbouring columns.
+            producers: float32 [units, rows, in], the weights that make them, one for each layer that does.
+            gram: of the reader's input, from the uncompressed network; None for a method without data.
+            keep: how many units stay.
+            has_bias: whether the reader has a bias, which may take over what is lost on average.
+
+        Raises:
+            ValueError: if the group cannot be handled; the driver adds the reader's name.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockRemover(Method, Protocol):
+    """A method that takes whole blocks out of a network."""
+
+    def keep_blocks(self, influence: Sequence[float]) -> list[int]:
+        """The blocks that stay, ascending, by 1 - mean cosine of what goes into each block and what comes out of it.
+
+        Raises:
+            ValueError: if none would go, or none would stay.
+        """
+        ...
+
+
 @runtime_checkable
 class AwareTraining(Rounding, Protocol):
     """A method that trains a network while its weights and inputs are rounded, and says how they are."""

@@ -89,6 +89,16 @@ def survey(
         Survey(calibration, visit, calls or {}).run()
 
 
+def watch_blocks(calibration: Pass, see: Callable[[str, Tensor, Tensor, Tensor | None], None]) -> None:
+    """Show what goes into every block, and what comes out of it, to `see`, batch by batch, and leave the model as it is.
+
+    Args:
+        see: block, hidden state before and after it [batch, tokens, width], the batch's attention mask if it has one.
+    """
+    with torch.inference_mode():
+        BlockWatch(calibration, see).run()
+
+
 def _run_without_data(job: Job) -> None:
     skeleton = job.source.skeleton()
     for unit in job.plan.units:
@@ -401,6 +411,36 @@ class Survey(Forward):
     def _solve(self, layer: str, gram: Statistic) -> None:
         self.visit(layer, gram)
         self.solved[layer] = None
+
+    def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
+        """Nothing is kept."""
+
+
+class BlockWatch(Forward):
+    """A pass that looks at blocks and at no layer; its walks meet at the ends of blocks only."""
+
+    def __init__(self, calibration: Pass, see: Callable[[str, Tensor, Tensor, Tensor | None], None]) -> None:
+        super().__init__(calibration)
+        self.see = see
+        self.entered: dict[int, Tensor] = {}
+
+    def _is_through(self, unit: Unit) -> bool:
+        return unit.name in self.finished or not unit.name
+
+    def _before_block(self, unit: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._before_block(unit, args, kwargs)
+        self.entered[self._current().index] = args[0] if args else kwargs["hidden_states"]
+
+    def _after_block(self, stop: Stop, output: Any) -> Any:
+        walk = self._current()
+        self.see(stop.unit, self.entered.pop(walk.index), first_tensor(output), walk.batch.get("attention_mask"))
+        return super()._after_block(stop, output)
+
+    def _at_layer(self, stop: Stop, module: nn.Module, x: Tensor) -> None:
+        """Layers are passed as they are."""
+
+    def _solve(self, layer: str, gram: Statistic) -> None:
+        raise AssertionError("no layer is waited at")
 
     def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
         """Nothing is kept."""

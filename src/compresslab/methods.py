@@ -13,10 +13,13 @@ from compresslab.activations.dynamic import Dynamic
 from compresslab.activations.static import Static
 from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
 from compresslab.errors import CompressLabError, unknown
+from compresslab.prune.block_influence import BlockInfluence
+from compresslab.prune.filter_norm import FilterNorm
 from compresslab.prune.magnitude import Magnitude
 from compresslab.prune.owl import OWL
 from compresslab.prune.sparsegpt import SparseGPT
 from compresslab.prune.wanda import Wanda
+from compresslab.prune.ziplm import ZipLM
 from compresslab.quantize.autoround import AutoRound
 from compresslab.quantize.awq import AWQ
 from compresslab.quantize.batchnorm_folding import BatchNormFolding
@@ -61,6 +64,9 @@ METHODS: dict[str, type] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "owl": OWL,
+    "filter-norm": FilterNorm,
+    "ziplm": ZipLM,
+    "block-influence": BlockInfluence,
 }
 
 

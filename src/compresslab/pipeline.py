@@ -1,8 +1,8 @@
 """compress(): the whole data flow on one page.
 
-    read -> (rewrite, rotate) -> plan and preflight -> (share out a budget) -> smooth -> (train) -> (share out zeros)
-         -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved
-         -> measure -> report -> publish
+    read -> (rewrite, rotate) -> plan and preflight -> (take out units) -> (share out a budget) -> smooth -> (train)
+         -> (share out zeros) -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process
+         -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
 """
@@ -39,6 +39,7 @@ from compresslab.plan import Plan
 from compresslab.pruning import allocated
 from compresslab.questions import Questions
 from compresslab.recipe import Recipe
+from compresslab.removing import removed
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
 from compresslab.rotating import said_of
@@ -111,6 +112,9 @@ def compress(
             needs = _with_budget(needs, source, plan, material.calibration is not None, sensitivity, where)
         preflight.check(needs, out)
 
+    source, removal, (plan, methods, layout) = _taken_out(
+        _pass(source, plan, material, where), stages, chosen, (plan, methods, layout), progress, clock
+    )
     eligible = plan.layers
     if wanted is not None:
         with clock("share out"):
@@ -146,7 +150,7 @@ def compress(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             title=f"{source.name}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
-            model=_describe(given) | ({"changed": said_of(given, source)} if stages.rotations else {}),
+            model=_describe(given) | _changed(given, source, stages, removal),
             data=material.fields(training),
             environment=environment.describe(where) | seen.facts(),
             seconds=clock.seconds,
@@ -235,6 +239,20 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CompressLabError(f"device '{device}' cannot be used here ({str(error).splitlines()[0]})") from None
     return chosen
+
+
+def _taken_out(
+    calibration: solving.Pass, stages: Stages, recipe: Recipe, plans: tuple[Plan, LayerMethods, Layout],
+    progress: Progress, clock: Clock,
+) -> tuple[models.Source, str, tuple[Plan, LayerMethods, Layout]]:  # fmt: skip
+    """The source without the neurons, heads and blocks that the recipe takes out; what to tell of it; and the new plans."""
+    if not stages.removers:
+        return calibration.source, "", plans
+    with clock("take out"):
+        progress.stage("take out", 1)
+        source, told = removed(calibration, stages.removers)
+        progress.step("neurons, heads or blocks")
+    return source, told, planned(source, recipe)
 
 
 def _prepared(job: solving.Job, stages: Stages, methods: LayerMethods, progress: Progress, clock: Clock) -> solving.Job:
@@ -357,7 +375,7 @@ def _job(
     progress: Progress,
 ) -> solving.Job:
     return solving.Job(
-        **vars(calibrated),
+        **vars(calibrated) | ({} if stages.solving_needs_data else {"batches": None}),
         method=stages.name,
         solvers=methods.solvers,
         activations=methods.activations,
@@ -425,6 +443,13 @@ def _describe(source: models.Source) -> dict[str, Any]:
         "revision": source.revision,
         "sha256": source.weights.sha256,
     }
+
+
+def _changed(given: models.Source, source: models.Source, stages: Stages, removal: str) -> dict[str, str]:
+    """What was done to the network before its layers were solved, if that was not just smoothing."""
+    said = [said_of(given, source)] if stages.rotations else []
+    said += [removal] if removal else []
+    return {"changed": "; ".join(said)} if said else {}
 
 
 def _embeddings(source: models.Source) -> set[str]:

@@ -40,7 +40,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compresslab import methods
-from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Pruner, Rounding, Tuner
+from compresslab.contract import (
+    ActivationQuantizer,
+    AwareTraining,
+    BlockRemover,
+    Method,
+    Pruner,
+    Rounding,
+    Tuner,
+    UnitRemover,
+)
 from compresslab.errors import CompressLabError, unknown
 
 DEFAULT = "w4a16-gptq"
@@ -191,9 +200,14 @@ class Recipe(Strict):
         return next((step for step in self.steps if isinstance(step.build(), Pruner)), None)
 
     @property
+    def removing(self) -> tuple[Step, ...]:
+        """The steps that take out neurons, heads or blocks."""
+        return tuple(step for step in self.steps if isinstance(step.build(), UnitRemover | BlockRemover))
+
+    @property
     def shaping(self) -> Step:
         """The step that says which layers are worked on. CompressLabError if none does, which the pipeline refuses first."""
-        step = self.rounding or self.pruning
+        step = self.rounding or self.pruning or next(iter(self.removing), None)
         if step is None:
             raise CompressLabError(f"recipe '{self.name}' has no step that rounds or prunes")
         return step

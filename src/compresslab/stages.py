@@ -10,6 +10,7 @@ from compresslab import aware
 from compresslab.contract import (
     ActivationQuantizer,
     AwareTraining,
+    BlockRemover,
     CacheRounding,
     Corrector,
     Equalizer,
@@ -23,6 +24,7 @@ from compresslab.contract import (
     Solver,
     SparsityAllocation,
     Tuner,
+    UnitRemover,
 )
 from compresslab.deploy.dense import DenseLayout
 from compresslab.deploy.layouts import Layout, check_formats, layout_for
@@ -38,6 +40,7 @@ from compresslab.rotating import rotated
 _KINDS: tuple[tuple[Any, float, str], ...] = (
     (Folder | Equalizer, math.inf, "any that rewrite (such as batchnorm-folding)"),
     (Rotation, math.inf, "any that rotate (such as quarot)"),
+    (UnitRemover | BlockRemover, math.inf, "any that take out units or blocks (such as ziplm)"),
     (Smoother, math.inf, "any that smooth (such as smoothquant)"),
     (ActivationQuantizer, 1, "at most one for activations (such as dynamic)"),
     (CacheRounding, 1, "at most one for keys and values (kv-cache)"),
@@ -51,7 +54,7 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
 
 
 # What may stand in a recipe that prunes and does not round.
-_WITHOUT_ROUNDING = (SparsityAllocation, Pruner, Corrector)
+_WITHOUT_ROUNDING = (UnitRemover, BlockRemover, SparsityAllocation, Pruner, Corrector)
 # Of these the kinds that are fitted to a network whose scales will not change.
 NOT_TUNED = tuple(place for place, (kind, *_) in enumerate(_KINDS) if kind in (ActivationQuantizer, Corrector))
 
@@ -63,6 +66,7 @@ class Stages:
     name: str
     rewriters: tuple[Folder | Equalizer, ...]
     rotations: tuple[Rotation, ...]
+    removers: tuple[UnitRemover | BlockRemover, ...]
     smoothers: tuple[Smoother, ...]
     activations: ActivationQuantizer | None
     cache: CacheRounding | None
@@ -79,6 +83,11 @@ class Stages:
 
     @property
     def needs_data(self) -> bool:
+        return self.solving_needs_data or any(needs_data(method) for method in self.removers)
+
+    @property
+    def solving_needs_data(self) -> bool:
+        """Whether what comes after the removal needs data."""
         pruning = (self.allocation, self.pruner)
         rounding = (self.activations, self.cache, self.solver, self.refiner, *self.correctors, self.tuner)
         return bool(self.smoothers) or any(needs_data(method) for method in (*pruning, *rounding) if method is not None)
@@ -86,7 +95,8 @@ class Stages:
     @property
     def surveys(self) -> int:
         """Passes over the calibration batches before the one that solves."""
-        return len(self.smoothers) + (self.allocation is not None and self.allocation.needs_data)
+        looking = sum(method.needs_data for method in self.removers)
+        return len(self.smoothers) + looking + (self.allocation is not None and self.allocation.needs_data)
 
     def reruns(self, batches: int) -> float:
         """Forwards of all calibration batches beyond those passes."""
@@ -117,14 +127,16 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     for kind, (_, method) in zip(kinds, built, strict=True):
         found[kind].append(method)
     counts = all(len(methods) <= most for methods, (_, most, _) in zip(found, _KINDS, strict=True))
-    rewriters, rotations, smoothers, quantizers, caches, allocations, pruners, solvers, refiners, correctors, tuners = (
-        found
-    )
-    if kinds != sorted(kinds) or not counts or not (solvers or pruners):
+    (
+        rewriters, rotations, removers, smoothers, quantizers, caches, allocations, pruners, solvers, refiners, correctors,
+        tuners,
+    ) = found  # fmt: skip
+    if kinds != sorted(kinds) or not counts or not (solvers or pruners or removers):
         names = ", ".join(name for name, _ in built)
         raise CompressLabError(
-            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq) or prunes "
-            f"(such as wanda), and may have in this order {', '.join(words for *_, words in _KINDS)}"
+            f"recipe '{recipe.name}' has the steps {names}: it needs one that rounds (such as gptq), prunes "
+            f"(such as wanda) or takes out units (such as ziplm), and may have in this order "
+            + ", ".join(words for *_, words in _KINDS)
         )
     solver = solvers[0] if solvers else Unrounded()
     activations = quantizers[0] if quantizers else None
@@ -139,9 +151,9 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     allocations += [pruner for pruner in pruners if getattr(pruner, "allocates", False)]
     if isinstance(solver, Smoother):
         smoothers.append(solver)
-    name = " + ".join(step.method for step in (recipe.pruning, recipe.rounding) if step)
+    name = " + ".join(step.method for step in (*recipe.removing, recipe.pruning, recipe.rounding) if step)
     return Stages(
-        name=name, rewriters=tuple(rewriters), rotations=tuple(rotations), smoothers=tuple(smoothers),
+        name=name, rewriters=tuple(rewriters), rotations=tuple(rotations), removers=tuple(removers), smoothers=tuple(smoothers),
         activations=activations, cache=caches[0] if caches else None, solver=solver,
         allocation=allocations[0] if allocations else None, pruner=pruners[0] if pruners else None,
         refiner=refiners[0] if refiners else None, correctors=tuple(correctors),

@@ -125,6 +125,9 @@ class Rescale:
     def apply(self, tensor: Tensor) -> Tensor:
         return (tensor + self.offset) * self.factor - self.offset
 
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
     def fingerprint(self) -> bytes:
         """Differs wherever the change does."""
         return f"{self.offset!r} {tuple(self.factor.shape)}".encode() + self.factor.contiguous().numpy().tobytes()
@@ -149,8 +152,32 @@ class Rotate:
         rotated = last.reshape(*last.shape[:-1], -1, len(self.rotation)) @ self.rotation
         return rotated.reshape(last.shape).movedim(-1, self.axis).contiguous()
 
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
     def fingerprint(self) -> bytes:
         return f"rotate {self.axis}".encode() + self.rotation.contiguous().numpy().tobytes()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Select:
+    """What becomes of a tensor that loses some of its rows, or of its columns.
+
+    Attributes:
+        kept: int64, those along `axis` that stay, in order.
+    """
+
+    kept: Tensor
+    axis: int
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        return tensor.index_select(self.axis, self.kept)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[: self.axis], len(self.kept), *shape[self.axis + 1 :])
+
+    def fingerprint(self) -> bytes:
+        return f"select {self.axis}".encode() + self.kept.contiguous().numpy().tobytes()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,11 +191,16 @@ class Chain:
             tensor = change.apply(tensor)
         return tensor
 
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        for change in self.changes:
+            shape = change.shape(shape)
+        return shape
+
     def fingerprint(self) -> bytes:
         return b"chain" + b"".join(change.fingerprint() for change in self.changes)
 
 
-Change = Rescale | Rotate | Chain
+Change = Rescale | Rotate | Select | Chain
 
 
 class TransformedWeights:
@@ -190,7 +222,9 @@ class TransformedWeights:
         return [*self._weights.names(), *self._copies]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._weights.shape(self._copies.get(name, name))
+        stored = self._weights.shape(self._copies.get(name, name))
+        change = self._changes.get(name)
+        return stored if change is None else change.shape(stored)
 
     def get(self, name: str) -> Tensor:
         tensor = self._weights.get(self._copies.get(name, name))
@@ -234,7 +268,33 @@ class OverlaidWeights:
         return digest.hexdigest()
 
 
-Weights = FolderWeights | MemoryWeights | TransformedWeights | OverlaidWeights
+class RenamedWeights:
+    """Some of other weights, under other names.
+
+    Args:
+        stored: name -> what the weights beneath call it. What is not among these is gone.
+    """
+
+    def __init__(self, weights: Weights, stored: Mapping[str, str]) -> None:
+        self._weights = weights
+        self._stored = dict(stored)
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(self._stored[name])
+
+    def get(self, name: str) -> Tensor:
+        return self._weights.get(self._stored[name])
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash over the weights beneath and the names."""
+        return hashlib.sha256(f"{self._weights.sha256} {sorted(self._stored.items())}".encode()).hexdigest()
+
+
+Weights = FolderWeights | MemoryWeights | TransformedWeights | OverlaidWeights | RenamedWeights
 
 
 def _no_weights(folder: Path) -> CompressLabError:

@@ -1,0 +1,220 @@
+"""Removing: neurons, heads and blocks taken out of a network for good, so that what is left is a smaller plain model.
+
+config and weights -> groups that must leave together (groups.py) -> a pass over the calibration text through the uncompressed
+network, in which the method chooses what stays as soon as a layer's Gram matrix is complete -> another Source: the same
+architecture with smaller numbers in its config, rows and columns cut out as the weights are read. Whatever comes afterwards in
+the recipe (smoothing, zeros, rounding) works on that as on any other model, and plain transformers opens it.
+
+What is left computes what the whole network would with the lost units set to zero and the readers' new weights: no mask
+remains. The weights of readers, which the method may have refitted, are held in memory; all others are cut when they are read.
+
+A run that was killed looks again, finds the same, and goes on from there. Oracle: tests/oracles/removal.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compresslab import layerwise
+from compresslab.contract import BlockRemover, Removal, UnitRemover
+from compresslab.errors import CompressLabError
+from compresslab.groups import Group, groups_of, with_units
+from compresslab.models import Source, blocks, build, is_transposed
+from compresslab.numerics.gram import Gram
+from compresslab.plan import OUTSIDE, make_plan
+from compresslab.solving import Pass, Statistic, read_finite, read_weight
+from compresslab.weights import OverlaidWeights, RenamedWeights, Select, TransformedWeights
+
+KINDS = ("heads", "neurons")
+
+
+def removed(calibration: Pass, methods: Sequence[UnitRemover | BlockRemover]) -> tuple[Source, str]:
+    """The network without what these methods take out, one after the other; and what to tell of it.
+
+    Raises:
+        CompressLabError: naming the block, where a method gives up or the architecture cannot be cut so.
+    """
+    told: list[str] = []
+    for method in methods:
+        if isinstance(method, BlockRemover):
+            source, said = without_blocks(calibration, method)
+        else:
+            source, said = without_units(calibration, method)
+        calibration = dataclasses.replace(calibration, source=source)
+        told += said
+    return calibration.source, "; ".join(told)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Neurons and heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without_units(calibration: Pass, method: UnitRemover) -> tuple[Source, list[str]]:
+    source, told = calibration.source, []
+    shares = {"heads": method.head_frac, "neurons": method.neuron_frac}
+    wanted = {kind: groups_of(source, kind) for kind in KINDS if shares[kind] > 0}
+    keep: dict[str, int] = {}
+    config = copy.deepcopy(source.config)
+    for kind, found in wanted.items():
+        try:
+            keep[kind] = method.kept_of(kind, found[0].count)
+        except ValueError as error:
+            raise CompressLabError(str(error)) from None
+        config = with_units(config, kind, found[0].count, keep[kind])
+        told.append(f"{found[0].count - keep[kind]} of {found[0].count} {kind} of every block taken out")
+    everything = [group for found in wanted.values() for group in found]
+    _check_shapes(source, config, everything, keep)
+    chosen = _choose(calibration, method, everything, keep)
+    return dataclasses.replace(cut_out(source, everything, chosen), config=config), told
+
+
+def _choose(
+    calibration: Pass, method: UnitRemover, groups: Sequence[Group], keep: dict[str, int]
+) -> dict[str, Removal]:
+    """What stays of every group, by its reader."""
+    source, skeleton = calibration.source, calibration.source.skeleton()
+    by_reader, found, stored = {group.reader: group for group in groups}, {}, set(source.weights.names())
+
+    def visit(reader: str, gram: Statistic | None) -> None:
+        group = by_reader.get(reader)
+        if group is None or not (gram is None or isinstance(gram, Gram)):
+            return
+        weight = read_weight(source, reader, skeleton.get_submodule(reader)).to(calibration.device, torch.float32)
+        producers = [
+            read_weight(source, name, skeleton.get_submodule(name))
+            .to(calibration.device, torch.float32)
+            .unflatten(0, (group.count, rows))
+            for name, rows in group.rows.items()
+        ]
+        try:
+            found[reader] = method.remove(
+                weight.contiguous(), producers, gram, keep=keep[group.kind], has_bias=f"{reader}.bias" in stored
+            )
+        except ValueError as error:
+            raise CompressLabError(f"taking out the {group.kind} that {reader} reads: {error}") from error
+
+    if method.needs_data:
+        layerwise.survey(dataclasses.replace(calibration, plan=make_plan(source, (OUTSIDE,))), visit)
+    for reader in by_reader:
+        if reader not in found:
+            visit(reader, None)
+    return found
+
+
+def cut_out(source: Source, groups: Sequence[Group], chosen: dict[str, Removal]) -> Source:
+    """The weights without what was not chosen; the config stays as it is."""
+    skeleton, stored = source.skeleton(), set(source.weights.names())
+    replaced: dict[str, Tensor] = {}
+    changes: dict[str, Select] = {}
+    for group in groups:
+        removal = chosen[group.reader]
+        for name, rows in group.rows.items():
+            kept = (removal.kept.cpu()[:, None] * rows + torch.arange(rows)).flatten()
+            axis = 1 if is_transposed(skeleton.get_submodule(name)) else 0
+            changes[f"{name}.weight"] = Select(kept=kept, axis=axis)
+            if f"{name}.bias" in stored:
+                changes[f"{name}.bias"] = Select(kept=kept, axis=0)
+        weight = removal.weight.cpu()
+        weight = weight.t() if is_transposed(skeleton.get_submodule(group.reader)) else weight
+        replaced[f"{group.reader}.weight"] = _stored(source, f"{group.reader}.weight", weight)
+        if removal.bias_change is not None:
+            bias = read_finite(source, f"{group.reader}.bias").float() + removal.bias_change.cpu()
+            replaced[f"{group.reader}.bias"] = _stored(source, f"{group.reader}.bias", bias)
+    weights = OverlaidWeights(TransformedWeights(source.weights, changes), replaced)
+    return dataclasses.replace(source, weights=weights)
+
+
+def _stored(source: Source, name: str, value: Tensor) -> Tensor:
+    """In the dtype of the tensor that it replaces. CompressLabError if that cannot hold it."""
+    cast = value.to(source.weights.get(name).dtype).contiguous()
+    if not torch.isfinite(cast).all():
+        raise CompressLabError(f"the refitted {name} is not finite in {cast.dtype}: raise damp_frac, or take out less")
+    return cast
+
+
+def _check_shapes(source: Source, config: Any, groups: Sequence[Group], keep: dict[str, int]) -> None:
+    """CompressLabError unless the architecture with this config has just the shapes that the cut weights will have."""
+    wanted: dict[str, tuple[int, int]] = {}
+    for group in groups:
+        left = keep[group.kind]
+        wanted |= {name: (0, left * rows) for name, rows in group.rows.items()} | {
+            group.reader: (1, left * group.width)
+        }
+    trouble = ""
+    try:
+        built = build(config)
+        for name, (axis, size) in wanted.items():
+            module = built.get_submodule(name)
+            shape = module.weight.shape
+            if shape[1 - axis if is_transposed(module) else axis] != size:  # type: ignore[index]
+                trouble = f"{name} would be {list(shape)}"  # type: ignore[arg-type]
+                break
+    except (ValueError, TypeError, AssertionError) as error:
+        trouble = " ".join(str(error).split())
+    if trouble:
+        kinds = " and ".join(keep)
+        raise CompressLabError(
+            f"{source.architecture} cannot be built with fewer {kinds} ({trouble}): its config ties them to something else. "
+            "Take out neurons or blocks only"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without_blocks(calibration: Pass, method: BlockRemover) -> tuple[Source, list[str]]:
+    source = calibration.source
+    names = list(blocks(source.skeleton()))
+    lists = {name.rpartition(".")[0] for name in names}
+    if len(lists) != 1 or getattr(source.config, "num_hidden_layers", None) != len(names):
+        raise CompressLabError(
+            f"{source.name} ({source.architecture}) is no plain stack of blocks that its config counts: leave its blocks in"
+        )
+    influence = block_influence(calibration, names)
+    try:
+        kept = method.keep_blocks(influence)
+    except ValueError as error:
+        raise CompressLabError(str(error)) from None
+    gone = [names[i] for i in range(len(names)) if i not in kept]
+    return stacked(source, names, kept), [f"{len(gone)} of {len(names)} blocks taken out: {', '.join(gone)}"]
+
+
+def block_influence(calibration: Pass, names: Sequence[str]) -> list[float]:
+    """1 - mean over the calibration tokens of cos(what goes into a block, what comes out of it), by block."""
+    sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+
+    def see(block: str, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
+        x, y = (layerwise.real_tokens(t, mask).flatten(0, -2).float() for t in (before, after))
+        sums[block] += float(torch.nn.functional.cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
+        counts[block] += len(x)
+
+    layerwise.watch_blocks(calibration, see)
+    return [1 - sums[name] / max(counts[name], 1) for name in names]
+
+
+def stacked(source: Source, names: Sequence[str], kept: Sequence[int]) -> Source:
+    """The network of these blocks alone, numbered anew."""
+    prefix = names[0].rpartition(".")[0]
+    new_name = {names[old]: f"{prefix}.{new}" for new, old in enumerate(kept)}
+    stored: dict[str, str] = {}
+    for tensor in source.weights.names():
+        block = next((name for name in names if tensor.startswith(name + ".")), None)
+        if block is None:
+            stored[tensor] = tensor
+        elif block in new_name:
+            stored[new_name[block] + tensor.removeprefix(block)] = tensor
+    config = copy.deepcopy(source.config)
+    for key, value in list(config.to_dict().items()):  # such as layer_types: one entry for each block
+        if isinstance(value, list) and len(value) == len(names):
+            setattr(config, key, [value[i] for i in kept])
+    config.num_hidden_layers = len(kept)
+    return dataclasses.replace(source, config=config, weights=RenamedWeights(source.weights, stored))
