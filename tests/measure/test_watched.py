@@ -1,0 +1,44 @@
+"""measure/watched.py: commands that hold a known number of bytes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from compresslab.measure.watched import watch
+
+HOLD = "import time; held = bytearray(b'x') * 100_000_000; time.sleep(0.3)"
+IN_CHILD = (
+    f"import subprocess, sys; held = bytearray(b'x') * 50_000_000; subprocess.run([sys.executable, '-c', {HOLD!r}])"
+)
+
+
+def test_memory_is_what_the_command_holds() -> None:
+    nothing, held = (
+        watch([sys.executable, "-c", "import time; time.sleep(0.3)"], 60),
+        watch([sys.executable, "-c", HOLD], 60),
+    )
+    assert held.peak_bytes - nothing.peak_bytes == pytest.approx(100e6, rel=0.03)
+    assert held.code == 0
+    assert held.seconds >= 0.3
+
+
+def test_children_count() -> None:
+    found = watch([sys.executable, "-c", IN_CHILD], 60)
+    assert found.together_bytes > found.largest_bytes
+    assert found.together_bytes > 150e6
+    assert found.largest_bytes < 150e6
+
+
+def test_what_runs_on_is_ended_with_its_children() -> None:
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    found = watch([sys.executable, "-c", program], 0.5)
+    assert found.timed_out
+    assert found.seconds < 20
+
+
+def test_an_error_is_kept() -> None:
+    found = watch([sys.executable, "-c", "raise SystemExit('it is broken')"], 60)
+    assert found.code == 1
+    assert "it is broken" in found.said
