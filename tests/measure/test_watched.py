@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,17 @@ def test_an_error_is_kept() -> None:
     found = watch([sys.executable, "-c", "raise SystemExit('it is broken')"], 60)
     assert found.code == 1
     assert "it is broken" in found.said
+
+
+def test_a_file_that_two_processes_map_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "mapped"
+    path.write_bytes(b"x" * 80_000_000)
+    mapped = (
+        f"import mmap, time; f = open({str(path)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); "
+        "sum(m[::4096])"
+    )
+    child = f"{mapped}; time.sleep(0.5)"
+    both = f"{mapped}; import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    found = watch([sys.executable, "-c", both], 60)
+    assert found.peak_bytes < 130e6
+    assert found.largest_bytes > 80e6

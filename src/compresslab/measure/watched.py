@@ -1,8 +1,8 @@
 """A command watched from outside: how long it took, and what it and all its children had in memory.
 
-Two peaks: the most that all of them had resident at one time, looked at every 20 ms (a page they share counts for each of
-them), and the largest high-water mark that the system keeps of a single one of them, which misses nothing between two looks.
-The peak is the larger of the two.
+Two peaks: the most that all of them had resident at one time, looked at every 20 ms (a file that several of them map, such as
+a library, counts once), and the largest high-water mark that the system keeps of a single one of them, which misses nothing
+between two looks. The peak is the larger of the two.
 
 Oracle: a command that holds a known number of bytes, itself or in a child (tests/measure/test_watched.py).
 """
@@ -55,7 +55,10 @@ def watch(command: Sequence[str], timeout: float, env: Mapping[str, str] | None 
         while process.poll() is None:
             alive = _family(first)
             resident = [_resident(one) for one in alive]
-            together = max(together, sum(now for now, _ in resident))
+            sum_bytes = sum(now for now, _ in resident)
+            if len(alive) > 1 and sum_bytes > together:
+                sum_bytes -= _shared(alive)
+            together = max(together, sum_bytes)
             largest = max(largest, *(most for _, most in resident), 0)
             if time.perf_counter() - started > timeout:
                 late = True
@@ -87,6 +90,17 @@ def _resident(process: psutil.Process) -> tuple[int, int]:
         return 0, 0
     mark = next((line for line in status.splitlines() if line.startswith("VmHWM")), None)
     return now, int(mark.split()[1]) * 1024 if mark else now
+
+
+def _shared(processes: Sequence[psutil.Process]) -> int:
+    """Bytes of mapped files that a plain sum counts again: of every file all but the most that one process has of it."""
+    found: dict[str, list[int]] = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            for mapped in process.memory_maps(grouped=True):
+                if mapped.path.startswith("/"):
+                    found.setdefault(mapped.path, []).append(int(mapped.rss) - int(getattr(mapped, "private_dirty", 0)))
+    return sum(sum(parts) - max(parts) for parts in found.values())
 
 
 def _kill(process: psutil.Process) -> None:
