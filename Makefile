@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= demo/smollm2-135m-w4a16-gptq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test expectations check labs bench clean
+.PHONY: help demo test expectations check labs bench bench-deploy clean
 
 help:
 	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make labs    every lab: its grader proven, its notebook executed, its expectations checked (offline)"
 	@echo "make check   lint, types, formatting"
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
+	@echo "make bench-deploy  exports, encoders and decoding in each runtime, a stopwatch; keep the machine quiet"
 
 # torch goes first and alone, pinned, so that pip takes the plain CPU build; bring your own with VENV=... if you have a GPU.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -48,5 +49,15 @@ labs: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench.py
 
+# The runtimes are extras: pip install -c constraints.txt -e ".[gguf,onnx,genai,openvino,executorch,llama-cpp]" first.
+DEPLOY ?= bench-deploy-out
+bench-deploy: $(VENV)/.ready
+	mkdir -p $(DEPLOY)
+	test -d $(DEPLOY)/w4a16-gptq || $(BIN)/compresslab compress smollm2-135m --out $(DEPLOY)/w4a16-gptq
+	$(BIN)/python benchmarks/exporting.py $(DEPLOY)/w4a16-gptq --out results/exports-smollm2.json
+	$(BIN)/python benchmarks/encoder_latency.py --work $(DEPLOY)/encoder --out results/encoder-latency-minilm.json
+	$(BIN)/python benchmarks/decoding.py $(DEPLOY)/w4a16-gptq --work $(DEPLOY)/decoding --out results/decoding-smollm2.json
+	$(BIN)/python benchmarks/stopwatch.py smollm2-135m minilm-l6 --out results/stopwatch.json
+
 clean:
-	rm -rf $(VENV) .peers demo labs-out
+	rm -rf $(VENV) .peers demo labs-out $(DEPLOY)

@@ -428,3 +428,12 @@ def test_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert code == 2 and err.startswith("error: cannot run 'no-such-program'")
     code, _, err = run_cli(monkeypatch, capsys, "monitor", "--interval", "0", "--", "true")
     assert code == 2 and "--interval 0" in err
+
+
+def test_the_terminal_shows_the_extra_of_a_runtime_that_is_absent() -> None:
+    found = doctor.diagnose()
+    why = "pip install 'compresslab[llama-cpp]'"
+    row = found.runtimes[0].model_copy(update={"version": None, "why": why})
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(doctor.to_terminal(found.model_copy(update={"runtimes": (row,)})))
+    assert why in console.export_text()

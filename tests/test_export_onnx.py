@@ -67,21 +67,26 @@ def test_language_models_are_sent_to_the_export_with_a_cache(tmp_path: Path) -> 
         compresslab.export(tiny.save("llama", tmp_path / "model"), "onnx", out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_genai_holds_the_codes_and_gives_the_logits_of_torch(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("network", "bits", "vocabulary"), [
+    ("llama-tied", 8, 64), ("llama-tied", 4, 320), ("llama", 8, 320),
+])  # fmt: skip
+def test_genai_holds_the_codes_and_gives_the_logits_of_torch(
+    network: str, bits: int, vocabulary: int, tmp_path: Path
+) -> None:
     og = pytest.importorskip("onnxruntime_genai")
     from compresslab.exporters.onnx_genai import head_codes
 
-    tiny.save("llama-tied", tmp_path / "model", head_dim=16)
+    tiny.save(network, tmp_path / "model", head_dim=16, vocab_size=vocabulary)
     with tiny.quick():
         pipeline.compress(tmp_path / "model", tiny.recipe("rtn"), None, out=tmp_path / "artifact", measure=False)
     done = compresslab.export(tmp_path / "artifact", "onnx-genai", out=tmp_path / "out", options={"head": bits})
     assert any(f"the head was in float: rounded to {bits} bits" in note for note in done.notes)
-    ids = torch.randint(3, 64, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, vocabulary, (1, 12), generator=torch.Generator().manual_seed(0))
     model = models.load(tmp_path / "artifact", dtype=torch.float32)
     rounded = head_codes(model.get_parameter("lm_head.weight"), bits).dequantize()
     model.get_parameter("lm_head.weight").data = rounded
-    model.get_parameter("model.embed_tokens.weight").data = rounded
+    if network == "llama-tied":
+        model.get_parameter("model.embed_tokens.weight").data = rounded
     with torch.inference_mode():
         wanted = model(ids).logits[0, -1]
     runtime = og.Model(str(done.folder))

@@ -41,6 +41,7 @@ from compresslab.models import Source
 from compresslab.plan import Unit
 from compresslab.report.schema import Report, read_report
 from compresslab.solving import BlockState, Solved
+from compresslab.weights import goes_along
 
 # One weight file up to this size, the finished units as shards of a larger model.
 SINGLE_FILE_BYTES = 4_000_000_000
@@ -342,13 +343,6 @@ def check_output(out: Path, force: bool, model: Path | None = None) -> None:
             )
         if not force:
             raise CompressLabError(f"{out} is not empty: choose another --out, or replace what is there with --force")
-
-
-def goes_along(name: str) -> bool:
-    """Files of the model's folder that the artifact needs too: tokenizer, generation settings, pre-processing."""
-    kept = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config",
-            "preprocessor", "processor", "sentencepiece", "spiece", "LICENSE", "NOTICE")  # fmt: skip
-    return name.startswith(kept) and not name.endswith((".safetensors", ".bin", ".pt"))
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

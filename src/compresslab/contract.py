@@ -18,14 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from compresslab.numerics.fake_quantize import FakeQuantizer
-from compresslab.numerics.gram import Gram
 from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
+
+if TYPE_CHECKING:  # it brings numba, 118 MB, which exports and servers do without
+    from compresslab.numerics.gram import Gram
 
 Along = Literal["in", "out"]
 

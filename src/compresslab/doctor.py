@@ -281,7 +281,8 @@ def to_terminal(found: Diagnosis) -> RenderableType:
     for row in found.runtimes:
         word = {True: "fast", False: "slow", None: "?"}[row.fast] if row.version else "absent"
         style = {"fast": "green", "slow": "red"}.get(word, "")
-        verdicts.add_row(row.name, row.version or "-", Text(word, style=style), row.why)
+        # As Text: rich takes 'compresslab[gguf]' for markup and would leave the extra out.
+        verdicts.add_row(row.name, row.version or "-", Text(word, style=style), Text(row.why))
     more = {name: f"{has}, tested with {tested}" for name, (has, tested) in found.versions.items()}
     more["offline models"] = ", ".join(f"{name} ({'cached' if c else 'not yet'})" for name, c in found.cached.items())
     parts: list[RenderableType] = [table, Text(), rates, Text(), verdicts, Text(), _rows(more), Text()]

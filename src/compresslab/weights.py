@@ -304,3 +304,10 @@ def _no_weights(folder: Path) -> CompressLabError:
             "save the model with save_pretrained, which writes safetensors, and name that folder"
         )
     return CompressLabError(f"{folder} holds no *.safetensors file: is it a model folder?")
+
+
+def goes_along(name: str) -> bool:
+    """Files of the model's folder that the artifact needs too: tokenizer, generation settings, pre-processing."""
+    kept = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config",
+            "preprocessor", "processor", "sentencepiece", "spiece", "LICENSE", "NOTICE")  # fmt: skip
+    return name.startswith(kept) and not name.endswith((".safetensors", ".bin", ".pt"))

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import models
-from compresslab.artifact import goes_along
 from compresslab.deploy import layouts
 from compresslab.errors import CompressLabError
 from compresslab.numerics.grid import Grid, QuantWeight
-from compresslab.weights import FolderWeights
+from compresslab.weights import FolderWeights, goes_along
 
 EXPORT_MANIFEST = "compresslab-export.json"
 

@@ -1,7 +1,8 @@
 """onnxruntime-genai: a decoder model with its KV cache as one ONNX graph, weights in MatMulNBits, and genai_config.json.
 
     codes as solved -> a folder in the GPTQ layout (int32 words of 2, 4 or 8 bits, scales in float32)
-      -> onnxruntime-genai's own model builder, in a process of its own -> the graph
+      -> onnxruntime-genai's own model builder, in a process of its own -> the graph, its vocabulary a stand-in of few tokens
+      -> the real head and embeddings are put in (onnx_genai_head.py: the builder would take a gigabyte for them)
       -> its initialisers are read back and compared with the codes, layer by layer
 
 MatMulNBits holds unsigned codes of 2, 4 or 8 bits in blocks of a power of two of at least 16 inputs (B u8 [out, blocks,
@@ -24,67 +25,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from compresslab.errors import CompressLabError
+from compresslab.exporters import onnx_genai_head
 from compresslab.exporters.contract import Exporter, Given
+from compresslab.exporters.matmul_nbits import Blocks, blocks_of, read_blocks
 from compresslab.numerics.grid import Grid, QuantWeight, round_to_nearest
 from compresslab.numerics.packing import pack_int32
 
 # What the builder reads from a quantised folder by these names of layers, and has been tried here.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-WIDTHS = (2, 4, 8)
-BLOCKS = (256, 128, 64, 32, 16)
 HEAD, EMBEDDING, HEAD_BLOCK = "lm_head", "model.embed_tokens.weight", 32
 SECONDS = 1800  # for the builder; SmolLM2-135M takes about 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """A weight as MatMulNBits holds it: unsigned codes [out, in], scales and unsigned zero points [out, in / block]."""
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    bits: int
-    block: int
-
-
-def blocks_of(weight: QuantWeight) -> Blocks:
-    """The same weight in blocks. CompressLabError saying why there are none."""
-    if weight.grid.format != "int":
-        raise CompressLabError(f"has weights in format {weight.grid.format}, and MatMulNBits holds integers")
-    if weight.group_index is not None:
-        raise CompressLabError("has groups out of order, and MatMulNBits holds neighbours only")
-    rows, columns = weight.codes.shape
-    span = columns // weight.scale.shape[1]
-    block = next((b for b in BLOCKS if span % b == 0), None)
-    if block is None or rows % weight.scale.shape[0]:
-        raise CompressLabError(
-            f"has groups of {span}, and MatMulNBits holds blocks of 16 and more, powers of two: use groups that 16 divides"
-        )
-    bits = next(width for width in WIDTHS if width >= weight.grid.bits)
-    middle = 2 ** (bits - 1)
-
-    def spread(x: Tensor) -> Tensor:
-        return x.repeat_interleave(rows // x.shape[0], dim=0).repeat_interleave(span // block, dim=1)
-
-    zeros = torch.zeros(weight.scale.shape, dtype=torch.int8) if weight.zero_point is None else weight.zero_point
-    return Blocks(
-        codes=(weight.codes.short() + middle).to(torch.uint8),
-        scale=spread(weight.scale.float()),
-        zero_point=(spread(zeros).short() + middle).to(torch.uint8),
-        bits=bits,
-        block=block,
-    )
 
 
 def _gptq(found: Blocks) -> dict[str, Tensor]:
@@ -134,8 +94,9 @@ class OnnxGenai(Exporter):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".genai-") as scratch:
             source, target = Path(scratch, "gptq"), Path(scratch, "out")
             source.mkdir()
-            rounded, mixed = self._write_gptq(given, source)
+            head, mixed = self._write_gptq(given, source)
             _build(source, target, Path(scratch, "cache"), fuse=not mixed)
+            onnx_genai_head.put_(target, head)
             for path in sorted(target.iterdir()):
                 path.rename(folder / path.name)
         for path in given.companions():
@@ -147,7 +108,7 @@ class OnnxGenai(Exporter):
         notes = [
             "inputs of MatMulNBits are rounded to int8, block by block, as it runs (accuracy_level 4): fast, and not exact"
         ]
-        if rounded:
+        if head.rounded:
             tied = "; the embeddings are looked up in the same codes" if _is_tied(given) else ""
             notes.insert(
                 0, f"the head was in float: rounded to {_head_bits(given)} bits in blocks of {HEAD_BLOCK}{tied}"
@@ -158,22 +119,25 @@ class OnnxGenai(Exporter):
             notes.append("the artifact's own rounding of inputs is left out: MatMulNBits has one of its own")
         return notes
 
-    def _write_gptq(self, given: Given, folder: Path) -> tuple[bool, bool]:
-        """A folder the builder reads; whether the head had to be rounded, and whether layers differ."""
+    def _write_gptq(self, given: Given, folder: Path) -> tuple[onnx_genai_head.Head, bool]:
+        """A folder the builder reads, its vocabulary a stand-in; the real head; whether layers differ in grid."""
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
+        head: Blocks | None = None
         for name, weight in given.weights():
             found = blocks_of(weight)
-            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _gptq(found).items()}
             shapes[name] = (found.bits, found.block)
-        for name, tensor in given.floats():
-            tensors[name] = tensor
-        rounds = HEAD not in shapes
-        if rounds:
-            head = tensors.pop(f"{HEAD}.weight", None)
-            found = blocks_of(head_codes(tensors[EMBEDDING] if head is None else head, _head_bits(given)))
-            tensors |= {f"{HEAD}.{suffix}": tensor for suffix, tensor in _gptq(found).items()}
-            shapes[HEAD] = (found.bits, found.block)
+            if name == HEAD:
+                head, found = found, onnx_genai_head.first_rows(found)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _gptq(found).items()}
+        rounds = head is None
+        outside = {name: tensor for name, tensor in given.floats() if name in (EMBEDDING, f"{HEAD}.weight")}
+        tensors |= {name: tensor for name, tensor in given.floats() if name not in outside}
+        if head is None:
+            head = rounded_head(outside.get(f"{HEAD}.weight", outside[EMBEDDING]), _head_bits(given))
+            tensors |= {f"{HEAD}.{suffix}": x for suffix, x in _gptq(onnx_genai_head.first_rows(head)).items()}
+            shapes[HEAD] = (head.bits, head.block)
+        tensors[EMBEDDING] = outside[EMBEDDING][: onnx_genai_head.ROWS].clone()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         bits, block = max(set(shapes.values()), key=list(shapes.values()).count)
         others = {
@@ -184,10 +148,12 @@ class OnnxGenai(Exporter):
         config["quantization_config"] = {
             "quant_method": "gptq", "bits": bits, "group_size": block, "desc_act": False, "sym": False, "dynamic": others,
         }  # fmt: skip
+        config["vocab_size"] = onnx_genai_head.ROWS
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         for path in given.companions():
             shutil.copyfile(path, folder / path.name)
-        return rounds, any(HEAD not in pattern for pattern in others)
+        real = onnx_genai_head.Head(blocks=head, embedding=outside[EMBEDDING], rounded=rounds)
+        return real, any(HEAD not in pattern for pattern in others)
 
 
 def _head_bits(given: Given) -> int:
@@ -202,6 +168,18 @@ def head_codes(head: Tensor, bits: int) -> QuantWeight:
     block = math.gcd(HEAD_BLOCK, head.shape[1])
     grid = Grid.of_weights(bits, False, block)
     return round_to_nearest(head.float(), grid, torch.float32, "in")
+
+
+def rounded_head(head: Tensor, bits: int) -> Blocks:
+    """The blocks of `head_codes`, some rows at a time: all at once would take eight times what they hold."""
+    parts = [blocks_of(head_codes(rows, bits)) for rows in head.split(4096)]
+    return Blocks(
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero_point=torch.cat([part.zero_point for part in parts]),
+        bits=parts[0].bits,
+        block=parts[0].block,
+    )
 
 
 def _reason(weight: QuantWeight) -> str:
@@ -227,7 +205,12 @@ def _build(source: Path, target: Path, cache: Path, *, fuse: bool) -> None:
         "-e", "cpu", "-c", str(cache), "--extra_options", "accuracy_level=4", "hf_token=false",
         f"fuse_qkv={str(fuse).lower()}",
     ]  # fmt: skip
-    surroundings = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # The builder multiplies every layer out and packs it again; pieces of that go back to the system at once, or never.
+    surroundings = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
@@ -284,56 +267,6 @@ def _node_names(layer: str) -> list[str]:
     stem = f"/{owner.replace('.', '/').replace('/layers/', '/layers.')}" if owner else ""
     names = [f"{stem}/{leaf}/MatMulNBits"]
     return [*names, f"{stem}/qkv_proj/MatMulNBits"] if leaf in ("q_proj", "k_proj", "v_proj") else names
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A MatMulNBits of a graph: its attributes and initialisers."""
-
-    name: str
-    rows: int
-    bits: int
-    block: int
-    packed: np.ndarray
-    scale: np.ndarray
-    zero_point: np.ndarray
-
-    def holds(self, wanted: Blocks, first: int = 0) -> bool:
-        """Whether the rows from `first` are that weight, to the bit."""
-        if (self.bits, self.block) != (wanted.bits, wanted.block):
-            return False
-        columns = wanted.codes.shape[1]
-        rows = slice(first, first + len(wanted.codes))
-        codes = _unpack(self.packed.reshape(self.rows, -1)[rows], self.bits)[:, :columns]
-        zeros = _unpack(self.zero_point.reshape(self.rows, -1)[rows], self.bits)[:, : columns // self.block]
-        return (
-            np.array_equal(codes, wanted.codes.numpy())
-            and np.array_equal(zeros, wanted.zero_point.numpy())
-            and np.array_equal(self.scale.reshape(self.rows, -1)[rows], wanted.scale.numpy())
-        )
-
-
-def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((packed[:, :, None] >> shifts) & (2**bits - 1)).reshape(len(packed), -1)
-
-
-def read_blocks(path: Path) -> Iterator[Written]:
-    """Every MatMulNBits of a graph."""
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(path, load_external_data=False)
-    tensors: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        settings = {attribute.name: attribute.i for attribute in node.attribute}
-        arrays = [numpy_helper.to_array(tensors[name], str(path.parent)) for name in node.input[1:4]]
-        yield Written(
-            name=node.name, rows=settings["N"], bits=settings["bits"], block=settings["block_size"],
-            packed=arrays[0], scale=arrays[1], zero_point=arrays[2],
-        )  # fmt: skip
 
 
 GENAI = OnnxGenai()

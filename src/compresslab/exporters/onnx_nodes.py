@@ -39,6 +39,8 @@ class Builder:
     nodes: list[Any] = field(default_factory=list)
     tensors: dict[str, Any] = field(default_factory=dict)
     rounded: dict[tuple[Any, ...], tuple[str, ...]] = field(default_factory=dict)  # an input that several layers read
+    shapes: dict[str, tuple[str | int, ...]] = field(default_factory=dict)  # of values, where the graph says them
+    counted: dict[tuple[str | int, ...], str] = field(default_factory=dict)  # what has been made for a shape
 
     def node(self, op: str, inputs: Sequence[str], name: str, domain: str = "", **settings: Any) -> str:
         self.nodes.append(helper.make_node(op, list(inputs), [f"{name}.out"], name=name, domain=domain, **settings))
@@ -119,23 +121,22 @@ class Builder:
         n = f"{layer}.input"
         axes = [self.tensor("compresslab.last_axis", np.array([-1]))] if per_token else []
         null = self.tensor("compresslab.zero", np.array(0, dtype=np.float32))
-        one = self.tensor("compresslab.one", np.array(1, dtype=np.float32))
+        # Of a token of zeros: any scale gives codes of zero. One Max instead of Greater and Where, 24 times a forward.
+        tiny = self.tensor("compresslab.tiny", np.array(1e-30, dtype=np.float32))
         zero = ""
         if symmetric:
             most = self.node("ReduceMax", [x, *axes], f"{n}.ReduceMax", keepdims=int(per_token))
             least = self.node("ReduceMin", [x, *axes], f"{n}.ReduceMin", keepdims=int(per_token))
-            top = self.node("Max", [most, self.node("Neg", [least], f"{n}.Neg")], f"{n}.top")
+            top = self.node("Max", [most, self.node("Neg", [least], f"{n}.Neg"), tiny], f"{n}.top")
             half = self.tensor("compresslab.half_levels", np.array(127.5, dtype=np.float32))
-            step = self.node("Div", [top, half], f"{n}.step")
+            scale = self.node("Div", [top, half], f"{n}.scale")
         else:
             least = self.node("ReduceMin", [x, *axes], f"{n}.ReduceMin", keepdims=int(per_token))
             most = self.node("ReduceMax", [x, *axes], f"{n}.ReduceMax", keepdims=int(per_token))
             low, top = self.node("Min", [least, null], f"{n}.low"), self.node("Max", [most, null], f"{n}.top")
             levels = self.tensor("compresslab.levels", np.array(255, dtype=np.float32))
             step = self.node("Div", [self.node("Sub", [top, low], f"{n}.range"), levels], f"{n}.step")
-        positive = self.node("Greater", [step, null], f"{n}.positive")
-        scale = self.node("Where", [positive, step, one], f"{n}.scale")
-        if not symmetric:
+            scale = self.node("Max", [step, tiny], f"{n}.scale")
             middle = self.tensor("compresslab.qmin", np.array(-128, dtype=np.float32))
             exact = self.node("Sub", [middle, self.node("Div", [low, scale], f"{n}.shift")], f"{n}.exact")
             most = self.tensor("compresslab.qmax", np.array(127, dtype=np.float32))
@@ -157,11 +158,18 @@ class Builder:
         if zero:
             point = self.node("Reshape", [point, flat], f"{n}.points")
         else:
-            point = self.node("Expand", [point, self.node("Shape", [rows], f"{n}.count")], f"{n}.points")
+            tokens = ("tokens", *self.shapes.get(x, (x,))[:-1])
+            if tokens not in self.counted:
+                count = self.node("Shape", [rows], f"{n}.count")
+                self.counted[tokens] = self.node("Expand", [point, count], f"{n}.points")
+            point = self.counted[tokens]
         # One scale a row, which QuantizeLinear has along one axis: all tokens go into the first.
         matrix = self.node("Flatten", [x], f"{n}.matrix", axis=-1)
         codes = self.node("QuantizeLinear", [matrix, rows, point], f"{n}.QuantizeLinear", axis=0)
-        return self.node("Reshape", [codes, self.node("Shape", [x], f"{n}.shape")], f"{n}.codes")
+        shape = ("shape", *self.shapes.get(x, (x,)))
+        if shape not in self.counted:
+            self.counted[shape] = self.node("Shape", [x], f"{n}.shape")
+        return self.node("Reshape", [codes, self.counted[shape]], f"{n}.codes")
 
     # --- layers
 
@@ -241,7 +249,7 @@ def _by_column(x: Tensor, weight: QuantWeight) -> Tensor:
 def fill_(model: Any, weights: dict[str, QuantWeight], inputs: dict[str, QuantInput]) -> list[str]:
     """Replace the marks of a graph; what the user should know."""
     graph = model.graph
-    built = Builder(weights, inputs)
+    built = Builder(weights, inputs, shapes=_shapes(graph))
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     renamed: dict[str, str] = {}
     for node in graph.node:
@@ -263,6 +271,16 @@ def fill_(model: Any, weights: dict[str, QuantWeight], inputs: dict[str, QuantIn
     left = onnx_convolutions.make_integer_(model)
     onnx.checker.check_model(model, full_check=False)
     return [*_notes(inputs), *_left(left)]
+
+
+def _shapes(graph: Any) -> dict[str, tuple[str | int, ...]]:
+    """The shape of every value that the graph gives one, free dimensions by name; values of no shape are left out."""
+    found = {}
+    for info in (*graph.input, *graph.value_info):
+        dims = tuple(dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim)
+        if dims and all(dims):
+            found[info.name] = dims
+    return found
 
 
 def _rounded_picture(built: Builder, x: str, layer: str) -> str:

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import models
-from compresslab.artifact import goes_along
 from compresslab.deploy.native import read_inputs
 from compresslab.edits import Edit, apply_
 from compresslab.errors import CompressLabError
@@ -71,8 +70,7 @@ class Onnx(Exporter):
         config = {key: value for key, value in given.config.items() if key != "quantization_config"}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for path in given.companions():
-            if goes_along(path.name):
-                shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)
         return notes
 
 

@@ -18,7 +18,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,8 +98,6 @@ def library() -> Any:
 
 def _converted(ov: Any, program: torch.export.ExportedProgram) -> tuple[Any, dict[str, str]]:
     """The converted graph; and of every node that reads codes or zero points, by name, whose and which."""
-    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
-
     quiet = logging.getLogger()
     level = quiet.level
     try:
@@ -107,19 +105,61 @@ def _converted(ov: Any, program: torch.export.ExportedProgram) -> tuple[Any, dic
         quiet.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            decoder = TorchFXPythonDecoder.from_exported_program(program)
-        readers = {
-            user.name: str(node.target).removeprefix("model.")
-            for node in decoder.pt_module.graph.nodes
-            if node.op == "get_attr" and str(node.target).endswith((".codes", ".zero_point"))
-            for user in node.users
-        }
-        return ov.convert_model(decoder, extension=[_fake_quantize(ov)]), readers
-    except (RuntimeError, ov.frontend.OpConversionFailure) as error:
-        lines = [line.strip() for line in str(error).splitlines() if "aten" in line or "perator" in line]
-        raise CompressLabError(f"OpenVINO cannot convert this network: {(lines or [str(error)])[0]}") from error
+            for decoder in _decoders(program):
+                readers = {
+                    user.name: str(node.target).removeprefix("model.")
+                    for node in decoder.pt_module.graph.nodes
+                    if node.op == "get_attr" and str(node.target).endswith((".codes", ".zero_point"))
+                    for user in node.users
+                }
+                try:
+                    return ov.convert_model(decoder, extension=[_fake_quantize(ov)]), readers
+                except (RuntimeError, ov.frontend.OpConversionFailure) as found:
+                    error = found
     finally:
         quiet.setLevel(level)
+    lines = [line.strip() for line in str(error).splitlines() if "aten" in line or "perator" in line]
+    raise CompressLabError(f"OpenVINO cannot convert this network: {(lines or [str(error)])[0]}") from error
+
+
+def _decoders(program: torch.export.ExportedProgram) -> Iterator[Any]:
+    """The graph as it was traced, which the converter reads but for a few names; and decomposed, which traces it once more.
+
+    The second tracing takes half the time of an export. It is needed where operators change their input in place, for
+    only decomposing makes them functions; and it is tried where the first graph holds an operator that is not known.
+    """
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    traced: Any = program.module()
+    calls = [node for node in traced.graph.nodes if node.op == "call_function"]
+    if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in calls):
+        _rename_(traced.graph, calls)
+        traced.recompile()
+        yield TorchFXPythonDecoder(traced, dynamic_shapes=True)
+    yield TorchFXPythonDecoder.from_exported_program(program)
+
+
+def _rename_(graph: Any, calls: Sequence[Any]) -> None:
+    """Operators of a traced graph by the names of a decomposed one; casts to the same type and checks of sizes go."""
+    aten = torch.ops.aten
+    others = {aten.reshape.default: aten.view.default, aten.__and__.Tensor: aten.bitwise_and.Tensor,
+              aten.__or__.Tensor: aten.bitwise_or.Tensor}  # fmt: skip
+    for node in calls:
+        if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device):
+            given = (*node.args[1:], node.kwargs.get("dtype"))
+            dtype = next((one for one in given if isinstance(one, torch.dtype)), None)
+            source = node.args[0]
+            if dtype is None or source.meta["val"].dtype == dtype:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+            else:
+                node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+        else:
+            node.target = others.get(node.target, node.target)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_module" or (not node.users and "assert" in str(node.target)):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _fake_quantize(ov: Any) -> Any:
@@ -200,9 +240,8 @@ def _store_in_halves_(ov: Any, model: Any) -> None:
         if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
             continue
         values = np.asarray(node.data)
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if values.size < 16 or not np.array_equal(half.astype(np.float32), values):
+        half = _halves(values)
+        if half is None:
             continue
         small = ov.opset13.constant(half)
         small.set_friendly_name(f"{node.get_friendly_name()}_f16")
@@ -211,6 +250,20 @@ def _store_in_halves_(ov: Any, model: Any) -> None:
         users = node.output(0).get_target_inputs()
         for user in users:
             user.replace_source_output(wide.output(0))
+
+
+def _halves(values: np.ndarray) -> np.ndarray | None:
+    """The same numbers in float16, some rows at a time; None if they are few, or one of them is not there in float16."""
+    if values.size < 16:
+        return None
+    half = np.empty(values.shape, dtype=np.float16)
+    with np.errstate(over="ignore"):
+        for start in range(0, len(values), 4096):
+            part = values[start : start + 4096]
+            half[start : start + 4096] = part
+            if not np.array_equal(half[start : start + 4096].astype(np.float32), part):
+                return None
+    return half
 
 
 def _notes(given: Given) -> list[str]:
