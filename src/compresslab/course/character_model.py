@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -102,17 +101,6 @@ def trained(seed: int, settings: Training | None = None) -> nn.Module:
         save_file(model.state_dict(), partial)
         partial.replace(path)
     return model.eval().requires_grad_(False)
-
-
-def save(model: nn.Module, folder: Path) -> None:
-    """The model as a folder that transformers opens, with a tokenizer of one token per character, for tools that want one."""
-    model.save_pretrained(folder)  # type: ignore[operator]
-    table = {character: i for i, character in enumerate(ALPHABET)}
-    spelled = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token=" "))
-    spelled.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")  # type: ignore[assignment]
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=spelled, eos_token="\n", pad_token="\n", model_max_length=256
-    ).save_pretrained(folder)
 
 
 def _cached_as(seed: int, settings: Training) -> Path:
