@@ -31,7 +31,8 @@ def load(folder: Path | str) -> tuple[nn.Module, int]:
         The model, and how many of its layers run packed; 0 where this machine or the artifact's grid has no kernel.
     """
     model = models.load(folder, dtype=torch.bfloat16)
-    return model, pack_(model, folder)
+    count = pack_(model, folder)
+    return models.as_opened_(model), count
 
 
 def pack_(model: nn.Module, folder: Path | str) -> int:

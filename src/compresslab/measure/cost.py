@@ -39,7 +39,7 @@ def _one(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def times(model: torch.nn.Module, inputs: dict[str, Tensor], conditions: str) -> list[Measurement]:
     """Prefill and decoding of a language model, a forward of any other."""
-    speed.as_opened_(model)
+    models.as_opened_(model)
     if models.is_language_model(model):
         return speed.language_model_speed(model, inputs["input_ids"], conditions=conditions)
     return speed.forward_speed(model, inputs, conditions=conditions if "input_ids" in inputs else "")

@@ -46,9 +46,8 @@ class Session(ABC):
 class TorchSession(Session):
     def __init__(self, model: Any) -> None:
         from compresslab import models
-        from compresslab.measure.speed import as_opened_
 
-        self.model, self.decodes = as_opened_(model), models.is_language_model(model)
+        self.model, self.decodes = models.as_opened_(model), models.is_language_model(model)
         self.vocabulary = models.vocabulary_size(model) if self.decodes else getattr(model.config, "vocab_size", 0)
 
     def prefill(self, ids: Sequence[int]) -> None:

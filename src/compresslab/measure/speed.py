@@ -28,17 +28,6 @@ def _timed(call: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def as_opened_(model: nn.Module) -> nn.Module:
-    """The model with parameters that ask for gradients, as transformers hands it to its users.
-
-    torch 2.13 picks other kernels for bfloat16 weights that ask for none: a prompt takes half as long again with these.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and not parameter.is_inference():
-            parameter.requires_grad_(True)
-    return model
-
-
 def summary(name: str, values: Sequence[float], unit: str, device: torch.device, conditions: str) -> Measurement:
     """Median, and half the distance from the 10th to the 90th percentile."""
     deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else None
