@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,13 @@ def test_every_recipe_says_what_to_expect() -> None:
 def test_no_document_holds_a_machine_path() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         assert not re.search(r"/(?:root|work|tmp|home)/", path.read_text(encoding="utf-8")), path
+
+
+def test_no_large_file_is_tracked() -> None:
+    """A benchmark run in the checkout once left 90 MB of weights in a commit."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    tracked = [ROOT / name for name in listed.split("\0") if name]
+    assert len(tracked) > 100
+    assert not [path for path in tracked if path.exists() and path.stat().st_size > 500_000]
