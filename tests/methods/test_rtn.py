@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compresslab.numerics.grid import Grid, fit_minmax, fit_range, quantize
+from compresslab.numerics.grid import Grid, fit_minmax, fit_percentile, fit_range, quantize
 from compresslab.quantize.rtn import RTN
 from oracles import rounding
 
@@ -210,3 +211,36 @@ def test_scaling_the_weight_scales_the_grid(seed: int, exponent: int, symmetric:
     other = method.solve(weight * 2.0**exponent, None, scale_dtype=torch.float32).weight
     assert torch.equal(other.codes, one.codes)
     assert torch.equal(other.scale, one.scale * 2.0**exponent)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_a_percentile_range_is_that_of_numpy(symmetric: bool, group_size: int | None) -> None:
+    weight = heavy_tailed(5, 6, 32)
+    grid = Grid.of_weights(4, symmetric, group_size)
+    scale, zero_point = fit_percentile(weight, grid, torch.float32, 90.0)
+    groups = weight.double().numpy().reshape(6, -1, group_size or 32)
+    low, high = (np.percentile(groups, share, axis=2) for share in (5, 95))
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    wanted = np.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15
+    np.testing.assert_allclose(scale.numpy(), np.where(wanted > 0, wanted, 1), rtol=1e-6)  # a row of zeros gets 1
+    solved = RTN(bits=4, group_size=group_size, symmetric=symmetric, percentile=90.0).solve(
+        weight, None, scale_dtype=torch.float32
+    )
+    assert torch.equal(solved.weight.scale, scale)
+    rounding.assert_nearest(solved.weight.codes, weight, scale, zero_point, 4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_percentile_of_100_is_the_range_of_extremes(bits: int) -> None:
+    weight, grid = heavy_tailed(6, 5, 24), Grid(bits=bits, symmetric=False, granularity="group", group_size=8)
+    for ours, theirs in zip(
+        fit_percentile(weight, grid, torch.bfloat16, 100.0), fit_minmax(weight, grid, torch.bfloat16), strict=True
+    ):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
+def test_a_percentile_is_a_share() -> None:
+    for wrong in (0.0, -1.0, 100.5):
+        with pytest.raises(ValueError, match="above 0 and at most 100"):
+            RTN(percentile=wrong)

@@ -228,6 +228,20 @@ def fit_minmax(weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> tuple[Te
     return fit_range(grouped.amin(dim=2), grouped.amax(dim=2), grid, scale_dtype)
 
 
+def fit_percentile(
+    weight: Tensor, grid: Grid, scale_dtype: torch.dtype, percentile: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points [out, G] of ranges that hold the middle `percentile` % of each group of W [out, in].
+
+    Half of the rest lies below, half above, and is clamped; between two weights the percentile is interpolated. 100 gives
+    fit_minmax. The granularity is that of groups or channels. Source: Krishnamoorthi, arXiv 1806.08342, section 3.1.
+    """
+    out_features, in_features = weight.shape
+    grouped = weight.float().reshape(out_features, grid.groups(in_features), -1)
+    tail = (1 - percentile / 100) / 2
+    return fit_range(grouped.quantile(tail, dim=2), grouped.quantile(1 - tail, dim=2), grid, scale_dtype)
+
+
 def fit_along(fit: Any, weight: Tensor, groups_along: str, *settings: Any) -> tuple[Tensor, Tensor | None]:
     """`fit(W, *settings)` for groups along "in", or along "out" by way of the transpose; scales [R, G] either way."""
     if groups_along == "in":

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compresslab.contract import Along, Paper, Solution
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.grid import Grid, round_to_nearest
+from compresslab.numerics.grid import Grid, fit_along, fit_percentile, quantize, round_to_nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class RTN:
         bits: width of a weight code, 2 to 8.
         group_size: input channels that share a scale; None for one scale per output channel.
         symmetric: fix the zero point at 0.
+        percentile: share of the weights of a scale that its range holds, in percent; the rest, half on either side, is clamped.
         format: int, nf4, fp8-e4m3, fp8-e5m2, mxfp4 or nvfp4 (numerics/formats.py); all but int are symmetric.
     """
 
@@ -51,7 +52,12 @@ class RTN:
     bits: int = 8
     group_size: int | None = None
     symmetric: bool = True
+    percentile: float = 100.0
     format: str = "int"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile is a share in percent, above 0 and at most 100, not {self.percentile:g}")
 
     def grid(self) -> Grid:
         return Grid.of_weights(self.bits, self.symmetric, self.group_size, self.format)
@@ -59,4 +65,8 @@ class RTN:
     def solve(
         self, weight: Tensor, gram: Gram | None, *, scale_dtype: torch.dtype, groups_along: Along = "in"
     ) -> Solution:
-        return Solution(weight=round_to_nearest(weight, self.grid(), scale_dtype, groups_along))
+        if self.percentile == 100:
+            return Solution(weight=round_to_nearest(weight, self.grid(), scale_dtype, groups_along))
+        grid = self.grid()
+        scale, zero_point = fit_along(fit_percentile, weight, groups_along, grid, scale_dtype, self.percentile)
+        return Solution(weight=quantize(weight, scale, zero_point, grid))

@@ -1,9 +1,9 @@
 """What Lab 3.1 measures: perplexity and bytes of a language model that was rounded without any training.
 
-model, calibration windows of a seed -> weights at 8, 4 and 3 bits with a scale per output channel -> at 3 bits with one scale for
-the whole weight, and with ranges drawn at random (the controls) -> 8-bit weights with inputs in 8 and 4 bits: their ranges fixed
-beforehand by extremes, percentile or entropy, or found anew for each token. At `real` and `paper` the models are pre-trained
-encoders, and ONNX Runtime runs them: deployed.py.
+model, calibration windows of a seed -> weights at 8, 4 and 3 bits with a scale per output channel -> at 3 bits with ranges
+by percentile, with one scale for the whole weight, and with ranges drawn at random (the controls) -> 8-bit weights with
+inputs in 8 and 4 bits: their ranges fixed beforehand by extremes, percentile or entropy, or found anew for each token. At
+`real` and `paper` the models are pre-trained encoders, and ONNX Runtime runs them: deployed.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compresslab.contract import Solution
+from compresslab.course.beside import Asked
 from compresslab.course.labs.lab_3_1 import deployed
 from compresslab.course.labs.lab_3_1.deployed import Deployed
 from compresslab.course.trials import TextSettings, Trials
@@ -43,6 +44,8 @@ def measure(settings: Settings | Deployed, seed: int, say: Callable[[str], None]
     trials = Trials(settings, seed, say)
     for bits in (8, 4, 3):
         trials.trial(f"channel-{bits}", [_weights(bits)])
+    for percentile in (99, 90):
+        trials.trial(f"clipped-{percentile}-3", [_weights(3) | {"percentile": float(percentile)}])
     trials.trial("tensor-3", [_weights(3)], wrap=PerTensor)
     trials.trial("random-3", [_weights(3)], wrap=lambda solver: RandomRange(solver, seed))
     for bits in (8, 4):
@@ -52,6 +55,20 @@ def measure(settings: Settings | Deployed, seed: int, say: Callable[[str], None]
         inputs = {"method": "dynamic", "bits": bits, "granularity": "token", "symmetric": False}
         trials.trial(f"dynamic-{bits}", [inputs, _weights(8)])
     return trials.rows
+
+
+def peers(settings: Settings) -> list[Asked]:
+    """ONNX Runtime's quantiser with inputs in 8 bits, and Neural Compressor's rounding of weights alone."""
+    asked = [Asked(row="onnxruntime-dynamic", peer="onnxruntime", ours="dynamic-8", settings={"mode": "dynamic"})]
+    for calibrator in ("minmax", "percentile", "entropy"):
+        told = {"mode": "static", "calibrator": calibrator}
+        row = f"static-{calibrator}-8"
+        asked.append(Asked(row=f"onnxruntime-{calibrator}", peer="onnxruntime", ours=row, settings=told))
+    for bits in (4, 3):
+        weights = {"bits": bits, "group_size": None, "symmetric": False}
+        row = f"neural-compressor-{bits}"
+        asked.append(Asked(row=row, peer="neural-compressor", ours=f"channel-{bits}", settings=weights))
+    return asked
 
 
 def _weights(bits: int) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from torch import Tensor
 from compresslab.numerics.grid import Grid
 
 
-def fit_minmax(weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scales in `scale_dtype` and zero points int8, both [out, 1]; no row of the weight is constant 0."""
-    low = weight.amin(dim=1, keepdim=True).clamp(max=0)
-    high = weight.amax(dim=1, keepdim=True).clamp(min=0)
+def fit_percentile(
+    weight: Tensor, grid: Grid, scale_dtype: torch.dtype, percentile: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scales in `scale_dtype` and zero points int8, both [out, 1]; no range is only 0."""
+    tail = (1 - percentile / 100) / 2
+    low = weight.quantile(tail, dim=1, keepdim=True).clamp(max=0)
+    high = weight.quantile(1 - tail, dim=1, keepdim=True).clamp(min=0)
     scale = ((high - low) / (grid.levels - 1)).to(scale_dtype)
     zero_point = ((grid.qmin - low / scale.float()).round() + 1).clamp(grid.qmin, grid.qmax).to(torch.int8)
     return scale, zero_point
