@@ -13,7 +13,7 @@ from torch import nn
 
 import compresslab
 import tiny
-from compresslab import models, pipeline
+from compresslab import models
 from compresslab.deploy import coded_layers, xnnpack_layers
 from compresslab.deploy.layouts import read_weights
 from compresslab.deploy.xnnpack_layers import DYNAMIC, STATIC
@@ -23,7 +23,6 @@ from compresslab.exporters import executorch_lowering as lowering
 from compresslab.exporters.contract import Given
 from compresslab.measure import fresh, runtimes
 from compresslab.numerics.grid import Grid, round_to_nearest
-from compresslab.recipe import parse
 
 pytest.importorskip("executorch")
 
@@ -31,7 +30,6 @@ W8 = {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True}
 W4 = {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": True}
 STATIC_INPUTS = {"method": "static", "calibrator": "minmax"}
 IDS = torch.randint(3, tiny.VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
-OUTSIDE = ("@outside-blocks",)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,16 +37,6 @@ def one_thread() -> Iterator[None]:
     with tiny.quick(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh, "measure", tiny.fake_measure)  # that a fresh process opens artifacts is tested elsewhere
         yield
-
-
-def compress(
-    model: Path, folder: Path, *steps: dict[str, Any], data: Path | None = None, ignore: Any = OUTSIDE
-) -> Path:
-    raw = {"name": "tiny", "version": 1, "steps": list(steps), "ignore": list(ignore),
-           "calibration": {"samples": 8, "sequence_length": 16}}  # fmt: skip
-    out = folder / "artifact"
-    pipeline.compress(model, parse(raw, "tiny"), None if data is None else str(data), out=out, measure=False)
-    return out
 
 
 def exported(folder: Path, out: Path, **options: Any) -> tuple[Path, str]:
@@ -122,7 +110,7 @@ def test_a_linear_layer_on_each_kind_of_grid(bits: int, group: int | None, tmp_p
 
 
 def test_scales_that_bfloat16_rounds_are_told(tmp_path: Path) -> None:
-    artifact = compress(tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
+    artifact = tiny.steps_taken(tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
     worst = max(xnnpack_layers.scale_error(weight) for _, weight in read_weights(artifact))
     assert 0 < worst < 2**-8  # tiny models are in float32, and so are their scales
 
@@ -132,7 +120,7 @@ def test_scales_that_bfloat16_rounds_are_told(tmp_path: Path) -> None:
 
 def test_a_decoder_with_groups_of_four_bits(tmp_path: Path) -> None:
     """A prompt, then a token at a time; then another text in the same cache, from position 0 on."""
-    artifact = compress(tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
+    artifact = tiny.steps_taken(tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
     pte, notes = exported(artifact, tmp_path, length=24)
     check_codes(artifact, pte, 4)
     assert "XNNPACK rounds the inputs of 7 of 7 compressed layers" in notes and "cache holds 24 tokens" in notes
@@ -175,7 +163,7 @@ def test_an_uncompressed_decoder_gives_the_greedy_tokens_of_generate(tmp_path: P
 def test_an_encoder_whose_inputs_have_fixed_ranges(tmp_path: Path) -> None:
     data = tiny.write_text(tmp_path / "text.txt")
     model = tiny.save("bert", tmp_path / "model", num_hidden_layers=1)
-    artifact = compress(model, tmp_path, STATIC_INPUTS, W8, data=data)
+    artifact = tiny.steps_taken(model, tmp_path, STATIC_INPUTS, W8, data=data)
     pte, notes = exported(artifact, tmp_path, length=16)
     check_codes(artifact, pte, 8)
     assert "6 of them had a fixed range, 0 float inputs" in notes
@@ -202,7 +190,7 @@ def test_convolutions_with_fixed_ranges(tmp_path: Path, monkeypatch: pytest.Monk
     data = tiny.write_pictures(tmp_path / "pictures")
     model = tiny.save_convnet("efficientnet-lite", tmp_path / "model")
     steps = ({"method": "batchnorm-folding"}, STATIC_INPUTS | {"symmetric": False}, W8)
-    artifact = compress(model, tmp_path, *steps, data=data, ignore=())
+    artifact = tiny.steps_taken(model, tmp_path, *steps, data=data, ignore=())
     pte, notes = exported(artifact, tmp_path)
     check_codes(artifact, pte, 8)
     x = torch.randn(1, 3, tiny.PIXELS, tiny.PIXELS, generator=torch.Generator().manual_seed(0))
@@ -222,7 +210,7 @@ def test_convolutions_with_fixed_ranges(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_depthwise_convolution_without_ranges_is_multiplied_out_and_named(tmp_path: Path) -> None:
     settings = {"stages": [[1, 3, 1, 1, 8]]}
     model = tiny.save_convnet("efficientnet-lite", tmp_path / "model", **settings)
-    artifact = compress(model, tmp_path, W8, ignore=("_conv_stem", "_conv_head", "_fc"))
+    artifact = tiny.steps_taken(model, tmp_path, W8, ignore=("_conv_stem", "_conv_head", "_fc"))
     pte, notes = exported(artifact, tmp_path)
     assert "no integer kernel for 1 compressed layers, first _blocks.0._depthwise_conv" in notes
     x = torch.randn(1, 3, tiny.PIXELS, tiny.PIXELS, generator=torch.Generator().manual_seed(0))
@@ -252,7 +240,7 @@ def test_grids_that_do_not_fit_are_refused_before_anything_is_written(
     kind: str, step: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     one = {"n_layer": 1} if kind == "gpt2" else {"num_hidden_layers": 1}
-    artifact = compress(tiny.save(kind, tmp_path / "model", **one), tmp_path, step)
+    artifact = tiny.steps_taken(tiny.save(kind, tmp_path / "model", **one), tmp_path, step)
     with pytest.raises(CompressLabError, match=rf"executorch cannot hold .*: layer \S+ .*{said}"):
         exported(artifact, tmp_path)
     assert not (tmp_path / "pte").exists()
@@ -260,14 +248,14 @@ def test_grids_that_do_not_fit_are_refused_before_anything_is_written(
 
 def test_convolutions_in_groups_are_refused(tmp_path: Path) -> None:
     model = tiny.save_convnet("efficientnet-lite", tmp_path / "model", stages=[[1, 3, 1, 1, 8]])
-    artifact = compress(model, tmp_path, W4 | {"group_size": 3}, ignore=("*project*", "_conv_head", "_fc"))
+    artifact = tiny.steps_taken(model, tmp_path, W4 | {"group_size": 3}, ignore=("*project*", "_conv_head", "_fc"))
     with pytest.raises(CompressLabError, match=r"is a convolution with groups of 3.*bits=8 group_size=null"):
         exported(artifact, tmp_path)
 
 
 def test_inputs_of_four_bits_are_refused(tmp_path: Path) -> None:
     model = tiny.save("bert", tmp_path / "model", num_hidden_layers=1)
-    artifact = compress(model, tmp_path, {"method": "dynamic", "bits": 4}, W8)
+    artifact = tiny.steps_taken(model, tmp_path, {"method": "dynamic", "bits": 4}, W8)
     with pytest.raises(CompressLabError, match=r"rounds its input to 4 bits, and XNNPACK has 8-bit integers"):
         exported(artifact, tmp_path)
 

@@ -13,14 +13,13 @@ from torch import nn
 
 import compresslab
 import tiny
-from compresslab import models, pipeline
+from compresslab import models
 from compresslab.deploy import coded_layers, graphs
 from compresslab.deploy.layouts import read_weights
 from compresslab.errors import CompressLabError
 from compresslab.exporters import openvino as exporter
 from compresslab.exporters.contract import Given
 from compresslab.measure import fresh
-from compresslab.recipe import parse
 
 pytest.importorskip("openvino")
 ov = exporter.library()
@@ -30,7 +29,6 @@ W4_SYMMETRIC = W4 | {"symmetric": True}
 W8 = {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True}
 STATIC = {"method": "static", "calibrator": "minmax"}
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-OUTSIDE = ("@outside-blocks",)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,16 +36,6 @@ def one_thread() -> Iterator[None]:
     with tiny.quick(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh, "measure", tiny.fake_measure)  # that a fresh process opens artifacts is tested elsewhere
         yield
-
-
-def compress(
-    model: Path, folder: Path, *steps: dict[str, Any], data: Path | None = None, ignore: Any = OUTSIDE
-) -> Path:
-    raw = {"name": "tiny", "version": 1, "steps": list(steps), "ignore": list(ignore),
-           "calibration": {"samples": 8, "sequence_length": 16}}  # fmt: skip
-    out = folder / "artifact"
-    pipeline.compress(model, parse(raw, "tiny"), None if data is None else str(data), out=out, measure=False)
-    return out
 
 
 def exported(artifact: Path, folder: Path) -> tuple[Path, tuple[str, ...]]:
@@ -139,7 +127,7 @@ def pictures(size: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_decoder_keeps_its_codes_and_decodes_as_torch_does(tmp_path: Path) -> None:
-    artifact = compress(tiny.save("llama", tmp_path / "model"), tmp_path, W4)
+    artifact = tiny.steps_taken(tiny.save("llama", tmp_path / "model"), tmp_path, W4)
     xml, notes = exported(artifact, tmp_path)
     check_codes(artifact, xml, "u4")
     check_decoder(artifact, xml)
@@ -158,7 +146,7 @@ def test_a_decoder_keeps_its_codes_and_decodes_as_torch_does(tmp_path: Path) -> 
 
 def test_a_decoder_with_a_tied_head_and_symmetric_codes_of_8_bits(tmp_path: Path) -> None:
     model = tiny.save("llama", tmp_path / "model", tie_word_embeddings=True, num_hidden_layers=1)
-    artifact = compress(model, tmp_path, W8)
+    artifact = tiny.steps_taken(model, tmp_path, W8)
     xml, _ = exported(artifact, tmp_path)
     check_codes(artifact, xml, "i8")
     check_decoder(artifact, xml)
@@ -175,14 +163,14 @@ def test_an_uncompressed_decoder(tmp_path: Path) -> None:
 
 
 def test_an_encoder_with_symmetric_codes_of_4_bits(tmp_path: Path) -> None:
-    artifact = compress(tiny.save("bert", tmp_path / "model"), tmp_path, W4_SYMMETRIC)
+    artifact = tiny.steps_taken(tiny.save("bert", tmp_path / "model"), tmp_path, W4_SYMMETRIC)
     xml, _ = exported(artifact, tmp_path)
     check_codes(artifact, xml, "i4")
     check_outputs(artifact, xml, texts())
 
 
 def test_a_vision_transformer_of_3_bits_is_stored_in_4(tmp_path: Path) -> None:
-    artifact = compress(tiny.save("vit", tmp_path / "model"), tmp_path, W4 | {"bits": 3})
+    artifact = tiny.steps_taken(tiny.save("vit", tmp_path / "model"), tmp_path, W4 | {"bits": 3})
     xml, notes = exported(artifact, tmp_path)
     check_codes(artifact, xml, "u4")
     check_outputs(artifact, xml, pictures(8))
@@ -195,7 +183,7 @@ def test_convolutions(step: dict[str, Any], kind: str, tmp_path: Path) -> None:
     ignore = (
         () if step is W8 else ("*_project_conv", "*_expand_conv", "*.[34]._depth*", "_conv_head", "_fc")
     )  # 27, 9 inputs
-    artifact = compress(model, tmp_path, step, ignore=ignore)
+    artifact = tiny.steps_taken(model, tmp_path, step, ignore=ignore)
     xml, _ = exported(artifact, tmp_path)
     check_codes(artifact, xml, kind)
     check_outputs(artifact, xml, pictures(tiny.PIXELS))
@@ -204,7 +192,7 @@ def test_convolutions(step: dict[str, Any], kind: str, tmp_path: Path) -> None:
 def test_convolutions_with_inputs_of_a_fixed_symmetric_range(tmp_path: Path) -> None:
     data = tiny.write_pictures(tmp_path / "pictures")
     model = tiny.save_convnet("efficientnet-lite", tmp_path / "model")
-    artifact = compress(model, tmp_path, STATIC | {"symmetric": True}, W8, data=data, ignore=())
+    artifact = tiny.steps_taken(model, tmp_path, STATIC | {"symmetric": True}, W8, data=data, ignore=())
     xml, _ = exported(artifact, tmp_path)
     check_codes(artifact, xml, "i8")
     check_outputs(artifact, xml, pictures(tiny.PIXELS), tolerance=3e-2)
@@ -215,7 +203,7 @@ def test_convolutions_with_inputs_of_a_fixed_symmetric_range(tmp_path: Path) -> 
 
 def test_inputs_of_a_fixed_range_are_rounded_as_in_the_artifact(tmp_path: Path) -> None:
     text = tiny.write_text(tmp_path / "text.txt")
-    artifact = compress(tiny.save("bert", tmp_path / "model"), tmp_path, STATIC, W8, data=text)
+    artifact = tiny.steps_taken(tiny.save("bert", tmp_path / "model"), tmp_path, STATIC, W8, data=text)
     xml, notes = exported(artifact, tmp_path)
     check_codes(artifact, xml, "i8")
     inputs = dict(coded_layers.read_inputs(artifact))
@@ -236,7 +224,9 @@ def test_inputs_of_a_fixed_range_are_rounded_as_in_the_artifact(tmp_path: Path) 
 
 
 def test_inputs_whose_range_is_found_at_run_time_stay_in_float_and_the_user_is_told(tmp_path: Path) -> None:
-    artifact = compress(tiny.save("bert", tmp_path / "model", num_hidden_layers=1), tmp_path, {"method": "dynamic"}, W8)
+    artifact = tiny.steps_taken(
+        tiny.save("bert", tmp_path / "model", num_hidden_layers=1), tmp_path, {"method": "dynamic"}, W8
+    )
     xml, notes = exported(artifact, tmp_path)
     check_codes(artifact, xml, "i8")
     found = check_outputs(artifact, xml, texts(), tolerance=3e-2)
@@ -251,7 +241,7 @@ def test_inputs_whose_range_is_found_at_run_time_stay_in_float_and_the_user_is_t
 
 @pytest.mark.parametrize("step", [W4, W8])
 def test_transposed_layers_are_refused_before_anything_is_written(step: dict[str, Any], tmp_path: Path) -> None:
-    artifact = compress(tiny.save("gpt2", tmp_path / "model", n_layer=1), tmp_path, step)
+    artifact = tiny.steps_taken(tiny.save("gpt2", tmp_path / "model", n_layer=1), tmp_path, step)
     with pytest.raises(
         CompressLabError, match=r"layer transformer.h.0.attn.c_attn keeps its weight as \[in, out\].*gguf"
     ):
@@ -266,7 +256,7 @@ def test_uncompressed_transposed_layers_are_exported(tmp_path: Path) -> None:
 
 def test_other_number_formats_are_refused(tmp_path: Path) -> None:
     model = tiny.save("bert", tmp_path / "model", num_hidden_layers=1)
-    artifact = compress(model, tmp_path, {"method": "rtn", "format": "fp8-e4m3"})
+    artifact = tiny.steps_taken(model, tmp_path, {"method": "rtn", "format": "fp8-e4m3"})
     with pytest.raises(CompressLabError, match=r"layer encoder.layer.0.\S+ is in number format fp8-e4m3.*format=int"):
         exported(artifact, tmp_path)
 
@@ -299,7 +289,7 @@ def test_operators_that_the_converter_lacks_are_named() -> None:
 
 
 def test_a_damaged_artifact_is_named(tmp_path: Path) -> None:
-    artifact = compress(tiny.save("bert", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
+    artifact = tiny.steps_taken(tiny.save("bert", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
     tiny.change_tensors(artifact, lambda t: t.pop("encoder.layer.0.output.LayerNorm.bias"))
     with pytest.raises(CompressLabError, match=r"lacks 1 tensors, first encoder.layer.0.output.LayerNorm.bias"):
         coded_layers.network(artifact)
@@ -309,7 +299,7 @@ def test_convolutions_that_pad_with_anything_but_zeros_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No network of transformers does; a rewritten one might."""
-    artifact = compress(tiny.save("bert", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
+    artifact = tiny.steps_taken(tiny.save("bert", tmp_path / "model", num_hidden_layers=1), tmp_path, W4)
     skeleton = models.build(models.read_config(artifact))
     skeleton.get_submodule("encoder.layer.0.output.dense").padding_mode = "reflect"
     monkeypatch.setattr(exporter.Given, "skeleton", lambda self: skeleton)

@@ -316,6 +316,23 @@ def fake_measure(job: fresh.Job) -> fresh.Result:
     return fresh.Result(measurements=(), weights_compared=len(job.weights_sha256), weights_differing=())
 
 
+def steps_taken(
+    model: Path,
+    folder: Path,
+    *steps: dict[str, Any],
+    data: Path | None = None,
+    ignore: Sequence[str] = ("@outside-blocks",),
+) -> Path:
+    """An artifact of a model's folder by these steps, not measured."""
+    raw = {"name": "tiny", "version": 1, "steps": list(steps), "ignore": list(ignore),
+           "calibration": {"samples": 8, "sequence_length": 16}}  # fmt: skip
+    from compresslab import pipeline
+
+    out = folder / "artifact"
+    pipeline.compress(model, parse(raw, "tiny"), None if data is None else str(data), out=out, measure=False)
+    return out
+
+
 def compressed(kind: str, folder: Path, *, method: str = "rtn", **settings: Any) -> Path:
     """An artifact of a tiny random model, in `folder/artifact`; the model is in `folder/model`."""
     from compresslab import pipeline
