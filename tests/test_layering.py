@@ -17,6 +17,7 @@ ROOT = Path(compresslab.__file__).parent
 MODULES = {
     ".".join(("compresslab", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
+    if path.parent != ROOT / "peers" / "scripts"  # these run in the peers' environments, where we are not installed
 }
 METHOD_FOLDERS = {cls.__module__.rpartition(".")[0] for cls in METHODS.values()}
 
@@ -38,6 +39,7 @@ ROWS: list[tuple[str, ...]] = [
     ("stages",),
     ("questions", "learning"),
     ("pipeline", "evaluation", "warm", "doctor", "mobile", "serving"),
+    ("peers",),
     ("course",),
     ("cli",),
 ]

@@ -13,6 +13,7 @@ from compresslab.course import catalogue, experiment, showing
 from compresslab.errors import CompressLabError
 
 LAB = catalogue.lab("3.3")
+KEPT = sorted((Path(__file__).resolve().parents[2] / "results").glob("lab-*.json"))
 
 
 def _verdict(better: list[float], worse: list[float]) -> str:
@@ -59,3 +60,14 @@ def test_a_run_keeps_all_seeds_and_is_read_back(monkeypatch: pytest.MonkeyPatch,
         experiment.run("3.3", scale="real")
     with pytest.raises(CompressLabError, match="unknown scale"):
         experiment.run("3.3", scale="huge")
+
+
+@pytest.mark.parametrize("lang", ["en", "zh-TW"])
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_every_kept_result_is_shown_whole(path: Path, lang: str) -> None:
+    result = experiment.read(path)
+    table = showing.measured(result, lang)
+    assert len(table) == len(result.rows) + 1 and len({len(line) for line in table}) == 1
+    assert len(showing.verdicts(result, lang)) == len(result.verdicts) + 1
+    assert len(showing.peers(result, lang)) == len(result.peers) + 1
+    assert showing.papers(result, lang)

@@ -183,6 +183,7 @@ def run(
     seeds: Annotated[int | None, typer.Option(help="How many; the lab's own number if left out.")] = None,
     model: Annotated[str | None, typer.Option(help="Another model than the lab's.")] = None,
     pictures: Annotated[str | None, typer.Option(help="Labelled pictures, for lab 3.1 at real: a folder or .parquet.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Ask the lab's other frameworks too; see `compresslab peers`.")] = False,
     out: Annotated[Path | None, typer.Option(help="The result file; in your folder if left out.")] = None,
     prediction: Annotated[bool, typer.Option(help="Ask for your prediction first.")] = True,
     lang: Lang = None, learner: Learner = None, as_json: Json = False,
@@ -205,6 +206,7 @@ def run(
         seeds=seeds,
         model=model,
         pictures=pictures,
+        peers=peers,
         say=lambda what: error_console.print(what, highlight=False),
     )
     if out is not None:
@@ -218,9 +220,11 @@ def run(
         showing.measured(result, lang),
         showing.verdicts(result, lang, said),
         showing.papers(result, lang),
+        showing.peers(result, lang),
     ):
-        _show(lines)
-        _say("")
+        if len(lines) > 1:  # no paper speaks of these rows, no peer was asked
+            _show(lines)
+            _say("")
     _say(lab.say("explain", lang))
 
 

@@ -1,5 +1,7 @@
 """The language model of every lab at micro scale: 0.2 million parameters, trained on the spot on the manual of Python.
 
+A larger one of 0.5 million is for a lab that has to train its network anew for every row.
+
 topics of the interpreter's own manual (`pydoc_data`, so no network) -> characters -> windows -> a Llama of four blocks that was
 trained for some seconds. It is kept in the cache folder by seed and settings, so a second lab does not train it again.
 
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -40,6 +43,13 @@ class Training:
     batch: int = 32
     window: int = 64
     learning_rate: float = 4e-3
+
+
+# What the labs call these models.
+SIZES = {
+    "characters": Training(),
+    "characters-500k": Training(hidden=96, intermediate=288, steps=1000, window=128, learning_rate=3e-3),
+}
 
 
 @cache
@@ -101,6 +111,17 @@ def trained(seed: int, settings: Training | None = None) -> nn.Module:
         save_file(model.state_dict(), partial)
         partial.replace(path)
     return model.eval().requires_grad_(False)
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """The model as a folder that transformers opens, with a tokenizer of one token per character, for tools that want one."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    table = {character: i for i, character in enumerate(ALPHABET)}
+    spelled = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token=" "))
+    spelled.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=spelled, eos_token="\n", pad_token="\n", model_max_length=256
+    ).save_pretrained(folder)
 
 
 def _cached_as(seed: int, settings: Training) -> Path:

@@ -15,12 +15,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compresslab.course import beside
+from compresslab.course.beside import Beside
 from compresslab.course.catalogue import Lab, lab
 from compresslab.errors import CompressLabError, unknown
 from compresslab.measure import environment
@@ -58,6 +60,7 @@ class Result:
 
     Attributes:
         rows: row -> metric -> one value per seed.
+        peers: what other frameworks said of the same job, by row; empty unless they were asked.
     """
 
     lab: str
@@ -70,6 +73,7 @@ class Result:
     environment: dict[str, Any]
     seconds: float
     created: str
+    peers: dict[str, Beside] = field(default_factory=dict)
 
     def mean(self, row: str, metric: str) -> float:
         return statistics.fmean(self.rows[row][metric])
@@ -89,12 +93,13 @@ class Result:
 
 def read(path: Path) -> Result:
     raw = json.loads(path.read_text(encoding="utf-8"))
-    return Result(**raw | {"verdicts": [Verdict(**verdict) for verdict in raw["verdicts"]]})
+    peers = {row: Beside(**found) for row, found in raw.get("peers", {}).items()}
+    return Result(**raw | {"verdicts": [Verdict(**verdict) for verdict in raw["verdicts"]], "peers": peers})
 
 
 def run(
     number: str, *, scale: str = "micro", seeds: int | None = None, model: str | None = None, pictures: str | None = None,
-    say: Callable[[str], None] = lambda what: None,
+    peers: bool = False, say: Callable[[str], None] = lambda what: None,
 ) -> Result:  # fmt: skip
     """Measure a lab.
 
@@ -102,6 +107,7 @@ def run(
         seeds: how many; None for the lab's own number at this scale.
         model: another model than the lab's own at this scale.
         pictures: a folder or .parquet of labelled pictures, for a lab that has a use for them.
+        peers: also ask the frameworks that the lab names; each must be installed.
         say: told what is being done.
     """
     chosen = lab(number)
@@ -121,8 +127,14 @@ def run(
         settings = dataclasses.replace(settings, seeds=seeds)
     if settings.seeds < 1:
         raise CompressLabError(f"--seeds {settings.seeds}: at least one is needed")
+    asked = beside.asked_by(experiment, number, settings) if peers else []
     started = time.perf_counter()
-    measured: list[Rows] = [experiment.measure(settings, seed, say) for seed in range(settings.seeds)]
+    measured: list[Rows] = []
+    answers: dict[str, Beside] = {}
+    for seed in range(settings.seeds):
+        measured.append(experiment.measure(settings, seed, say))
+        if asked:
+            beside.measure_(answers, asked, settings, seed, measured[-1]["float"]["perplexity"], say)
     rows = {
         row: {metric: [once[row][metric] for once in measured] for metric in metrics}
         for row, metrics in measured[0].items()
@@ -131,7 +143,7 @@ def run(
         lab=number, scale=scale, model=settings.model, seeds=list(range(settings.seeds)),
         settings=dataclasses.asdict(settings), rows=rows, verdicts=judge(chosen, rows),
         environment=environment.describe(torch.device("cpu")), seconds=time.perf_counter() - started,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), peers=answers,
     )  # fmt: skip
 
 

@@ -6,10 +6,12 @@ Result -> rows, verdicts and the papers' claims as lists of cells; a Pareto plot
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 
 from compresslab.course.catalogue import Lab, lab
 from compresslab.course.experiment import Result
+from compresslab.peers import registry
 from compresslab.report.pareto import Axis, Point, beats, drawable, plot
 from compresslab.report.plots import number
 
@@ -78,6 +80,31 @@ def papers(result: Result, lang: str) -> list[list[str]]:
         ours = f"{result.mean(found.worse, metric):.4g} → {result.mean(found.better, metric):.4g}"
         theirs = f"{paper['worse']} → {paper['better']} ({paper['where']}, arXiv {paper['arxiv']})"
         lines.append([course.say(found.key, lang), theirs, ours, course.say(_became(found.verdict), lang)])
+    return lines
+
+
+def peers(result: Result, lang: str) -> list[list[str]]:
+    """Head and one line for each row of another framework, with ours for the same job; those that failed say why."""
+    course = lab(result.lab)
+    keys = ("peer-row", "perplexity", "bytes", "peer-seconds", "peer-ours-row", "perplexity", "bytes")
+    lines = [[course.say(key, lang) for key in keys]]
+
+    def cells(metrics: Mapping[str, Sequence[float]]) -> list[str]:
+        values = metrics["perplexity"]
+        spread = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
+        return [
+            f"{statistics.fmean(values):.4g}{spread}",
+            number(statistics.fmean(metrics["bytes"]), "bytes"),
+        ]
+
+    for row, found in result.peers.items():
+        name = f"{found.peer} {found.versions.get(registry.peer(found.peer).package, '')}".strip()
+        label = f"{name}: {course.say(f'peer-{row}', lang)}"
+        ours = [course.say(f"row-{found.ours}", lang), *cells(result.rows[found.ours])]
+        if found.failed:
+            lines.append([label, course.say("peer-failed", lang, why=found.failed), "", "", *ours])
+        else:
+            lines.append([label, *cells(found.metrics), f"{statistics.fmean(found.seconds):.0f}", *ours])
     return lines
 
 

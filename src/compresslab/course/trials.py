@@ -22,7 +22,7 @@ from compresslab.recipe import Training
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """A language model and the texts of a trial. The model "characters" is trained on the spot."""
+    """A language model and the texts of a trial. Models of character_model.SIZES are trained on the spot."""
 
     model: str
     seeds: int
@@ -66,10 +66,10 @@ class Trials:
 
 def material(settings: TextSettings, seed: int) -> tuple[Any, Tensor, Tensor]:
     """The model, the windows to calibrate on, and those to test on."""
-    if settings.model == "characters":
+    if settings.model in character_model.SIZES:
         windows = character_model.calibration_windows(settings.samples, settings.window, seed)
         test = character_model.held_out_windows(settings.test_windows, settings.test_length)
-        return character_model.trained(seed), windows, test
+        return character_model.trained(seed, character_model.SIZES[settings.model]), windows, test
     tokenizer = models.find(settings.model).tokenizer()
     found = data.calibration("wiki", tokenizer, samples=settings.samples, sequence_length=settings.window, seed=seed)
     windows = torch.cat([batch["input_ids"] for batch in found.batches])

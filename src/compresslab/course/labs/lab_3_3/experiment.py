@@ -1,7 +1,8 @@
 """What Lab 3.3 measures: perplexity and bytes of one language model under several ways of rounding.
 
-model, calibration windows of a seed -> rounding to nearest, GPTQ and AWQ at 4, 3 and 2 bits -> GPTQ with a shuffled Gram matrix
--> the same model with loud channels injected (the network computes what it did) under rounding, AWQ, W8A8 and SmoothQuant.
+model, calibration windows of a seed -> rounding to nearest, GPTQ, AWQ and QuantEase (our best of the Gram matrix) at 4, 3
+and 2 bits -> GPTQ with a shuffled Gram matrix -> the same model with loud channels injected (the network computes what it
+did) under rounding, AWQ, W8A8 and SmoothQuant.
 
 Injection. Chosen channels of the norms are multiplied by `outlier_factor` and the columns of the weights that read them are
 divided by it: the outlier problem of large models (arXiv 2208.07339, 2211.10438) in a small one that lacks it.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compresslab.course import in_memory
+from compresslab.course.beside import Asked
 from compresslab.course.trials import TextSettings, Trials
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.linalg import damped_cholesky
@@ -33,6 +35,8 @@ class Settings(TextSettings):
     outlier_factor: float | None = None
     outlier_channels: int = 3
 
+
+AUTO_ROUND_STEPS = 50  # of the peer, for each block: its own quick setting; 200 are its default
 
 SETTINGS = {
     "micro": Settings(
@@ -52,7 +56,7 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[s
     """Rows of one seed."""
     trials, group_size = Trials(settings, seed, say), settings.group_size
     for bits in settings.widths:
-        for method in ("rtn", "gptq", "awq"):
+        for method in ("rtn", "gptq", "awq", "quantease"):
             trials.trial(f"{method}-{bits}", [_weights(method, bits, group_size)])
     low = min(settings.widths)
     trials.trial(f"shuffled-{low}", [_weights("gptq", low, group_size)], wrap=lambda solver: Shuffled(solver, seed))
@@ -69,6 +73,18 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[s
             plain, smooth = (trials.rows[way + suffix]["perplexity"] for way in ("w8a8", "smoothquant"))
             trials.rows[f"smoothing-gain-{name}"] = {"ratio": plain / smooth}
     return trials.rows
+
+
+def peers(settings: Settings) -> list[Asked]:
+    """Other frameworks on the same grids: asymmetric, in the groups of this scale."""
+    asked = []
+    for bits in (4, 3):
+        grid = {"bits": bits, "group_size": settings.group_size, "symmetric": False}
+        for peer in ("llm-compressor", "gptqmodel"):
+            asked.append(Asked(row=f"{peer}-{bits}", peer=peer, ours=f"gptq-{bits}", settings=grid))
+        tuned = grid | {"iters": AUTO_ROUND_STEPS}
+        asked.append(Asked(row=f"auto-round-{bits}", peer="auto-round", ours=f"quantease-{bits}", settings=tuned))
+    return asked
 
 
 def _weights(method: str, bits: int, group_size: int | None) -> dict[str, Any]:

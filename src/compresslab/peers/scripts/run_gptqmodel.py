@@ -1,0 +1,35 @@
+"""ModelCloud's GPT-QModel (the successor of AutoGPTQ), GPTQ: a peer of Lab 3.3.
+
+settings: "bits", "group_size" (null for one scale per output channel), "symmetric". All else is left at its defaults. The
+calibration windows are handed over as token ids. The loss is that of the folder it wrote, opened again by its own CPU
+kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from peer_job import PeerJob, logits_of
+
+
+def main() -> None:
+    job = PeerJob("gptqmodel", "torch", "transformers")
+    settings = job.settings
+    if job.test is not None:
+        job.open()
+    config = QuantizeConfig(
+        bits=settings["bits"], group_size=settings["group_size"] or -1, sym=settings["symmetric"], device="cpu"
+    )
+    model = GPTQModel.load(str(job.model), config)
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in job.calibration]
+    job.timed("quantize", lambda: model.quantize(rows, batch_size=8))
+    model.save(str(job.out))
+    if job.test is not None:
+        again = GPTQModel.load(str(job.out), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+        job.loss = job.loss_of(logits_of(again.model.eval()))
+        job.notes.append("measured on its checkpoint, opened again")
+    job.answer(sorted(job.out.rglob("*.safetensors")))
+
+
+if __name__ == "__main__":
+    main()
