@@ -40,7 +40,7 @@ SETTINGS = {
         learning_rate=1e-3,
     ),
     "real": Settings(
-        model="characters-500k", seeds=3, samples=4096, window=128, test_windows=96, test_length=256, steps=150, batch=32,
+        model="characters-500k", seeds=2, samples=4096, window=128, test_windows=96, test_length=256, steps=150, batch=32,
         learning_rate=5e-4,
     ),
     "paper": Settings(
