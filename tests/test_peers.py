@@ -180,9 +180,11 @@ def test_rows_of_peers_stand_beside_ours(listed: Peer) -> None:
     kept = experiment.read(Path(__file__).resolve().parent.parent / "results" / "lab-3.3-micro.json")
     words = catalogue.lab("3.3").say
     again = dataclasses.replace(kept, peers={"gptqmodel-4": found["toy-0"], "gptqmodel-3": found["toy-1"]})
-    _, good, bad = showing.peers(again, "en")
-    assert good[:2] == [f"toy 1.0: {words('peer-gptqmodel-4', 'en')}", "2.226 ± 0"]
-    assert bad[1] == "failed: peer 'toy' failed: no"
+    _, ours, good, bad = showing.peers(again, "en")
+    assert ours[0] == f"ours: {words('row-gptq-4', 'en')}"
+    assert good[:2] == [f"  toy 1.0: {words('peer-gptqmodel-4', 'en')}", "2.226 ± 0"]
+    assert bad[1] == "-"
+    assert showing.failures(again, "en") == [f"{words('peer-gptqmodel-3', 'en')}: peer 'toy' failed: no"]
 
 
 def test_a_peer_that_measured_something_else_is_an_error(listed: Peer) -> None:

@@ -225,6 +225,8 @@ def run(
         if len(lines) > 1:  # no paper speaks of these rows, no peer was asked
             _show(lines)
             _say("")
+    for failure in showing.failures(result, lang):
+        _say(failure)
     _say(lab.say("explain", lang))
 
 

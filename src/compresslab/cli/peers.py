@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.padding import Padding
@@ -29,7 +29,7 @@ def list_peers(
     from compresslab.peers import environments, registry
 
     lang = words.language(lang)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": one.name, "package": one.package, "labs": list(one.labs), "state": one.state,
             "installed": environments.is_installed(one), "ours": one.ours, "note": one.note[lang],

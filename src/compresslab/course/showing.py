@@ -84,10 +84,9 @@ def papers(result: Result, lang: str) -> list[list[str]]:
 
 
 def peers(result: Result, lang: str) -> list[list[str]]:
-    """Head and one line for each row of another framework, with ours for the same job; those that failed say why."""
+    """Head, and each row of ours that others were asked for, followed by theirs; dashes where one failed."""
     course = lab(result.lab)
-    keys = ("peer-row", "perplexity", "bytes", "peer-seconds", "peer-ours-row", "perplexity", "bytes")
-    lines = [[course.say(key, lang) for key in keys]]
+    lines = [[course.say(key, lang) for key in ("peer-row", "perplexity", "bytes", "peer-seconds")]]
 
     def cells(metrics: Mapping[str, Sequence[float]]) -> list[str]:
         values = metrics["perplexity"]
@@ -97,15 +96,27 @@ def peers(result: Result, lang: str) -> list[list[str]]:
             number(statistics.fmean(metrics["bytes"]), "bytes"),
         ]
 
-    for row, found in result.peers.items():
-        name = f"{found.peer} {found.versions.get(registry.peer(found.peer).package, '')}".strip()
-        label = f"{name}: {course.say(f'peer-{row}', lang)}"
-        ours = [course.say(f"row-{found.ours}", lang), *cells(result.rows[found.ours])]
-        if found.failed:
-            lines.append([label, course.say("peer-failed", lang, why=found.failed), "", "", *ours])
-        else:
-            lines.append([label, *cells(found.metrics), f"{statistics.fmean(found.seconds):.0f}", *ours])
+    for ours in dict.fromkeys(found.ours for found in result.peers.values()):
+        lines.append(
+            [course.say("peer-ours", lang, row=course.say(f"row-{ours}", lang)), *cells(result.rows[ours]), ""]
+        )
+        for row, found in result.peers.items():
+            if found.ours != ours:
+                continue
+            name = f"{found.peer} {found.versions.get(registry.peer(found.peer).package, '')}".strip()
+            answer = ["-"] * 3 if found.failed else [*cells(found.metrics), f"{statistics.fmean(found.seconds):.0f}"]
+            lines.append([f"  {name}: {course.say(f'peer-{row}', lang)}", *answer])
     return lines
+
+
+def failures(result: Result, lang: str) -> list[str]:
+    """Why a peer has no numbers, a sentence for each."""
+    course = lab(result.lab)
+    return [
+        course.say("peer-failed", lang, row=course.say(f"peer-{row}", lang), why=found.failed)
+        for row, found in result.peers.items()
+        if found.failed
+    ]
 
 
 def _became(verdict: str) -> str:

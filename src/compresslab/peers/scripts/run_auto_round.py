@@ -24,7 +24,7 @@ def main() -> None:
     rounded, _ = job.timed("quantize", rounding.quantize)
     if job.test is not None:
         job.loss = job.loss_of(logits_of(rounded.float().eval()))
-    job.timed("save", lambda: rounding.save_quantized(str(job.out), format="auto_round", inplace=False))
+    job.timed("save", lambda: rounding.save_quantized(str(job.out), format="auto_round:auto_gptq", inplace=False))
     job.notes.append("measured on its rounded weights, before they were packed")
     job.answer(sorted(job.out.rglob("*.safetensors")))
 
