@@ -192,7 +192,7 @@ def test_the_zeros_that_were_asked_for(cls: type, settings: dict[str, Any]) -> N
     zeros = found.weight == 0
     assert float(zeros.float().mean()) == pytest.approx(method.sparsity, abs=0.5 / COLUMNS)
     if method.pattern:
-        n, m = method.kept_of
+        n, m = method.n_of_m
         assert bool((zeros.view(ROWS, -1, m).sum(dim=2) == m - n).all())
 
 

@@ -70,7 +70,7 @@ class Magnitude(Target):
     def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
         self.check(*weight.shape)
         if self.pattern is not None:
-            kept = keep_n_of_m(weight.cpu(), torch.ones(weight.shape[1]), *self.kept_of)
+            kept = keep_n_of_m(weight.cpu(), torch.ones(weight.shape[1]), *self.n_of_m)
         else:
             kept = drop_smallest(weight.cpu().abs(), self.dropped(weight.numel()))
         return Pruned(weight=weight * kept.to(weight.device))

@@ -90,7 +90,7 @@ class SparseGPT(Target):
 
     def _walk(self, weight: Tensor, feedback: Tensor, diagonal: Tensor) -> Tensor:
         """Q; `feedback` is U[j, k] / U[k, k]."""
-        n, m = (0, 0) if self.pattern is None else self.kept_of
+        n, m = (0, 0) if self.pattern is None else self.n_of_m
         rows, columns = weight.shape
         width = BLOCK if m == 0 else max(BLOCK // m, 1) * m
         error = weight.cpu().t().contiguous()  # W^T, turned into (W - Q)^T block by block

@@ -27,7 +27,7 @@ class Target:
             raise ValueError(f"sparsity is a share from 0 to below 1, not {self.sparsity}: 1 would empty every layer")
         if self.pattern is None:
             return
-        n, m = self.kept_of
+        n, m = self.n_of_m
         if not 0 < n < m:
             raise ValueError(
                 f"pattern {self.pattern} would empty every layer or none: keep 1 to {max(m - 1, 1)} of {m}"
@@ -38,7 +38,7 @@ class Target:
             )
 
     @property
-    def kept_of(self) -> tuple[int, int]:
+    def n_of_m(self) -> tuple[int, int]:
         """(N, M). ValueError if the pattern is none."""
         found = re.fullmatch(r"(\d+):(\d+)", self.pattern or "")
         if found is None:
@@ -48,7 +48,7 @@ class Target:
     def check(self, rows: int, columns: int) -> None:
         """ValueError if a weight [out, in] of this shape cannot be pruned so."""
         if self.pattern is not None:
-            _, m = self.kept_of
+            _, m = self.n_of_m
             if columns % m:
                 raise ValueError(
                     f"pattern {self.pattern} does not divide its {columns} input channels: give it none in the step's "

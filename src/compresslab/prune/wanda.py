@@ -62,7 +62,7 @@ class Wanda(Target):
         else:
             norms = gram.diagonal.cpu().clamp(min=0).sqrt()
         if self.pattern is not None:
-            kept = keep_n_of_m(weight.cpu(), norms, *self.kept_of)
+            kept = keep_n_of_m(weight.cpu(), norms, *self.n_of_m)
         else:
             kept = keep_in_rows(weight.cpu(), norms, self.dropped(weight.shape[1]))
         return Pruned(weight=weight * kept.to(weight.device), note=note)
