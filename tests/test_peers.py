@@ -184,7 +184,7 @@ def test_rows_of_peers_stand_beside_ours(listed: Peer) -> None:
     assert ours[0] == f"ours: {words('row-gptq-4', 'en')}"
     assert good[:2] == [f"  toy 1.0: {words('peer-gptqmodel-4', 'en')}", "2.226 ± 0"]
     assert bad[1] == "-"
-    assert showing.failures(again, "en") == [f"{words('peer-gptqmodel-3', 'en')}: peer 'toy' failed: no"]
+    assert showing.failures(again, "en") == [f"{words('peer-gptqmodel-3', 'en')} gave nothing: peer 'toy' failed: no"]
 
 
 def test_a_peer_that_measured_something_else_is_an_error(listed: Peer) -> None:

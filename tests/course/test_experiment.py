@@ -69,5 +69,7 @@ def test_every_kept_result_is_shown_whole(path: Path, lang: str) -> None:
     table = showing.measured(result, lang)
     assert len(table) == len(result.rows) + 1 and len({len(line) for line in table}) == 1
     assert len(showing.verdicts(result, lang)) == len(result.verdicts) + 1
-    assert len(showing.peers(result, lang)) == len(result.peers) + 1
+    beside = showing.peers(result, lang)
+    assert len(beside) == 1 + len({found.ours for found in result.peers.values()}) + len(result.peers)
+    assert {len(line) for line in beside} == {4}
     assert showing.papers(result, lang)
