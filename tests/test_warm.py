@@ -8,10 +8,11 @@ import torch
 import tiny
 from compresslab import warm
 from compresslab.activations.static import Static
-from compresslab.numerics import kernels
+from compresslab.numerics import kernels, streams
 from compresslab.numerics.gram import best_precision
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.qep import QEP
+from compresslab.quantize.rtn import RTN
 
 KERNELS = [
     "round_block_with_feedback",
@@ -21,6 +22,7 @@ KERNELS = [
     "quantize_columns_bf16",
     "count",
 ]
+STREAMS = ["quantize_groups", "dequantize_groups", "errors", "pack_fours", "count_not_finite"]
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
 
@@ -30,7 +32,8 @@ LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 def test_a_run_compiles_nothing_that_was_not_compiled_before() -> None:
     warm.compile_kernels()
     before = {name: list(getattr(kernels, name).signatures) for name in KERNELS}
-    assert all(before.values())
+    streamed = {name: list(getattr(streams, name).signatures) for name in STREAMS}
+    assert all(before.values()) and all(streamed.values())
     formats = (
         GPTQ(group_size=16, symmetric=True, format="nvfp4"),
         GPTQ(bits=8, group_size=None, symmetric=True, format="fp8-e4m3"),
@@ -45,3 +48,5 @@ def test_a_run_compiles_nothing_that_was_not_compiled_before() -> None:
             activations=dict.fromkeys(LAYERS, Static(calibrator="percentile")),
         )
     assert {name: list(getattr(kernels, name).signatures) for name in KERNELS} == before
+    tiny.solve(tiny.make("llama"), None, solver=RTN(group_size=16))
+    assert {name: list(getattr(streams, name).signatures) for name in STREAMS} == streamed

@@ -38,10 +38,12 @@ from compresslab.contract import LayerRecord
 from compresslab.errors import CompressLabError
 from compresslab.measure.size import read_header
 from compresslab.models import Source
+from compresslab.numerics.grid import QuantWeight
 from compresslab.plan import Unit
 from compresslab.report.schema import Report, read_report
 from compresslab.solving import BlockState, Solved
 from compresslab.weights import goes_along
+from compresslab.wheels import file_sha256
 
 # One weight file up to this size, the finished units as shards of a larger model.
 SINGLE_FILE_BYTES = 4_000_000_000
@@ -229,8 +231,7 @@ class Writer:
             "file": file,
             "sha256": file_sha256(self.partial / file),
             "layers": {
-                layer: dataclasses.asdict(found.record)
-                | {"weight_sha256": weight_sha256(self.as_opened(found.weight, found.transposed))}
+                layer: dataclasses.asdict(found.record) | {"weight_sha256": self._opened_sha256(found)}
                 for layer, found in solved.items()
             },
         }
@@ -240,6 +241,16 @@ class Writer:
         atomic_write(self.partial / "progress.json", json.dumps(self._progress).encode())
         if state is not None:
             self._drop_older_states(unit.name)
+
+    def _opened_sha256(self, solved: Solved) -> str:
+        """weight_sha256 of a layer as it will be opened; where rows are independent, some at a time, which stay in the cache."""
+        weight = solved.weight
+        if solved.transposed or not isinstance(weight, QuantWeight) or not weight.in_rows:
+            return weight_sha256(self.as_opened(weight, solved.transposed))
+        digest, step = hashlib.sha256(), max(1, 2**19 // weight.codes.shape[1])
+        for start in range(0, len(weight.codes), step):
+            digest.update(_values(self.as_opened(weight.rows(start, start + step), False)))
+        return digest.hexdigest()
 
     def _save_state(self, unit: str, state: BlockState) -> dict[str, Any]:
         """A block returns a tensor, or a tuple of tensors and Nones; the same for every batch."""
@@ -419,11 +430,10 @@ def atomic_write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def weight_sha256(weight: Tensor) -> str:
     """The hash of a weight's float32 values, row by row: equal if and only if every bit is."""
-    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(_values(weight)).hexdigest()
+
+
+def _values(weight: Tensor) -> Any:
+    return weight.detach().float().cpu().contiguous().numpy().data

@@ -28,6 +28,7 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,12 +101,26 @@ def watch_blocks(calibration: Pass, see: Callable[[str, Tensor, Tensor, Tensor |
 
 
 def _run_without_data(job: Job) -> None:
+    """Unit by unit; while one is written, and hashed, the next one is solved."""
     skeleton = job.source.skeleton()
-    for unit in job.plan.units:
-        if job.sink.is_done(unit.name):
-            continue
-        solved = {name: solve_layer(job, name, skeleton.get_submodule(name), None) for name in unit.layers}
-        job.sink.write(unit, solved, float_tensors(job, unit), None)
+    with ThreadPoolExecutor(max_workers=1) as writing:
+        written: Future[None] | None = None
+        for unit in job.plan.units:
+            if job.sink.is_done(unit.name):
+                continue
+            solved = {name: solve_layer(job, name, skeleton.get_submodule(name), None) for name in unit.layers}
+            floats = float_tensors(job, unit)
+            if written is not None:
+                written.result()
+            written = writing.submit(_write, job, unit, solved, floats)
+        if written is not None:
+            written.result()
+
+
+def _write(job: Job, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor]) -> None:
+    torch.set_num_threads(1)  # of this thread
+    with torch.inference_mode():
+        job.sink.write(unit, solved, floats, None)
 
 
 @dataclass(eq=False)

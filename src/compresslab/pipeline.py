@@ -143,7 +143,17 @@ def compress(
                 budgets.check(folder, wanted, source, eligible)
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(original, folder, writer, asked, measure, stages.rounds, where, progress)
+            before, after = _measure(
+                original,
+                folder,
+                writer,
+                asked,
+                measure,
+                stages.rounds,
+                where,
+                progress,
+                streamed=not preflight.fits_whole(given),
+            )
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(
@@ -403,7 +413,7 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
 
 def _measure(
     original: Path, folder: Path, writer: Writer, asked: Questions, everything: bool, rounded: bool,
-    device: torch.device, progress: Progress,
+    device: torch.device, progress: Progress, *, streamed: bool = False,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
 
@@ -413,7 +423,7 @@ def _measure(
     with tempfile.TemporaryDirectory() as scratch:
         job = fresh.Job(
             **asked.save(Path(scratch)), folder=original, reference=Path(scratch) / "reference",
-            device=str(device), threads=torch.get_num_threads(), speed=everything,
+            device="cpu" if streamed else str(device), threads=torch.get_num_threads(), speed=everything, streamed=streamed,
         )  # fmt: skip
         before = None
         if everything:

@@ -6,6 +6,7 @@ consists of: the forward over the calibration tokens, the Gram matrices, the sol
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 from collections.abc import Callable, Mapping
@@ -253,6 +254,12 @@ def rates(device: torch.device) -> tuple[float, float, float]:
 
 def _median(call: Callable[[], object]) -> float:
     return statistics.median(hardware.seconds(call))
+
+
+def fits_whole(source: Source, ceiling: int | None = None) -> bool:
+    """Whether the model can be opened as a whole in float32, as measuring does; within the ceiling, if there is one."""
+    whole = PROGRAM_BYTES + 4.4 * sum(numel(source, name) for name in source.weights.names())
+    return whole < min(psutil.virtual_memory().available, ceiling or math.inf)
 
 
 def check(found: Estimate, out: Path) -> None:

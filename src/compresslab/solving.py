@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from compresslab.contract import (
 from compresslab.errors import CompressLabError
 from compresslab.masks import as_codes, prune_parts, said_of_groups, with_zeros
 from compresslab.models import Source, is_transposed, weight_of
+from compresslab.numerics import streams
 from compresslab.numerics.gram import Gram, GroupedGram, Precision
 from compresslab.numerics.grid import QuantInput, QuantWeight, stacked
 from compresslab.numerics.linalg import quadratic_error
@@ -166,8 +168,7 @@ def in_dtype(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
 def read_finite(source: Source, name: str) -> Tensor:
     """A tensor as stored. CompressLabError if it holds a NaN or an infinity."""
     tensor = source.weights.get(name)
-    # A sum is finite only if every term is: one pass and no temporary, but where a half-precision sum overflows.
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not is_finite(tensor):
         where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         raise CompressLabError(
             f"tensor {name} of {source.name} holds a NaN or an infinity at {where}: nothing to save here"
@@ -184,7 +185,7 @@ def read_weight(source: Source, name: str, module: nn.Module) -> Tensor:
 def solve_layer(job: Job, name: str, module: nn.Module, gram: Statistic | None) -> Solved:
     """Read one weight, hand it to the solver, and say what came of it."""
     stored = read_weight(job.source, name, module)
-    weight = stored.to(job.device, torch.float32).contiguous()
+    weight = original = stored.to(job.device, torch.float32).contiguous()
     started = time.perf_counter()
     try:
         along: Along = "out" if is_transposed(module) else "in"
@@ -199,22 +200,22 @@ def solve_layer(job: Job, name: str, module: nn.Module, gram: Statistic | None) 
         rounding = solve_input(job, name, gram, stored.dtype)
     except ValueError as error:
         raise CompressLabError(f"layer {name}, {list(weight.shape)}: {error}") from error
-    return finish_layer(job, name, module, stored, solution, rounding, gram, time.perf_counter() - started)
+    return finish_layer(job, name, module, original, stored, solution, rounding, gram, time.perf_counter() - started)
 
 
 def finish_layer(
-    job: Job, name: str, module: nn.Module, stored: Tensor, solution: Solution, rounding: InputSolution,
+    job: Job, name: str, module: nn.Module, weight: Tensor, stored: Tensor, solution: Solution, rounding: InputSolution,
     gram: Statistic | None, seconds: float,
 ) -> Solved:  # fmt: skip
     """A rounded layer with its bias corrected, its tensors on disk and its record.
 
     Args:
-        stored: the weight as it was read, [out, in].
+        weight: as it was before anything was done to it, float32 [out, in].
+        stored: the same as it was read.
     """
-    weight = stored.to(job.device, torch.float32)
     bias, note = corrected_bias(job, name, weight, solution.weight, gram)
     solution = dataclasses.replace(solution, note=joined_notes(solution.note, note))
-    solved = describe(job, name, module, stored, solution, rounding, gram, seconds)
+    solved = describe(job, name, module, weight, stored, solution, rounding, gram, seconds)
     return solved if bias is None else dataclasses.replace(solved, bias=bias, tensors=solved.tensors | {"bias": bias})
 
 
@@ -277,14 +278,15 @@ def solve_input(job: Job, name: str, gram: Statistic | None, scale_dtype: torch.
 
 
 def describe(
-    job: Job, name: str, module: nn.Module, stored: Tensor, solution: Solution, rounding: InputSolution,
+    job: Job, name: str, module: nn.Module, weight: Tensor, stored: Tensor, solution: Solution, rounding: InputSolution,
     gram: Statistic | None, seconds: float,
 ) -> Solved:  # fmt: skip
-    """A solution with its tensors on disk and its record; `stored` [out, in] is the weight as it was read."""
+    """A solution with its tensors on disk and its record; of the weight [out, in] in float32, and as it was read."""
     tensors = job.encode(name, solution.weight, module, rounding.input)
     bytes_after = sum(t.numel() * t.element_size() for t in tensors.values())
     transposed = is_transposed(module)
-    pruner, nonzeros = job.pruners.get(name), nonzero_frac(solution.weight)
+    pruner = job.pruners.get(name)
+    sqnr, nonzeros = noise_of(weight, solution.weight, gram)
     return Solved(
         weight=solution.weight,
         transposed=transposed,
@@ -297,7 +299,7 @@ def describe(
             nonzero_frac=nonzeros,
             bytes_before=stored.numel() * stored.element_size(),
             bytes_after=bytes_after,
-            sqnr_db=sqnr_db(stored.to(job.device, torch.float32), solution.weight, gram),
+            sqnr_db=sqnr,
             sqnr_of="weight" if gram is None else "output",
             seconds=seconds,
             note=joined_notes(solution.note, rounding.note),
@@ -314,12 +316,40 @@ def joined_notes(*notes: str) -> str:
     return "; ".join(dict.fromkeys(remarks))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a float tensor holds no NaN and no infinity."""
+    if tensor.device.type != "cpu" or tensor.dtype not in _EXPONENTS or tensor.numel() == 0:
+        return bool(torch.isfinite(tensor).all())
+    whole, exponent = _EXPONENTS[tensor.dtype]
+    patterns = tensor.detach().contiguous().view(-1).view(whole).numpy()
+    parts = math.gcd(len(patterns), 64)
+    unsigned = patterns.view(exponent.dtype).reshape(parts, -1)
+    return int(streams.count_not_finite(unsigned, exponent)) == 0
+
+
+_EXPONENTS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
+    torch.bfloat16: (torch.int16, np.uint16(0x7F80)),
+    torch.float16: (torch.int16, np.uint16(0x7C00)),
+    torch.float32: (torch.int32, np.uint32(0x7F800000)),
+}
+
+
 def nonzero_frac(weight: QuantWeight | FloatWeight) -> float:
     """Share of weights that are not exactly zero."""
     if isinstance(weight, QuantWeight) and weight.zero_point is None:
         return float(weight.codes.count_nonzero()) / weight.codes.numel()
     real = weight.dequantize()
     return float(real.count_nonzero()) / real.numel()
+
+
+def noise_of(weight: Tensor, solved: QuantWeight | FloatWeight, gram: Statistic | None) -> tuple[float, float]:
+    """sqnr_db and nonzero_frac; in one pass over an integer weight without data."""
+    if gram is not None or not isinstance(solved, QuantWeight) or not solved.in_rows:
+        return sqnr_db(weight, solved, gram), nonzero_frac(solved)
+    rows = len(solved.codes)
+    signal, noise, nonzeros = np.empty(rows), np.empty(rows), np.empty(rows, np.int64)
+    streams.errors(weight.contiguous().numpy(), *solved.arrays(), signal, noise, nonzeros)
+    return _decibels(float(signal.sum()), float(noise.sum())), int(nonzeros.sum()) / solved.codes.numel()
 
 
 def sqnr_db(weight: Tensor, solved: QuantWeight | FloatWeight, gram: Statistic | None) -> float:
@@ -335,6 +365,8 @@ def sqnr_db(weight: Tensor, solved: QuantWeight | FloatWeight, gram: Statistic |
             low = part.cached("bfloat16", part.matrix.bfloat16)
             signal = signal + quadratic_error(whole.bfloat16(), low)
             noise = noise + quadratic_error(error, part.matrix)
-    if float(noise) <= 0:
-        return math.inf
-    return 10 * math.log10(max(float(signal / noise), 1e-30))
+    return _decibels(float(signal), float(noise))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return math.inf if noise <= 0 else 10 * math.log10(max(signal / noise, 1e-30))

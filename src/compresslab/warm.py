@@ -8,11 +8,14 @@ from __future__ import annotations
 import torch
 
 from compresslab.numerics.gram import Gram, best_precision
+from compresslab.numerics.grid import Grid, round_to_nearest
 from compresslab.numerics.histogram import InputStatistics
+from compresslab.numerics.packing import pack_int32
 from compresslab.prune.magnitude import Magnitude
 from compresslab.prune.sparsegpt import SparseGPT
 from compresslab.prune.wanda import Wanda
 from compresslab.quantize.qep import QEP
+from compresslab.solving import is_finite, noise_of
 
 
 def compile_kernels() -> None:
@@ -26,6 +29,12 @@ def compile_kernels() -> None:
         solver.solve(torch.randn(128, 128), gram, scale_dtype=torch.bfloat16)
     for pruner in (Magnitude(), Wanda(), Wanda(pattern="2:4"), SparseGPT()):
         pruner.prune(torch.randn(128, 128), gram)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        is_finite(x.to(dtype))
+    rounded = round_to_nearest(x.float(), Grid.of_weights(4, False, 64), torch.bfloat16, "in")
+    pack_int32(rounded.codes, 4)
+    noise_of(x.float(), rounded, None)
+    rounded.dequantize()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +25,29 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compresslab.errors import CompressLabError
+from compresslab.wheels import file_sha256
 
+# As the headers of safetensors files name them.
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from "4GB", "500MB" or "2GiB".
+
+    >>> parse_bytes("4GB"), parse_bytes("1.5 GiB")
+    (4000000000, 1610612736)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    size = UNITS.get(found[2].upper().removesuffix("B") + "B" if found[2] else "") if found else None
+    if found is None or size is None or float(found[1]) == 0:
+        raise CompressLabError(f"size '{text}': give bytes, such as 500MB, 4GB or 2GiB")
+    return round(float(found[1]) * size)
 
 
 class FolderWeights:
@@ -79,11 +105,10 @@ class FolderWeights:
     @cached_property
     def sha256(self) -> str:
         """One hash over all weight files."""
-        digest = hashlib.sha256()
-        for file in sorted(set(self._file_of.values())):
-            with (self.folder / file).open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "sha256").digest())
-        return digest.hexdigest()
+        files = sorted(set(self._file_of.values()))
+        with ThreadPoolExecutor(max_workers=2) as pool:  # hashing lets other threads run
+            digests = pool.map(lambda file: bytes.fromhex(file_sha256(self.folder / file)), files)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 class MemoryWeights:
@@ -311,3 +336,60 @@ def goes_along(name: str) -> bool:
     kept = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config",
             "preprocessor", "processor", "sentencepiece", "spiece", "LICENSE", "NOTICE")  # fmt: skip
     return name.startswith(kept) and not name.endswith((".safetensors", ".bin", ".pt"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What must be known of a tensor before it is made."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], Tensor]) -> None:
+    """A safetensors file with one tensor in memory at a time; atomic, so that a kill leaves no half of one.
+
+    Layout (the format's own): uint64 length of the header, JSON header padded with spaces to 8 bytes, data. Tensors are
+    ordered by falling element size and then by name, as the safetensors library does, so that each one is aligned.
+
+    Args:
+        get: the tensor of a name, as its spec says.
+
+    Raises:
+        CompressLabError: if the disk is full.
+    """
+    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        spec = specs[name]
+        header[name] = {
+            "dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]
+        }  # fmt: skip
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for name in order:
+                tensor = get(name).detach().cpu().contiguous()
+                if tensor.dtype != specs[name].dtype or tuple(tensor.shape) != specs[name].shape:
+                    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {specs[name]}")
+                out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CompressLabError(
+            f"cannot write {path} ({error.strerror}): free some disk and run the same command again"
+        ) from error

@@ -198,7 +198,7 @@ def _fault(pin: Wheel, wheel: Path) -> str:
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -134,14 +134,18 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
     """The canonical form of every compressed layer of an artifact, one at a time, as it lies on disk."""
     weights = FolderWeights(folder)
     for name in weights.names():
-        if not name.endswith(f".{STATE}"):
-            continue
-        layer = name.removesuffix(f".{STATE}")
-        state = json.loads(bytes(weights.get(name).tolist()))
-        rows, columns = state["shape"]
-        packed = weights.get(f"{layer}.weight").flatten()
-        places = torch.stack([packed >> 4, packed & 15], dim=1).view(rows, columns)
-        scale = weights.get(f"{layer}.weight.absmax").view(rows, -1).to(getattr(torch, state["dtype"]))
-        grid = Grid.of_weights(4, True, state["blocksize"], "nf4")
-        codes = (places.to(torch.int8) + TABLE.lowest).to(torch.int8)
-        yield layer, QuantWeight(codes=codes, scale=scale, zero_point=None, grid=grid)
+        if name.endswith(f".{STATE}"):
+            layer = name.removesuffix(f".{STATE}")
+            yield layer, read_weight(weights, layer)
+
+
+def read_weight(weights: FolderWeights, layer: str) -> QuantWeight:
+    """The canonical form of one layer as it lies on disk."""
+    state = json.loads(bytes(weights.get(f"{layer}.{STATE}").tolist()))
+    rows, columns = state["shape"]
+    packed = weights.get(f"{layer}.weight").flatten()
+    places = torch.stack([packed >> 4, packed & 15], dim=1).view(rows, columns)
+    scale = weights.get(f"{layer}.weight.absmax").view(rows, -1).to(getattr(torch, state["dtype"]))
+    grid = Grid.of_weights(4, True, state["blocksize"], "nf4")
+    codes = (places.to(torch.int8) + TABLE.lowest).to(torch.int8)
+    return QuantWeight(codes=codes, scale=scale, zero_point=None, grid=grid)

@@ -225,33 +225,45 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantWeight]]:
     Raises:
         CompressLabError: if the folder is not a compressed-tensors artifact, or is damaged.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    if config.get("quant_method") not in ("compressed-tensors", "compresslab"):  # our own layout has the same tensors
-        raise CompressLabError(f"{folder} holds no compressed-tensors weights")
-    groups = config["config_groups"].values()
-    grids = {target: grid_of(group["weights"]) for group in groups for target in group["targets"]}
+    groups = config_groups(folder)
     weights = FolderWeights(folder)
     for name in weights.names():
         layer, _, suffix = name.rpartition(".")
-        if suffix != "weight_scale":
-            continue
-        grid = grids.get(layer) or grids.get("Linear")
-        if grid is None:
-            raise CompressLabError(f"{folder / 'config.json'} has no group for layer {layer}: fetch the artifact again")
-        scale, zero_point = weights.get(name), None
-        if own := stored(grid.format):
-            codes, scale = own.decode(lambda suffix, layer=layer: weights.get(f"{layer}.{suffix}"))  # type: ignore[misc]
-        elif f"{layer}.weight" in weights.names():
-            codes = weights.get(f"{layer}.weight")
-            zero_point = None if grid.symmetric else weights.get(f"{layer}.weight_zero_point")
-        else:
-            rows, columns = weights.get(f"{layer}.weight_shape").tolist()
-            codes = unpack_int32(weights.get(f"{layer}.weight_packed"), grid.bits, columns)
-            if not grid.symmetric:
-                zero_point = weights.get(f"{layer}.weight_zero_point")
-                if zero_point.dtype != torch.int8:
-                    zero_point = unpack_int32(zero_point, grid.bits, rows, dim=0)
-        yield layer, QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
+        if suffix == "weight_scale":
+            yield layer, read_weight(weights, layer, grid_of(group_of(groups, layer, folder)["weights"]))
+
+
+def config_groups(folder: Path) -> dict[str, dict[str, Any]]:
+    """Layer, or "Linear" for every other one -> its group in config.json. CompressLabError if there are none."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    if config.get("quant_method") not in ("compressed-tensors", "compresslab"):  # our own layout has the same tensors
+        raise CompressLabError(f"{folder} holds no compressed-tensors weights")
+    return {target: group for group in config["config_groups"].values() for target in group["targets"]}
+
+
+def group_of(groups: Mapping[str, dict[str, Any]], layer: str, folder: Path) -> dict[str, Any]:
+    found = groups.get(layer) or groups.get("Linear")
+    if found is None:
+        raise CompressLabError(f"{folder / 'config.json'} has no group for layer {layer}: fetch the artifact again")
+    return found
+
+
+def read_weight(weights: FolderWeights, layer: str, grid: Grid) -> QuantWeight:
+    """The canonical form of one layer as it lies on disk."""
+    scale, zero_point = weights.get(f"{layer}.weight_scale"), None
+    if own := stored(grid.format):
+        codes, scale = own.decode(lambda suffix: weights.get(f"{layer}.{suffix}"))
+    elif f"{layer}.weight" in weights.names():
+        codes = weights.get(f"{layer}.weight")
+        zero_point = None if grid.symmetric else weights.get(f"{layer}.weight_zero_point")
+    else:
+        rows, columns = weights.get(f"{layer}.weight_shape").tolist()
+        codes = unpack_int32(weights.get(f"{layer}.weight_packed"), grid.bits, columns)
+        if not grid.symmetric:
+            zero_point = weights.get(f"{layer}.weight_zero_point")
+            if zero_point.dtype != torch.int8:
+                zero_point = unpack_int32(zero_point, grid.bits, rows, dim=0)
+    return QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
 
 
 def _input_tensors(rounding: QuantInput | None) -> dict[str, Tensor]:

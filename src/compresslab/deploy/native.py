@@ -133,7 +133,7 @@ def load(folder: Path, *, dtype: torch.dtype | str = "auto") -> nn.Module:
     wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
     model = model.to(wanted)  # before the scales of inputs are there, which stay as they are
     for name, rounding in read_inputs(folder):
-        _round_input_(model.get_submodule(name), rounding)
+        round_input_(model.get_submodule(name), rounding)
     return model.eval().requires_grad_(False)
 
 
@@ -160,6 +160,6 @@ def read_inputs(folder: Path) -> Iterator[tuple[str, QuantInput]]:
             yield name, QuantInput(grid=grid, scale=scale, zero_point=zero_point)
 
 
-def _round_input_(module: nn.Module, rounding: QuantInput) -> None:
+def round_input_(module: nn.Module, rounding: QuantInput) -> None:
     module.input_rounding = RoundedInput(rounding)
     module.register_forward_pre_hook(lambda module, args: (module.input_rounding(args[0]), *args[1:]))

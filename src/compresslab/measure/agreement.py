@@ -14,6 +14,7 @@ Oracle: KL by brute force in float64 from the logits of both models held at once
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,12 +33,13 @@ HEAD = "head.safetensors"
 
 
 def read(
-    model: nn.Module, windows: Tensor, *, record: Path | None = None, against: Path | None = None, conditions: str = ""
-) -> list[Scored]:
+    model: nn.Module, windows: Tensor, *, record: Path | None = None, against: Path | None = None, conditions: str = "",
+    batch_size: int = 1,
+) -> list[Scored]:  # fmt: skip
     """Perplexity of a causal language model, and its agreement with a recorded one.
 
     Args:
-        windows: int64 [n, L].
+        windows: int64 [n, L], of which batch_size pass through the model at a time.
         record: a folder to make, with what `against` of another model needs.
         against: such a folder, of the same windows.
 
@@ -53,13 +55,14 @@ def read(
     reference = _Reference(against, device) if against is not None else None
     losses, compared = [], []
     with torch.inference_mode():
-        for i, window in enumerate(windows.to(device)):
-            logits = model(input_ids=window[None], use_cache=False).logits[0]
-            losses.append(perplexity.window_loss(logits, window))
-            if recorder is not None:
-                recorder.write(i, window, logits)
-            if reference is not None:
-                compared.append(compare(reference.logits_of(i, window), logits[:-1], window[1:]))
+        for first, batch in zip(itertools.count(0, batch_size), windows.to(device).split(batch_size), strict=False):
+            for place, logits in enumerate(model(input_ids=batch, use_cache=False).logits):
+                i, window = first + place, batch[place]
+                losses.append(perplexity.window_loss(logits, window))
+                if recorder is not None:
+                    recorder.write(i, place, window, logits)
+                if reference is not None:
+                    compared.append(compare(reference.logits_of(i, window), logits[:-1], window[1:]))
     if recorder is not None:
         recorder.close()
     found = [perplexity.of_losses(losses, windows, model, conditions)]
@@ -117,19 +120,21 @@ class _Recorder:
             save_file({k: v.detach().cpu().clone() for k, v in tensors.items() if v is not None}, folder / HEAD)
 
     def _keep(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._hidden = inputs[0][0]
+        self._hidden = inputs[0]
 
-    def write(self, number: int, window: Tensor, logits: Tensor) -> None:
+    def write(self, number: int, place: int, window: Tensor, logits: Tensor) -> None:
+        """What the head read of a window, which was at this place of the last batch."""
         found = {"tokens": window.cpu()}
-        if self._head is not None and self._hidden is not None and self._head_is_all(logits):
-            found["hidden"] = self._hidden[:-1].cpu().clone()
+        hidden = None if self._hidden is None else self._hidden[place]
+        if hidden is not None and self._head_is_all(hidden, logits):
+            found["hidden"] = hidden[:-1].cpu().clone()
         else:
             found["log_probabilities"] = logits[:-1].float().log_softmax(dim=1).cpu()
         save_file(found, self._folder / f"{number}.safetensors")
 
-    def _head_is_all(self, logits: Tensor) -> bool:
-        assert self._head is not None and self._hidden is not None
-        again = nn.functional.linear(self._hidden[:8], self._head.weight, self._head.bias)
+    def _head_is_all(self, hidden: Tensor, logits: Tensor) -> bool:
+        assert self._head is not None
+        again = nn.functional.linear(hidden[:8], self._head.weight, self._head.bias)
         return torch.allclose(again.float(), logits[:8].float(), rtol=1e-3, atol=1e-3)
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 `measure(job)` starts `python -m compresslab.measure.fresh JOB RESULT`. There the folder is opened by plain transformers:
 once in the dtype its config asks for, to time it and to read the peak memory; once in float32, to compare every
-de-quantised weight with what was solved, bit by bit, and to take the quality. What is asked of a model is in quality.py and
-cost.py.
+de-quantised weight with what was solved, bit by bit, and to take the quality. A model that does not fit in memory in float32
+is read block by block (streamed.py) for all of that but its speed. What is asked of a model is in quality.py and cost.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ class Job(Frozen):
         reference: folder for what the uncompressed model answers; made if absent, compared with if there.
         weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
         source: where the windows come from, in words.
+        streamed: whether one block at a time shall be in memory; then nothing is timed, and no task is asked.
         packed: whether the folder is an artifact whose layers may also run on torch's packed kernels.
         sweep: latency over batch and length, where asked for.
         energy: joules and carbon, where asked for.
@@ -72,6 +74,7 @@ class Job(Frozen):
     device: str = "cpu"
     threads: int = 1
     speed: bool = True
+    streamed: bool = False
     packed: bool = False
     sweep: Sweep | None = None
     energy: Energy | None = None
@@ -110,6 +113,8 @@ def _run(job: Job) -> Result:
     from compresslab.measure.environment import device_label, peak_memory_bytes
 
     torch.set_num_threads(job.threads)
+    if job.streamed:
+        return _run_streamed(job)
     found: list[Measurement] = []
     texts = {} if job.windows is None else load_file(job.windows)
     windows = texts.get("input_ids", texts.get("timed"))
@@ -147,6 +152,37 @@ def _run(job: Job) -> Result:
     return Result(
         measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
     )
+
+
+def _run_streamed(job: Job) -> Result:
+    """Quality and parity alone: how fast a model is that does not fit in memory says nothing of the model."""
+    from compresslab import streamed
+    from compresslab.measure import quality
+
+    differing = _differing(job) if job.weights_sha256 else ()
+    said = ", ".join(filter(None, (job.source, "read block by block")))
+    asked = job.windows is not None or job.images is not None or job.examples is not None
+    found = quality.ask(job.model_copy(update={"source": said}), streamed.load(job.folder)) if asked else []
+    return Result(
+        measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
+    )
+
+
+def _differing(job: Job) -> list[str]:
+    """The layers that come from disk with other values than the job says; two at a time, for hashing lets others run."""
+    from compresslab import streamed
+    from compresslab.artifact import weight_sha256
+
+    weights = streamed.source_of(job.folder).weights
+
+    def differs(layer: str) -> bool:
+        torch.set_num_threads(1)  # of this thread
+        return weight_sha256(weights.get(f"{layer}.weight")) != job.weights_sha256[layer]
+
+    with ThreadPoolExecutor(max_workers=job.threads) as pool:
+        return [
+            name for name, other in zip(job.weights_sha256, pool.map(differs, job.weights_sha256), strict=True) if other
+        ]
 
 
 def _ran(job: Job, model: torch.nn.Module, inputs: dict[str, Tensor] | None) -> str:

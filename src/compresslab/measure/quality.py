@@ -39,6 +39,7 @@ from compresslab.report.schema import Measurement
 if TYPE_CHECKING:
     from compresslab.measure.fresh import Job
 
+STREAMED_LOGITS = 2**26  # 256 MB in float32
 ANSWERS, PARTS, WINDOWS = "answers.safetensors", "parts.safetensors", "windows"
 
 
@@ -87,11 +88,12 @@ def _texts(job: Job, model: torch.nn.Module, texts: dict[str, Tensor]) -> list[S
     if models.is_language_model(model):
         if "input_ids" not in texts:
             return []
+        batch: dict[str, Any] = _windows_at_once(model, texts["input_ids"]) if job.streamed else {}
         if job.reference is None:
-            return [perplexity.perplexity(model, texts["input_ids"], conditions=job.source)]
+            return [perplexity.perplexity(model, texts["input_ids"], conditions=job.source, **batch)]
         folder = job.reference / WINDOWS
-        way = {"against" if folder.exists() else "record": folder}
-        return agreement.read(model, texts["input_ids"], conditions=job.source, **way)
+        way: dict[str, Any] = {"against" if folder.exists() else "record": folder}
+        return agreement.read(model, texts["input_ids"], conditions=job.source, **way, **batch)
     if "pairs.scores" in texts:
         return _pairs(job, model, texts)
     if "passages.input_ids" not in texts:
@@ -103,6 +105,11 @@ def _texts(job: Job, model: torch.nn.Module, texts: dict[str, Tensor]) -> list[S
         documents = embedding.embeddings(model, texts["rated.input_ids"], texts["rated.attention_mask"])
         scores += embedding.human_documents(documents, texts["rated.similarity"], conditions="lee")
     return scores
+
+
+def _windows_at_once(model: torch.nn.Module, windows: Tensor) -> dict[str, int]:
+    """As many as make no more logits than STREAMED_LOGITS, for a streamed model reads all its weights for each batch."""
+    return {"batch_size": max(1, STREAMED_LOGITS // (windows.shape[1] * models.vocabulary_size(model)))}
 
 
 def _pairs(job: Job, model: torch.nn.Module, texts: dict[str, Tensor]) -> list[Scored]:

@@ -17,14 +17,16 @@ Symbols: W [out, in] the weight; G the number of groups along `in`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from compresslab.numerics import formats
+from compresslab.numerics import formats, streams
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 
@@ -114,9 +116,29 @@ class QuantWeight:
 
     def dequantize(self) -> Tensor:
         """The real weight, float32 [out, in]: scale * (code - zero_point), or scale * value[code]."""
+        if self.in_rows:
+            weight = torch.empty(self.codes.shape)
+            streams.dequantize_groups(*self.arrays(), weight.numpy())
+            return weight
         scale, zero_point = per_element(self.scale, self.zero_point, self.codes.shape, self.group_index)
         values = self.codes.float() if self.grid.table is None else self.grid.table.decode(self.codes)
         return values.sub_(zero_point).mul_(scale) if zero_point is not None else values.mul_(scale)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether streams.py knows it: integers on a CPU, in groups of neighbouring inputs of a row."""
+        return self.grid.table is None and self.group_index is None and is_in_rows(self.codes, self.scale)
+
+    def rows(self, start: int, stop: int) -> QuantWeight:
+        """Some of its rows; the weight must be `in_rows`."""
+        return dataclasses.replace(
+            self, codes=self.codes[start:stop], scale=self.scale[start:stop],
+            zero_point=None if self.zero_point is None else self.zero_point[start:stop],
+        )  # fmt: skip
+
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """Codes int8 [out, in], scales and zero points float32 [out, G], as numpy's."""
+        return self.codes.contiguous().numpy(), *_spread(self.scale, self.zero_point)
 
     @property
     def bits_per_weight(self) -> float:
@@ -172,6 +194,17 @@ def stacked(parts: Sequence[QuantWeight]) -> QuantWeight:
         zero_point=torch.cat(zeros) if zeros else None,
         grid=parts[0].grid,
     )
+
+
+def is_in_rows(weight: Tensor, scale: Tensor) -> bool:
+    """Whether a weight [out, in] with scales [R, G] lies in groups of neighbouring inputs of a row, on a CPU."""
+    return weight.device.type == "cpu" and scale.shape[0] == weight.shape[0] and weight.numel() > 0
+
+
+def _spread(scale: Tensor, zero_point: Tensor | None) -> tuple[Any, Any]:
+    scales = scale.float().contiguous()
+    zeros = torch.zeros_like(scales) if zero_point is None else zero_point.float().contiguous()
+    return scales.numpy(), zeros.numpy()
 
 
 def per_element(
@@ -254,6 +287,12 @@ def quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, group_index: Tensor | None = None
 ) -> QuantWeight:
     """Round W [out, in] to the nearest point of a grid whose scales [R, G] are given."""
+    if grid.table is None and group_index is None and is_in_rows(weight, scale):
+        found = torch.empty(weight.shape, dtype=torch.int8)
+        limits = np.float32(grid.qmin), np.float32(grid.qmax)
+        whole = weight.detach().float().contiguous().numpy()
+        streams.quantize_groups(whole, *_spread(scale, zero_point), *limits, found.numpy())
+        return QuantWeight(codes=found, scale=scale, zero_point=zero_point, grid=grid)
     scales, zeros = per_element(scale, zero_point, weight.shape, group_index)
     scaled = weight.float() / scales
     if grid.table is not None:

@@ -61,13 +61,13 @@ def damped_cholesky(matrix: Tensor, damp_frac: float) -> tuple[Tensor, float]:
 def quadratic_error(difference: Tensor, matrix: Tensor) -> Tensor:
     """tr(D H D^T) for D [out, in] and a symmetric H [in, in], in the precision of the two.
 
-    Reads H by stripes of rows, on and below its diagonal only: half the work of D H.
+    Reads H by stripes of columns, on and above its diagonal only: half the work of D H, and little to hold.
     """
     total = torch.zeros((), dtype=torch.float64, device=difference.device)
     for start in range(0, matrix.shape[0], STRIPE):
         stripe = slice(start, start + STRIPE)
         here = difference[:, stripe]
-        product = here @ matrix[stripe, : start + STRIPE]
-        product *= difference[:, : start + STRIPE]
-        total += 2 * product[:, :start].sum(dtype=torch.float64) + product[:, start:].sum(dtype=torch.float64)
+        product = difference[:, :start] @ matrix[:start, stripe]
+        product = product.mul_(2).addmm_(here, matrix[stripe, stripe])
+        total += product.mul_(here).sum(dtype=torch.float64)
     return total

@@ -1,0 +1,108 @@
+"""A model read block by block is the one that transformers opens whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tiny
+from compresslab import models, streamed
+from compresslab.artifact import Artifact
+from compresslab.measure import fresh
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "4 bits": ("llama", {"method": "rtn"}),
+    "4 bits, symmetric": ("qwen2", {"method": "rtn", "symmetric": True}),
+    "8 bits": ("llama-tied", {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True}),
+    "3 bits": ("llama", {"method": "rtn", "bits": 3}),
+    "nf4": ("llama", {"method": "rtn", "symmetric": True, "format": "nf4", "group_size": 32}),
+    "fp8": ("llama", {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True, "format": "fp8-e4m3"}),
+    "nvfp4": ("llama", {"method": "rtn", "symmetric": True, "format": "nvfp4", "group_size": 16}),
+    "transposed": ("gpt2", {"method": "rtn"}),
+}
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "qwen2"])
+def test_a_float_model_says_the_same(tmp_path: Path, kind: str) -> None:
+    folder = tiny.save(kind, tmp_path / "model")
+    tokens = tiny.token_batches(3)[0]["input_ids"]
+    model = streamed.load(folder)
+    expected = logits(models.load(folder, dtype=torch.float32), tokens)
+    assert torch.equal(logits(model, tokens), expected)
+    assert torch.equal(logits(model, tokens), expected), "a second forward reads the same weights again"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_artifact_says_the_same_and_has_the_same_weights(tmp_path: Path, case: str) -> None:
+    kind, settings = CASES[case]
+    if case == "nf4":
+        pytest.importorskip("bitsandbytes")
+    folder = tiny.compressed(kind, tmp_path, **settings)
+    tokens = tiny.token_batches(3)[0]["input_ids"]
+    whole = models.load(folder, dtype=torch.float32)
+    found = streamed.load(folder)
+    torch.testing.assert_close(logits(found, tokens), logits(whole, tokens), rtol=1e-4, atol=1e-4)
+    hashes = Artifact(folder).manifest()["weights_sha256"]
+    job = fresh.Job(folder=folder, weights_sha256=hashes, streamed=True, threads=2)
+    assert len(hashes) == fresh._run(job).weights_compared > 0
+    assert fresh._run(job).weights_differing == ()
+    first = next(iter(hashes))
+    wrong = job.model_copy(update={"weights_sha256": hashes | {first: "0" * 64}})
+    assert fresh._run(wrong).weights_differing == (first,)
+
+
+def test_inputs_are_rounded_as_the_runtime_rounds_them(tmp_path: Path) -> None:
+    step = {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True}
+    model = tiny.save("llama", tmp_path / "model")
+    folder = tiny.steps_taken(
+        model, tmp_path, {"method": "static", "calibrator": "minmax"}, step, data=tiny.write_text(tmp_path / "text.txt")
+    )  # fmt: skip
+    tokens = tiny.token_batches(3)[0]["input_ids"]
+    whole = logits(models.load(folder, dtype=torch.float32), tokens)
+    torch.testing.assert_close(logits(streamed.load(folder), tokens), whole, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(whole, logits(streamed.load(model), tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_only_one_block_is_there_at_a_time(tmp_path: Path) -> None:
+    model = streamed.load(tiny.save("llama", tmp_path / "model"))
+    inside: list[int] = []
+
+    def there() -> int:
+        return sum(any(p.device.type != "meta" for p in layer.parameters()) for layer in model.model.layers)
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: inside.append(there()))
+    logits(model, tiny.token_batches(1)[0]["input_ids"])
+    assert inside == [1, 1] and there() == 0
+
+
+def test_quality_is_measured_in_batches(tmp_path: Path) -> None:
+    """Perplexity and agreement of a streamed model are those of the whole one, window by window."""
+    folder, other = tiny.save("llama", tmp_path / "a"), tiny.save("llama", tmp_path / "b", seed=1)
+    windows = tmp_path / "windows.safetensors"
+    save_file({"input_ids": tiny.token_batches(5)[0]["input_ids"]}, windows)
+    answers = {}
+    for way in (False, True):
+        job = fresh.Job(
+            folder=folder, windows=windows, reference=tmp_path / f"reference-{way}", streamed=way, speed=False
+        )
+        first = fresh._run(job)
+        second = fresh._run(job.model_copy(update={"folder": other}))
+        answers[way] = {
+            f"{place} {m.name}": m.value
+            for place, result in enumerate((first, second))
+            for m in result.measurements
+            if m.name in ("perplexity", "kl_divergence", "top1_agreement")
+        }
+    assert answers[True].keys() == answers[False].keys() and len(answers[True]) >= 3
+    for name, value in answers[True].items():
+        assert value == pytest.approx(answers[False][name], rel=1e-4), name
