@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= demo/smollm2-135m-w4a16-gptq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test expectations check labs bench bench-deploy clean
+.PHONY: help demo test expectations check labs bench bench-deploy bench-scale clean
 
 help:
 	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check   lint, types, formatting"
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
 	@echo "make bench-deploy  exports, encoders and decoding in each runtime, a stopwatch; keep the machine quiet"
+	@echo "make bench-scale   Llama-2-7B's shapes on this machine, costs over four sizes, runs that are killed (an hour, 40 GB of disk)"
 
 # torch goes first and alone, pinned, so that pip takes the plain CPU build; bring your own with VENV=... if you have a GPU.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -59,5 +60,10 @@ bench-deploy: $(VENV)/.ready
 	$(BIN)/python benchmarks/decoding.py $(DEPLOY)/w4a16-gptq --work $(DEPLOY)/decoding --out results/decoding-smollm2.json
 	$(BIN)/python benchmarks/stopwatch.py smollm2-135m minilm-l6 --out results/stopwatch.json
 
+# 13.5 GB of random weights stay in $(SCALE) for the next time.
+SCALE ?= bench-scale-out
+bench-scale: $(VENV)/.ready
+	$(BIN)/python benchmarks/scale.py --work $(SCALE) --out results/scale.json
+
 clean:
-	rm -rf $(VENV) .peers demo labs-out $(DEPLOY)
+	rm -rf $(VENV) .peers demo labs-out $(DEPLOY) $(SCALE)

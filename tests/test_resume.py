@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import os
@@ -299,7 +300,7 @@ def test_two_runs_at_once(model: Path, text: Path, tmp_path: Path, undisturbed: 
 
     def second(name: str) -> None:
         if not refusals:
-            with pytest.raises(CompressLabError, match="another run is writing to .*partial: wait for it") as caught:
+            with pytest.raises(CompressLabError, match=r"another run is writing to .*partial \(process ") as caught:
                 compress(model, text, out)
             with pytest.raises(CompressLabError, match="another run is writing to"):
                 compress(model, text, out, seed=1, force=True)
@@ -307,6 +308,11 @@ def test_two_runs_at_once(model: Path, text: Path, tmp_path: Path, undisturbed: 
 
     found = compress(model, text, out, progress=pipeline.Progress(step=second))
     assert len(refusals) == 1 and "\n" not in refusals[0]
+    assert (
+        f"process {os.getpid()} on " in refusals[0]
+        and f", since {datetime.datetime.now(datetime.UTC):%Y}-" in refusals[0]
+    )
+    assert not (found.folder / "owner.json").exists()
     assert (found.folder / WEIGHTS).read_bytes() == undisturbed
 
 

@@ -4,6 +4,7 @@ While a run is under way, everything is in `OUT.partial/` beside the output fold
 
     OUT.partial/
       lock              held while a run writes here
+      owner.json        which run that is: process, host, command, since when
       progress.json     what this run is (recipe, model, data, seed, versions), and every finished unit; replaced atomically
       units/*.safetensors   the packed tensors of each finished unit
       states/*          what the last finished block returned for every calibration batch: the point to go on from
@@ -16,12 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import socket
 import struct
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,11 +166,13 @@ class Writer:
             (self.partial / "units").mkdir(parents=True, exist_ok=True)
             (self.partial / "states").mkdir(exist_ok=True)
             self._lock.acquire(timeout=0)
+            atomic_write(self.partial / "owner.json", json.dumps(_this_run()).encode())
         except filelock.Timeout:
             raise CompressLabError(
-                f"another run is writing to {self.partial}: wait for it, or choose another --out"
+                f"another run is writing to {self.partial}{self._owner()}: wait for it, or choose another --out"
             ) from None
         except OSError as error:
+            self._lock.release()
             raise CompressLabError(f"cannot write to {self.partial} ({error.strerror}): choose another --out") from None
         try:
             self._read_progress()
@@ -178,6 +185,14 @@ class Writer:
         self._lock.release()
         if kind is not None and not self._progress["units"] and not any(self.partial.glob("*/checkpoint-*")):
             shutil.rmtree(self.partial, ignore_errors=True)  # nothing in it to go on from
+
+    def _owner(self) -> str:
+        """Who holds the lock, in words; nothing if it has not said so yet."""
+        try:
+            owner = json.loads((self.partial / "owner.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        return f" (process {owner['pid']} on {owner['host']}, since {owner['since']}: {owner['command']})"
 
     def _read_progress(self) -> None:
         """Go on from what an earlier run of the same command finished; start over where `force` says so."""
@@ -418,6 +433,11 @@ def join_safetensors(files: Sequence[Path], target: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CompressLabError(f"cannot write {target} ({error.strerror}): free some disk and run again") from error
+
+
+def _this_run() -> dict[str, Any]:
+    since = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="seconds")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "command": shlex.join(sys.argv), "since": since}
 
 
 def atomic_write(path: Path, content: bytes) -> None:

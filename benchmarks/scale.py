@@ -1,0 +1,219 @@
+"""A model of 7 thousand million parameters on a small machine, costs over four sizes, and runs that are killed.
+
+    python benchmarks/scale.py --work FOLDER [--parts copy rounding hqq gptq layers tokens kills] [--out results/scale.json]
+
+Checkpoints are random weights in a real model's exact shapes (`compresslab random-model`), made in FOLDER once; the largest
+takes 13.5 GB and its artifact 4 GB. Every compression is a process of its own, whose peak of resident memory the system
+tells at its end (wait4: the process and those it started, whichever was largest). What the preflight foretold stands beside it.
+
+    copy      the checkpoint copied and synced to disk: what rounding is compared with
+    rounding, hqq, gptq   all of it by w4a16-rtn, -hqq and -gptq, the last one with 16 x 512 tokens
+    layers, tokens        seconds of solving at four depths, and at four lengths of calibration
+    kills     20 runs, each killed by SIGKILL at random moments, twice each, and run again: are the artifact's bytes the same?
+
+Parts are measured one after the other and kept as they finish, so that some can be done again. Keep the machine quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compresslab.measure import environment
+
+SMALL = "qwen2.5-0.5b"  # its shapes for what needs many runs
+DEPTHS = (2, 4, 8, 16)
+LENGTHS = (16, 32, 64, 128)  # samples of 128 tokens
+KILLS = 20
+UNTOUCHED = ("model.safetensors", "config.json", "tokenizer.json")  # reports have times of day in them
+
+WORKER = """
+import json, sys
+from compresslab import pipeline
+from compresslab.errors import CompressLabError
+
+def say(name, value):
+    print(json.dumps({name: value}), flush=True)
+
+model, out, recipe, data, settings, foretell = json.loads(sys.argv[1])
+if foretell:
+    _, estimate, _ = pipeline.plan_only(model, recipe, settings=settings)
+    say("foretold", {"seconds": estimate.seconds, "memory_bytes": estimate.memory_bytes, "parts": estimate.parts})
+_, report = pipeline.compress(model, recipe, data, out=out, settings=settings, measure=False)
+say("seconds", report.seconds)
+"""
+
+
+def process(command: list[str], *, kill_after: float | None = None) -> tuple[list[str], float, int, int]:
+    """Run it to its end, or for a while.
+
+    Returns:
+        its lines, its seconds, the peak of its resident memory in bytes, and its exit code (-9 if killed).
+    """
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    if kill_after is not None:
+        try:
+            child.wait(kill_after)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, 9)
+    assert child.stdout is not None
+    lines = child.stdout.read().splitlines()
+    if child.returncode is not None:
+        return lines, time.perf_counter() - started, 0, child.returncode
+    _, status, usage = os.wait4(child.pid, 0)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return lines, time.perf_counter() - started, peak, os.waitstatus_to_exitcode(status)
+
+
+def job(
+    model: Path, out: Path, recipe: str, data: str | None, settings: dict[str, Any], *, foretell: bool
+) -> list[str]:
+    return [sys.executable, "-c", WORKER, json.dumps([str(model), str(out), recipe, data, settings, foretell])]
+
+
+def fresh(out: Path) -> Path:
+    for folder in (out, out.with_name(out.name + ".partial")):
+        shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def compressed(
+    model: Path, out: Path, recipe: str, data: str | None = None, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One whole compression, with what was foretold of it."""
+    lines, seconds, peak, code = process(job(model, fresh(out), recipe, data, settings or {}, foretell=True))
+    if code:
+        raise SystemExit(f"{recipe} on {model} ended with {code}")
+    said: dict[str, Any] = {}
+    for line in lines:
+        said |= json.loads(line)
+    solved = said["seconds"]["calibrate and solve"]
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "by_stage": said["seconds"],
+        "solved": solved,
+        "foretold": said["foretold"],
+    }
+
+
+class Bench:
+    def __init__(self, work: Path, shape: str, data: str) -> None:
+        self.work, self.shape, self.data = work, shape, data
+        self.out = work / "out"
+        work.mkdir(parents=True, exist_ok=True)
+
+    def model(self, shape: str, blocks: int | None = None) -> Path:
+        folder = self.work / (shape if blocks is None else f"{shape}-{blocks}")
+        if not (folder / "tokenizer.json").exists():  # written last
+            shutil.rmtree(folder, ignore_errors=True)
+            more = [] if blocks is None else ["--blocks", str(blocks)]
+            command = [sys.executable, "-m", "compresslab.cli", "random-model", shape, "--out", str(folder), *more]
+            subprocess.run(command, check=True)
+        return folder
+
+    def copy(self) -> dict[str, Any]:
+        source, target = self.model(self.shape), self.work / "copy"
+        started = time.perf_counter()
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        os.sync()
+        seconds = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in target.iterdir())
+        shutil.rmtree(target)
+        return {"seconds": seconds, "bytes": size}
+
+    def rounding(self) -> dict[str, Any]:
+        return compressed(self.model(self.shape), self.out, "w4a16-rtn")
+
+    def hqq(self) -> dict[str, Any]:
+        return compressed(self.model(self.shape), self.out, "w4a16-hqq")
+
+    def gptq(self) -> dict[str, Any]:
+        settings = {"calibration.samples": 16, "calibration.sequence_length": 512}
+        return compressed(self.model(self.shape), self.out, "w4a16-gptq", self.data, settings)
+
+    def layers(self) -> dict[str, Any]:
+        settings = {"calibration.samples": 32, "calibration.sequence_length": 128}
+        sizes = [self.model(SMALL, blocks) for blocks in DEPTHS]
+        return _line(DEPTHS, [compressed(m, self.out, "w4a16-gptq", self.data, settings)["solved"] for m in sizes])
+
+    def tokens(self) -> dict[str, Any]:
+        model = self.model(SMALL, DEPTHS[1])
+        found = []
+        for samples in LENGTHS:
+            settings = {"calibration.samples": samples, "calibration.sequence_length": 128}
+            found.append(compressed(model, self.out, "w4a16-gptq", self.data, settings)["solved"])
+        return _line([128 * samples for samples in LENGTHS], found)
+
+    def kills(self) -> dict[str, Any]:
+        """Moments are uniform over the time that an undisturbed run takes, from its first import to its end."""
+        model, settings = self.model(SMALL, DEPTHS[1]), {"calibration.samples": 16, "calibration.sequence_length": 128}
+        command = job(model, fresh(self.out), "w4a16-gptq", self.data, settings, foretell=False)
+        _, whole, _, code = process(command)
+        assert code == 0
+        expected, draw, alike, killed = _digests(self.out), random.Random(0), 0, 0
+        for number in range(KILLS):
+            fresh(self.out)
+            for _ in range(2):
+                killed += process(command, kill_after=draw.uniform(0, whole))[3] == -9
+            if not (self.out / "compresslab.json").exists() and process(command)[3] != 0:
+                raise SystemExit(f"run {number} did not go on after its kills")
+            alike += _digests(self.out) == expected
+        return {"runs": KILLS, "kills": killed, "byte_identical": alike, "undisturbed_seconds": whole}
+
+
+def _digests(out: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in UNTOUCHED}
+
+
+def _line(sizes: Any, seconds: list[float]) -> dict[str, Any]:
+    """Seconds over sizes, with the line through them: what is fixed, what each unit costs, and how far any point lies off."""
+    fit = statistics.linear_regression(sizes, seconds)
+    off = max(abs(s - fit.intercept - fit.slope * n) / s for n, s in zip(sizes, seconds, strict=True))
+    return {
+        "sizes": list(sizes),
+        "seconds": seconds,
+        "slope": fit.slope,
+        "intercept": fit.intercept,
+        "furthest_off": off,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parts = ("copy", "rounding", "hqq", "gptq", "layers", "tokens", "kills")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--shape", default="llama-2-7b")
+    parser.add_argument("--data", default="wiki")
+    parser.add_argument("--out", type=Path, default=Path("results/scale.json"))
+    chosen = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a killed child leaves no dump of its memory
+    bench = Bench(chosen.work.resolve(), chosen.shape, chosen.data)
+    kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {"parts": {}}
+    for part in chosen.parts:
+        measure: Callable[[], dict[str, Any]] = getattr(bench, part)
+        kept["parts"][part] = measure() | {"shape": bench.shape if part in parts[:4] else SMALL}
+        kept["environment"] = environment.describe(torch.device("cpu"))
+        chosen.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        print(part, json.dumps(kept["parts"][part]), flush=True)
+    fresh(bench.out)
+
+
+if __name__ == "__main__":
+    main()
