@@ -39,7 +39,7 @@ ROWS: list[tuple[str, ...]] = [
     ("stages",),
     ("questions", "learning"),
     ("pipeline", "evaluation", "warm", "doctor", "mobile", "serving"),
-    ("peers",),
+    ("peers", "sweep"),
     ("course",),
     ("cli",),
 ]

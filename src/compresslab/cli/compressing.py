@@ -1,4 +1,4 @@
-"""`compresslab compress`: the plan, the bars while it works, the report at the end."""
+"""`compresslab compress`: the plan, the bars while it works, the report at the end; and `sweep`, which runs many of it."""
 
 from __future__ import annotations
 
@@ -89,6 +89,74 @@ def compress(
         out_console.print(render.to_terminal(report))
         out_console.print(f"\nartifact  {artifact.folder}", highlight=False, soft_wrap=True)
         out_console.print(f"report    {artifact.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or a name from `compresslab models`.")],
+    out: Annotated[Path, typer.Option(help="The folder for all of them, one inside for each.")],
+    recipes: Annotated[str, typer.Option(help="Names or YAML files, with commas between them.")],
+    budgets: Annotated[str, typer.Option(help="Such as none,3.5bits,80MB.")] = "none",
+    seeds: Annotated[str, typer.Option(help="Such as 0,1,2.")] = "0",
+    data: Annotated[str, typer.Option(help="As `compress` takes it.")] = "wiki",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of all; repeatable.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")] = 24,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time, without Ray.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each run; by default the processors, shared out.")
+    ] = None,
+    attempts: Annotated[int, typer.Option(min=1, help="How often a run is started that dies without a word.")] = 3,
+    measure: Annotated[bool, typer.Option(help="Measure quality and speed before and after.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Recipes x budgets x seeds, each a `compress`; what is finished is never run again. On Ray where RAY_ADDRESS is set."""
+    import psutil
+
+    from compresslab import sweep as sweeps
+    from compresslab.errors import CompressLabError
+
+    def listed(text: str) -> list[str]:
+        return [word.strip() for word in text.split(",") if word.strip()]
+
+    try:
+        numbers = [int(seed) for seed in listed(seeds)]
+    except ValueError:
+        raise CompressLabError(f"--seeds takes whole numbers with commas between them, not '{seeds}'") from None
+    wanted = sweeps.trials(listed(recipes), [None if b == "none" else b for b in listed(budgets)], numbers)
+    if not wanted:
+        raise CompressLabError("nothing to run: name at least one recipe, budget (or none) and seed")
+    settings_of(set_ or [], samples, sequence_length)
+    arguments = [word for pair in set_ or [] for word in ("--set", pair)] + ["--windows", str(windows)]
+    for option, value in (("--samples", samples), ("--sequence-length", sequence_length)):
+        arguments += [] if value is None else [option, str(value)]
+    cores = psutil.cpu_count(logical=False) or 1
+    chosen = sweeps.Sweep(
+        model=model, data=data, out=out, arguments=(*arguments, *(() if measure else ("--no-measure",))), attempts=attempts,
+        threads=threads or max(1, cores // workers),
+    )  # fmt: skip
+
+    def told(outcome: sweeps.Outcome) -> None:
+        error_console.print(f"{outcome.state:<9} {outcome.trial.name}", highlight=False, soft_wrap=True)
+        if outcome.why:
+            error_console.print(f"          {outcome.why}", highlight=False, markup=False, soft_wrap=True)
+
+    found = sweeps.run(chosen, wanted, workers=workers, on_end=told)
+    done = [outcome.folder for outcome in found if outcome.state != "failed"]
+    if as_json:
+        rows = [{"trial": o.trial.name, "state": o.state, "attempts": o.attempts, "why": o.why} for o in found]
+        print(json.dumps(rows, indent=1))  # noqa: T201
+    elif len(done) > 1:
+        from compresslab.report import compare as shown
+        from compresslab.report.schema import read_report
+
+        out_console.print(shown.compare_terminal(shown.comparison([read_report(folder) for folder in done])))
+    if len(done) < len(found):
+        failed = len(found) - len(done)
+        raise CompressLabError(f"{failed} of {len(found)} runs failed: mend that and give the same command again")
 
 
 def _announce_fetch(model: str) -> None:
