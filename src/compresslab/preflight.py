@@ -11,12 +11,14 @@ import shutil
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
+from compresslab.aware import Untrained
 from compresslab.contract import Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
@@ -30,7 +32,8 @@ from compresslab.weights import MemoryWeights
 
 # Python, torch, transformers and numba loaded, with nothing done yet; measured.
 PROGRAM_BYTES = 560_000_000
-BYTES_PER_SECOND = 400_000_000
+BYTES_PER_SECOND = 600_000_000
+PROBE_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +82,8 @@ def estimate(
     outside_bytes = sum(numel(source, n) for u in plan.units if not u.name for n in u.tensors) * 2 * element
     if isinstance(source.weights, MemoryWeights):  # given as an object, or a checkpoint that had to be opened whole
         outside_bytes += all_bytes
-    memory, parts = (
-        PROGRAM_BYTES + block_bytes + outside_bytes,
-        {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND},
-    )
-    states = 0
+    parts = {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND}
+    memory, states = PROGRAM_BYTES + block_bytes + outside_bytes, 0
     if samples:
         compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
         walks = 2 if want_references(solvers) else 1  # of each batch, at the same time
@@ -101,7 +101,11 @@ def estimate(
             parts |= _work(shapes, dict.fromkeys(shapes, tokens), device, attention)
         parts["forward"] *= walks + surveys + reruns
         parts["gram"] *= 2 * walks - 1 + surveys  # the drift of a reference is not symmetric: twice a Gram matrix
-    parts["solve"] = parts.get("solve", 0) + sum(r * c for r, c in shapes.values()) / 60e6
+        parts["solve"] += sum(r * c for r, c in shapes.values()) / 60e6
+    else:
+        memory = PROGRAM_BYTES + _memory_without_data(source, plan, shapes, solvers)
+        rate = _rate_without_data(solvers, shapes)
+        parts["solve"] = sum(r * c / rate[solvers[name]] for name, (r, c) in shapes.items())
     return Estimate(
         memory_bytes=int(memory),
         disk_bytes=int(2 * artifact + 2 * states),
@@ -109,6 +113,41 @@ def estimate(
         artifact_bytes=int(artifact),
         parts=parts,
     )
+
+
+def _memory_without_data(
+    source: Source, plan: Plan, shapes: Mapping[str, tuple[int, int]], solvers: Mapping[str, Solver]
+) -> int:
+    """Of the largest unit, as it is stored and twice as it is packed (one is written while the next is solved), and of a layer at
+    work in float32.
+
+    A unit outside the blocks is never in memory together with a block, but its pages may stay until others need the room.
+    """
+    element = torch.empty((), dtype=source.dtype).element_size()
+    stored, packed, outside = 0, 0, 0
+    for unit in plan.units:
+        size = element * sum(numel(source, name) for name in unit.tensors)
+        stored, outside = max(stored, size if unit.name else 0), outside + (0 if unit.name else size)
+        packed = max(packed, sum(_packed_bytes(shapes[name], solvers[name], element) for name in unit.layers))
+    whole = (
+        sum(numel(source, n) for u in plan.units for n in u.tensors) if isinstance(source.weights, MemoryWeights) else 0
+    )
+    at_work = max(4 * 4 * rows * columns for rows, columns in shapes.values())
+    return stored + 2 * packed + outside + at_work + element * whole
+
+
+def _rate_without_data(solvers: Mapping[str, Solver], shapes: Mapping[str, tuple[int, int]]) -> dict[Solver, float]:
+    """Weights a second of every solver on some rows of a layer; what solves nothing yet is as fast as rounding."""
+    layer_of = {solver: name for name, solver in solvers.items() if name in shapes}
+    found: dict[Solver, float] = {}
+    for solver, name in layer_of.items():
+        if isinstance(solver, Untrained | Unrounded):
+            found[solver] = 60e6
+            continue
+        weight = torch.randn(min(PROBE_ROWS, shapes[name][0]), shapes[name][1])
+        call = partial(solver.solve, weight, None, scale_dtype=torch.bfloat16)
+        found[solver] = weight.numel() / _median(call)
+    return found
 
 
 def with_training(found: Estimate, source: Source, tokens: int, device: torch.device) -> Estimate:
