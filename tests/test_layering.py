@@ -145,6 +145,26 @@ def test_imports_point_downwards(module: str) -> None:
         assert name == "compresslab" or row(name) <= row(module), f"{module} imports {name}, of a higher layer"
 
 
+READERS = (
+    "compresslab.deploy",
+    "compresslab.exporters",
+    "compresslab.serving",
+    "compresslab.measure.fresh",
+    "compresslab.models",
+)
+
+
+def test_what_reads_artifacts_loads_no_compiler() -> None:
+    """numba is 118 MB of an export's memory, and of every process that measures."""
+    reached = {module for module in MODULES if within(module, *READERS)}
+    while (
+        more := {n for m in reached for n in imported(m, lazy=False) if n in MODULES and n != "compresslab"} - reached
+    ):
+        reached |= more
+    assert "compresslab.numerics.grid" in reached
+    assert [module for module in sorted(reached) if "numba" in imported(module, lazy=False)] == []
+
+
 @pytest.mark.parametrize("module", list(MODULES))
 def test_nothing_imports_the_command_line(module: str) -> None:
     if within(module, "compresslab.cli"):

@@ -77,7 +77,7 @@ def test_the_dead_are_restarted_the_refused_are_not_and_the_finished_never_run_a
     assert [(o.state, o.attempts, o.why) for o in found] == [
         ("finished", 1, ""), ("finished", 3, ""), ("failed", 1, "no such data"),
     ]  # fmt: skip
-    assert told == [good.name, dies.name, refused.name]
+    assert sorted(told) == [good.name, dies.name, refused.name]
     processes.started.clear()
     again = sweeps.run(sweep, [good, dies, refused])
     assert [outcome.state for outcome in again] == ["kept", "kept", "finished"]
@@ -100,6 +100,20 @@ def test_another_sweep_is_not_mixed_in_and_threads_stay(sweep: Sweep, monkeypatc
         sweeps.run(Sweep(**vars(sweep) | {"data": "other"}), [trial])
     sweeps.run(Sweep(**vars(sweep) | {"threads": 5}), [trial])
     assert processes.threads == {"1"}, "an unfinished trial goes on with the threads that it began with"
+
+
+def test_a_recipe_that_changed_is_not_taken_for_finished(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(tiny.recipe("rtn").to_yaml(), encoding="utf-8")
+    trial = Trial(recipe=str(mine), budget=None, seed=0)
+    monkeypatch.setattr(sweeps.subprocess, "run", Processes({trial.name: [(0, "")]}))
+    assert sweeps.run(sweep, [trial])[0].state == "finished"
+    assert sweeps.run(sweep, [trial])[0].state == "kept"
+    mine.write_text(tiny.recipe("rtn", bits=3).to_yaml(), encoding="utf-8")
+    with pytest.raises(CompressLabError, match="another recipe called mine"):
+        sweeps.run(sweep, [trial])
 
 
 def test_workers_run_beside_each_other(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

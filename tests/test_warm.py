@@ -22,7 +22,7 @@ KERNELS = [
     "quantize_columns_bf16",
     "count",
 ]
-STREAMS = ["quantize_groups", "dequantize_groups", "errors", "pack_fours", "count_not_finite"]
+STREAMS = ["errors", "count_not_finite"]
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
 

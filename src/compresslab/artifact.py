@@ -25,7 +25,6 @@ import os
 import shlex
 import shutil
 import socket
-import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from compresslab.numerics.grid import QuantWeight
 from compresslab.plan import Unit
 from compresslab.report.schema import Report, read_report
 from compresslab.solving import BlockState, Solved
-from compresslab.weights import goes_along
+from compresslab.weights import goes_along, safetensors_layout
 from compresslab.wheels import file_sha256
 
 # One weight file up to this size, the finished units as shards of a larger model.
@@ -400,35 +399,24 @@ def _merge(files: Sequence[Path], folder: Path) -> None:
 
 
 def join_safetensors(files: Sequence[Path], target: Path) -> None:
-    """Copy the tensors of several safetensors files into one, without holding any of them in memory.
-
-    Layout (the format's own): uint64 length of the header, JSON header padded with spaces to 8 bytes, data. Tensors are
-    ordered by falling element size and then by name, as the safetensors library does, so that each one is aligned.
-    """
-    widths = {"64": 8, "32": 4, "16": 2}
-    found = []
+    """Copy the tensors of several safetensors files into one, one tensor in memory at a time."""
+    found: dict[str, tuple[Path, int, int]] = {}  # name -> file, place, bytes
+    tensors = {}
     for path in files:
         start, header = read_header(path)
         for name, entry in header.items():
-            width = widths.get(entry["dtype"].lstrip("BFIUC")[:2], 1)
-            found.append((-width, name, path, start + entry["data_offsets"][0], entry))
-    found.sort(key=lambda row: row[:2])
-    merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for _, name, _, _, entry in found:
-        size = entry["data_offsets"][1] - entry["data_offsets"][0]
-        merged[name] = {**entry, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(merged, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+            first, end = entry["data_offsets"]
+            found[name] = (path, start + first, end - first)
+            tensors[name] = (entry["dtype"], entry["shape"], end - first)
+    order, head = safetensors_layout(tensors)
     temporary = target.with_suffix(".tmp")
     try:
         with contextlib.ExitStack() as opened, temporary.open("wb") as out:
             handles = {path: opened.enter_context(path.open("rb")) for path in files}
-            out.write(struct.pack("<Q", len(text)) + text)
-            for _, _, path, start, entry in found:
-                handles[path].seek(start)
-                out.write(handles[path].read(entry["data_offsets"][1] - entry["data_offsets"][0]))
+            out.write(head)
+            for path, place, size in map(found.__getitem__, order):
+                handles[path].seek(place)
+                out.write(handles[path].read(size))
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)

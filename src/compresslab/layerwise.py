@@ -42,6 +42,7 @@ from compresslab.models import (
     channels_last,
     groups_of,
     input_rows,
+    place_tensor,
     tie_weights,
     watch_attention_,
     way_of_reading,
@@ -103,6 +104,7 @@ def watch_blocks(calibration: Pass, see: Callable[[str, Tensor, Tensor, Tensor |
 def _run_without_data(job: Job) -> None:
     """Unit by unit; while one is written, and hashed, the next one is solved."""
     skeleton = job.source.skeleton()
+    threads = torch.get_num_threads()
     with ThreadPoolExecutor(max_workers=1) as writing:
         written: Future[None] | None = None
         for unit in job.plan.units:
@@ -115,6 +117,7 @@ def _run_without_data(job: Job) -> None:
             written = writing.submit(_write, job, unit, solved, floats)
         if written is not None:
             written.result()
+    torch.set_num_threads(threads)  # also of threads to come, which would be born with the writer's one
 
 
 def _write(job: Job, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor]) -> None:
@@ -603,14 +606,3 @@ def real_tokens(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None or attention_mask.shape != x.shape[:-1] or bool(attention_mask.all()):
         return x
     return x[attention_mask.bool().to(x.device)]
-
-
-def place_tensor(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Put a tensor in the place of a parameter or buffer; floats in the compute dtype."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor

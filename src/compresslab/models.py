@@ -516,6 +516,17 @@ def channels_last(module: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
 
 
+def place_tensor(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Put a tensor in the place of a parameter or buffer; floats in the compute dtype."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
 def tie_weights(model: nn.Module) -> None:
     """Have tied parameters share their tensor again after it was put in place."""
     assert isinstance(model, transformers.PreTrainedModel)

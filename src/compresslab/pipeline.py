@@ -144,16 +144,9 @@ def compress(
         with clock("measure"), _original(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
             before, after = _measure(
-                original,
-                folder,
-                writer,
-                asked,
-                measure,
-                stages.rounds,
-                where,
-                progress,
+                original, folder, writer, asked, measure, stages.rounds, where, progress,
                 streamed=not preflight.fits_whole(given),
-            )
+            )  # fmt: skip
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, _embeddings(source))
         report = Report(

@@ -6,7 +6,6 @@ consists of: the forward over the calibration tokens, the Gram matrices, the sol
 
 from __future__ import annotations
 
-import math
 import shutil
 import statistics
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from compresslab.weights import MemoryWeights
 PROGRAM_BYTES = 560_000_000
 BYTES_PER_SECOND = 600_000_000
 PROBE_ROWS = 256
+WEIGHTS_PER_SECOND = 60e6  # what is done to each weight beside a solver's matrix products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def estimate(
             parts |= _work(shapes, dict.fromkeys(shapes, tokens), device, attention)
         parts["forward"] *= walks + surveys + reruns
         parts["gram"] *= 2 * walks - 1 + surveys  # the drift of a reference is not symmetric: twice a Gram matrix
-        parts["solve"] += sum(r * c for r, c in shapes.values()) / 60e6
+        parts["solve"] += sum(r * c for r, c in shapes.values()) / WEIGHTS_PER_SECOND
     else:
         memory = PROGRAM_BYTES + _memory_without_data(source, plan, shapes, solvers)
         rate = _rate_without_data(solvers, shapes)
@@ -137,12 +137,12 @@ def _memory_without_data(
 
 
 def _rate_without_data(solvers: Mapping[str, Solver], shapes: Mapping[str, tuple[int, int]]) -> dict[Solver, float]:
-    """Weights a second of every solver on some rows of a layer; what solves nothing yet is as fast as rounding."""
+    """Weights a second of every solver on some rows of a layer; of what has nothing to solve yet, WEIGHTS_PER_SECOND."""
     layer_of = {solver: name for name, solver in solvers.items() if name in shapes}
     found: dict[Solver, float] = {}
     for solver, name in layer_of.items():
         if isinstance(solver, Untrained | Unrounded):
-            found[solver] = 60e6
+            found[solver] = WEIGHTS_PER_SECOND
             continue
         weight = torch.randn(min(PROBE_ROWS, shapes[name][0]), shapes[name][1])
         call = partial(solver.solve, weight, None, scale_dtype=torch.bfloat16)
@@ -295,10 +295,10 @@ def _median(call: Callable[[], object]) -> float:
     return statistics.median(hardware.seconds(call))
 
 
-def fits_whole(source: Source, ceiling: int | None = None) -> bool:
-    """Whether the model can be opened as a whole in float32, as measuring does; within the ceiling, if there is one."""
+def fits_whole(source: Source) -> bool:
+    """Whether the model can be opened as a whole in float32 now, as measuring does, with a tenth to work with."""
     whole = PROGRAM_BYTES + 4.4 * sum(numel(source, name) for name in source.weights.names())
-    return whole < min(psutil.virtual_memory().available, ceiling or math.inf)
+    return whole < psutil.virtual_memory().available
 
 
 def check(found: Estimate, out: Path) -> None:

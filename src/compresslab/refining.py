@@ -83,16 +83,9 @@ def refined(
         old, gram = solved[layer].record, grams.get(layer)
         solution, rounding = Solution(weight=weight, note=old.note), solve_input(job, layer, gram, stored[layer].dtype)
         found[layer] = finish_layer(
-            job,
-            layer,
-            layers[layer],
-            stored[layer].to(job.device, torch.float32),
-            stored[layer],
-            solution,
-            rounding,
-            gram,
+            job, layer, layers[layer], stored[layer].to(job.device, torch.float32), stored[layer], solution, rounding, gram,
             old.seconds + seconds,
-        )
+        )  # fmt: skip
     return found, returned
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresslab.layerwise import first_tensor, place_tensor, real_tokens
-from compresslab.models import CALIBRATION_ATTENTION, is_transposed
+from compresslab.layerwise import first_tensor, real_tokens
+from compresslab.models import CALIBRATION_ATTENTION, is_transposed, place_tensor
 from compresslab.solving import Pass, read_finite
 
 OutputError = Callable[[Sequence[Tensor]], float]

@@ -344,11 +344,14 @@ def nonzero_frac(weight: QuantWeight | FloatWeight) -> float:
 
 def noise_of(weight: Tensor, solved: QuantWeight | FloatWeight, gram: Statistic | None) -> tuple[float, float]:
     """sqnr_db and nonzero_frac; in one pass over an integer weight without data."""
-    if gram is not None or not isinstance(solved, QuantWeight) or not solved.in_rows:
+    if gram is not None or not isinstance(solved, QuantWeight) or not solved.in_rows or weight.device.type != "cpu":
         return sqnr_db(weight, solved, gram), nonzero_frac(solved)
     rows = len(solved.codes)
     signal, noise, nonzeros = np.empty(rows), np.empty(rows), np.empty(rows, np.int64)
-    streams.errors(weight.contiguous().numpy(), *solved.arrays(), signal, noise, nonzeros)
+    scale = solved.scale.float().contiguous()
+    zero = torch.zeros_like(scale) if solved.zero_point is None else solved.zero_point.float().contiguous()
+    grid = solved.codes.contiguous().numpy(), scale.numpy(), zero.numpy()
+    streams.errors(weight.contiguous().numpy(), *grid, signal, noise, nonzeros)
     return _decibels(float(signal.sum()), float(noise.sum())), int(nonzeros.sum()) / solved.codes.numel()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.deploy import bitsandbytes, coded_layers, compressed_tensors, native
 from compresslab.edits import Edit
-from compresslab.models import Source, blocks, tie_weights
+from compresslab.models import Source, blocks, place_tensor, tie_weights
 from compresslab.plan import unit_of
 from compresslab.weights import FolderWeights
 
@@ -119,18 +119,9 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
         if name in stored:
             members[unit_of(name, names)].append(name)
 
-    def place(name: str) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module, tensor = model.get_submodule(owner), source.weights.get(name)
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor.view(module._parameters[leaf].shape), requires_grad=False)  # type: ignore[union-attr]
-        else:
-            module._buffers[leaf] = tensor
-
     def enter(tensors: list[str]) -> None:
         for name in tensors:
-            place(name)
+            place_tensor(model, name, source.weights.get(name), dtype)
 
     def drop(block: nn.Module) -> None:
         for module in block.modules():
@@ -138,8 +129,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
                 if parameter is not None:
                     module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    for name in members.pop(""):
-        place(name)
+    enter(members.pop(""))
     tie_weights(model)
     for block, tensors in members.items():
         module = model.get_submodule(block)

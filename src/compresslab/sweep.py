@@ -2,7 +2,8 @@
 
     trials -> `compresslab compress`, each in its own process and its own folder -> OUT/<trial>/ -> compare
 
-What all trials share (model, data, settings, threads) is kept in OUT/sweep.json, and a sweep with something else is refused.
+What all trials share (model, data, settings, threads) and each recipe as it was is kept in OUT/sweep.json, and a sweep with
+something else is refused.
 A trial is finished when its folder is there, for an artifact appears in one rename, whole: it is never run again. One that was
 killed goes on where it stopped, at once and again when the sweep is called again. One that says what is wrong with it (exit
 code 2) would say it again, so it waits for the next call.
@@ -10,6 +11,7 @@ code 2) would say it again, so it waits for the next call.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -17,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,7 @@ def run(
     Raises:
         CompressLabError: if OUT holds a sweep of something else.
     """
-    sweep = _begun(sweep)
+    sweep = _begun(sweep, wanted)
     if on_ray is None:
         on_ray = importlib.util.find_spec("ray") is not None and "RAY_ADDRESS" in os.environ
     ends = _on_ray(sweep, wanted) if on_ray else _here(sweep, wanted, workers)
@@ -164,7 +166,8 @@ def attempt(sweep: Sweep, trial: Trial) -> Outcome:
 
 def _here(sweep: Sweep, wanted: Sequence[Trial], workers: int) -> Iterator[Outcome]:
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        yield from pool.map(lambda trial: attempt(sweep, trial), wanted)
+        for done in as_completed([pool.submit(attempt, sweep, trial) for trial in wanted]):
+            yield done.result()
 
 
 def _on_ray(sweep: Sweep, wanted: Sequence[Trial]) -> Iterator[Outcome]:
@@ -179,27 +182,32 @@ def _on_ray(sweep: Sweep, wanted: Sequence[Trial]) -> Iterator[Outcome]:
         yield ray.get(done)
 
 
-def _begun(sweep: Sweep) -> Sweep:
+def _begun(sweep: Sweep, wanted: Sequence[Trial]) -> Sweep:
     """The sweep as it was begun, with the threads of that time; or as it begins now.
 
     Raises:
         CompressLabError: naming what changed.
     """
-    asked: dict[str, Any] = {"model": sweep.model, "data": sweep.data, "arguments": list(sweep.arguments)}
     path = sweep.out / SHARED
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in asked if kept.get(key) != asked[key]]
-        if changed:
+    asked: dict[str, Any] = {"model": sweep.model, "data": sweep.data, "arguments": list(sweep.arguments)}
+    chosen = {Path(trial.recipe).stem: recipes.read(trial.recipe).model_dump(mode="json") for trial in wanted}
+    kept = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.exists()
+        else asked | {"threads": sweep.threads, "recipes": {}}
+    )
+    for key, value in asked.items():
+        if kept[key] != value:
+            raise CompressLabError(f"{sweep.out} holds a sweep with other {key} ({kept[key]}): choose another --out")
+    for name, recipe in chosen.items():
+        if kept["recipes"].get(name, recipe) != recipe:
             raise CompressLabError(
-                f"{sweep.out} holds a sweep with other {', '.join(changed)} ({kept[changed[0]]}): choose another --out"
+                f"{sweep.out} holds trials of another recipe called {name}: rename it, or choose another --out"
             )
-        threads = int(kept["threads"])
-    else:
-        threads = sweep.threads
-        try:
-            sweep.out.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, json.dumps(asked | {"threads": threads}, indent=1).encode())
-        except OSError as error:
-            raise CompressLabError(f"cannot write to {sweep.out} ({error.strerror}): choose another --out") from None
-    return Sweep(**vars(sweep) | {"threads": threads, "out": sweep.out.resolve()})
+    kept["recipes"] |= chosen
+    try:
+        sweep.out.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(kept, indent=1).encode())
+    except OSError as error:
+        raise CompressLabError(f"cannot write to {sweep.out} ({error.strerror}): choose another --out") from None
+    return dataclasses.replace(sweep, threads=int(kept["threads"]), out=sweep.out.resolve())

@@ -10,7 +10,6 @@ import torch
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.numerics.grid import Grid, round_to_nearest
 from compresslab.numerics.histogram import InputStatistics
-from compresslab.numerics.packing import pack_int32
 from compresslab.prune.magnitude import Magnitude
 from compresslab.prune.sparsegpt import SparseGPT
 from compresslab.prune.wanda import Wanda
@@ -32,9 +31,7 @@ def compile_kernels() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         is_finite(x.to(dtype))
     rounded = round_to_nearest(x.float(), Grid.of_weights(4, False, 64), torch.bfloat16, "in")
-    pack_int32(rounded.codes, 4)
     noise_of(x.float(), rounded, None)
-    rounded.dequantize()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -355,11 +355,33 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], Tensor]) -> None:
-    """A safetensors file with one tensor in memory at a time; atomic, so that a kill leaves no half of one.
+def safetensors_layout(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> tuple[list[str], bytes]:
+    """The order of a file's tensors, and the bytes before them.
 
     Layout (the format's own): uint64 length of the header, JSON header padded with spaces to 8 bytes, data. Tensors are
     ordered by falling element size and then by name, as the safetensors library does, so that each one is aligned.
+
+    Args:
+        tensors: name -> dtype as the format names it, shape, bytes.
+    """
+    order = sorted(tensors, key=lambda name: (-_element_size(*tensors[name][1:]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        dtype, shape, size = tensors[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return order, struct.pack("<Q", len(text)) + text
+
+
+def _element_size(shape: Sequence[int], size: int) -> int:
+    return size // max(math.prod(shape), 1)
+
+
+def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], Tensor]) -> None:
+    """A safetensors file with one tensor in memory at a time; atomic, so that a kill leaves no half of one.
 
     Args:
         get: the tensor of a name, as its spec says.
@@ -367,21 +389,11 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], get: Callable
     Raises:
         CompressLabError: if the disk is full.
     """
-    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in order:
-        spec = specs[name]
-        header[name] = {
-            "dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]
-        }  # fmt: skip
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    order, head = safetensors_layout({name: (DTYPES[s.dtype], s.shape, s.nbytes) for name, s in specs.items()})
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
+            out.write(head)
             for name in order:
                 tensor = get(name).detach().cpu().contiguous()
                 if tensor.dtype != specs[name].dtype or tuple(tensor.shape) != specs[name].shape:

@@ -1,4 +1,4 @@
-"""Every kernel that passes over a weight in one go has the bits of the plain torch that it stands for."""
+"""What passes over a weight in one go, by kernels or by some rows at a time, has the bits of plain torch on the whole."""
 
 from __future__ import annotations
 

@@ -18,16 +18,16 @@ Symbols: W [out, in] the weight; G the number of groups along `in`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from compresslab.numerics import formats, streams
+from compresslab.numerics import formats
 
+IN_CACHE = 2**18  # weights that a step works on at a time: 1 MB in float32
 Granularity = Literal["tensor", "channel", "token", "group"]
 
 
@@ -117,8 +117,12 @@ class QuantWeight:
     def dequantize(self) -> Tensor:
         """The real weight, float32 [out, in]: scale * (code - zero_point), or scale * value[code]."""
         if self.in_rows:
-            weight = torch.empty(self.codes.shape)
-            streams.dequantize_groups(*self.arrays(), weight.numpy())
+            weight = torch.empty(self.codes.shape, device=self.codes.device)
+            for part, codes, scale, zero_point in _parts(weight, self.codes, self.scale, self.zero_point):
+                part.copy_(codes)
+                if zero_point is not None:
+                    part.sub_(zero_point)
+                part.mul_(scale)
             return weight
         scale, zero_point = per_element(self.scale, self.zero_point, self.codes.shape, self.group_index)
         values = self.codes.float() if self.grid.table is None else self.grid.table.decode(self.codes)
@@ -126,8 +130,8 @@ class QuantWeight:
 
     @property
     def in_rows(self) -> bool:
-        """Whether streams.py knows it: integers on a CPU, in groups of neighbouring inputs of a row."""
-        return self.grid.table is None and self.group_index is None and is_in_rows(self.codes, self.scale)
+        """Whether each row stands for itself: integers in groups of neighbouring inputs of one output."""
+        return self.grid.table is None and self.group_index is None and len(self.scale) == len(self.codes)
 
     def rows(self, start: int, stop: int) -> QuantWeight:
         """Some of its rows; the weight must be `in_rows`."""
@@ -135,10 +139,6 @@ class QuantWeight:
             self, codes=self.codes[start:stop], scale=self.scale[start:stop],
             zero_point=None if self.zero_point is None else self.zero_point[start:stop],
         )  # fmt: skip
-
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """Codes int8 [out, in], scales and zero points float32 [out, G], as numpy's."""
-        return self.codes.contiguous().numpy(), *_spread(self.scale, self.zero_point)
 
     @property
     def bits_per_weight(self) -> float:
@@ -196,15 +196,21 @@ def stacked(parts: Sequence[QuantWeight]) -> QuantWeight:
     )
 
 
-def is_in_rows(weight: Tensor, scale: Tensor) -> bool:
-    """Whether a weight [out, in] with scales [R, G] lies in groups of neighbouring inputs of a row, on a CPU."""
-    return weight.device.type == "cpu" and scale.shape[0] == weight.shape[0] and weight.numel() > 0
+def _parts(
+    to: Tensor, of: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Views of some rows at a time, `to` and `of` as [rows, G, in / G], scales and zero points as float32 [rows, G, 1].
 
-
-def _spread(scale: Tensor, zero_point: Tensor | None) -> tuple[Any, Any]:
-    scales = scale.float().contiguous()
-    zeros = torch.zeros_like(scales) if zero_point is None else zero_point.float().contiguous()
-    return scales.numpy(), zeros.numpy()
+    So few rows that every step on them stays in the cache, and nothing is spread over the weights.
+    """
+    rows, columns = of.shape
+    scales = scale.float()[..., None]
+    zeros = None if zero_point is None else zero_point.float()[..., None]
+    step = max(1, IN_CACHE // max(columns, 1))
+    for start in range(0, rows, step):
+        some = slice(start, min(start + step, rows))
+        shape = (some.stop - start, scales.shape[1], -1)
+        yield to[some].view(shape), of[some].reshape(shape), scales[some], None if zeros is None else zeros[some]
 
 
 def per_element(
@@ -287,12 +293,12 @@ def quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, group_index: Tensor | None = None
 ) -> QuantWeight:
     """Round W [out, in] to the nearest point of a grid whose scales [R, G] are given."""
-    if grid.table is None and group_index is None and is_in_rows(weight, scale):
-        found = torch.empty(weight.shape, dtype=torch.int8)
-        limits = np.float32(grid.qmin), np.float32(grid.qmax)
-        whole = weight.detach().float().contiguous().numpy()
-        streams.quantize_groups(whole, *_spread(scale, zero_point), *limits, found.numpy())
-        return QuantWeight(codes=found, scale=scale, zero_point=zero_point, grid=grid)
+    if grid.table is None and group_index is None and len(scale) == len(weight):
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for part, real, scales, zeros in _parts(codes, weight.detach(), scale, zero_point):
+            rounded = (real.float() / scales).round_()
+            part.copy_((rounded if zeros is None else rounded.add_(zeros)).clamp_(grid.qmin, grid.qmax))
+        return QuantWeight(codes=codes, scale=scale, zero_point=zero_point, grid=grid)
     scales, zeros = per_element(scale, zero_point, weight.shape, group_index)
     scaled = weight.float() / scales
     if grid.table is not None:

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compresslab.numerics import streams
-
 
 def pack_int32(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     """Pack signed codes into int32 words along a dimension, least significant bits first.
@@ -26,16 +24,11 @@ def pack_int32(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     """
     if dim == 0:
         return pack_int32(codes.t().contiguous(), bits).t().contiguous()
-    if bits == 4:
-        codes = codes.cpu().contiguous()
-        packed = np.empty((codes.shape[0], -(-codes.shape[1] // 8)), np.uint32)
-        streams.pack_fours(codes.numpy(), packed)
-        return torch.from_numpy(packed.view(np.int32))
-    unsigned = (codes.cpu().to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).numpy()
+    unsigned = codes.cpu().contiguous().numpy().view(np.uint8) + np.uint8(2 ** (bits - 1))  # modulo 256
     rows, columns = unsigned.shape
     words = -(-columns * bits // 32)
-    if bits == 8:
-        stream = unsigned
+    if bits in (4, 8):  # a code never crosses a byte
+        stream = unsigned if bits == 8 else _nibbles(unsigned)
     else:
         stream = np.packbits(
             np.unpackbits(unsigned[:, :, None], axis=2, bitorder="little")[:, :, :bits].reshape(rows, -1),
@@ -45,6 +38,13 @@ def pack_int32(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     padded = np.zeros((rows, words * 4), dtype=np.uint8)
     padded[:, : stream.shape[1]] = stream
     return torch.from_numpy(padded.view("<i4").astype(np.int32, copy=False))
+
+
+def _nibbles(unsigned: np.ndarray) -> np.ndarray:
+    if unsigned.shape[1] % 2:
+        unsigned = np.pad(unsigned, ((0, 0), (0, 1)))
+    pairs = unsigned.view("<u2")  # the first code in the low byte, the second in the high one
+    return (pairs | pairs >> 4).astype(np.uint8)
 
 
 def unpack_int32(words: Tensor, bits: int, length: int, dim: int = 1) -> Tensor:
