@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -52,7 +55,13 @@ def test_a_run_keeps_all_seeds_and_is_read_back(monkeypatch: pytest.MonkeyPatch,
     result.save(tmp_path / "result.json")
     assert experiment.read(tmp_path / "result.json") == result
     assert len(experiment.run("3.3", seeds=1).seeds) == 1
-    assert "<svg" in showing.pareto(result, "perplexity", "perplexity", "en")
+    data = re.search(
+        r'src="data:image/svg\+xml;base64,([^"]+)"', showing.pareto(result, "perplexity", "perplexity", "en")
+    )
+    assert data is not None
+    drawn = ElementTree.fromstring(base64.b64decode(data[1]))  # well-formed, with a style of its own
+    assert drawn.tag.endswith("}svg") and ".trace { fill: none" in "".join(drawn.itertext())
+    assert len([one for one in drawn.iter() if "dot" in one.get("class", "").split()]) == len(result.rows)
     table = showing.markdown(showing.measured(result, "zh-TW"))
     assert "GPTQ，2 位元" in table and "7.1" in table
     assert showing.verdicts(result, "en", {"gptq-2": False})[1][-2:] == ["holds", "no"]

@@ -31,6 +31,7 @@ def render(lab: Lab, folder: Path, *, scale: str = "micro", seeds: int | None = 
     made = jupytext.read(lab.folder / "lab.py")
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     settings = {"COMPRESSLAB_SCALE": scale, "COMPRESSLAB_LANG": lang, "COMPRESSLAB_SEEDS": str(seeds or "")}
+    settings["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, which would stand above the first cell
     client = nbclient.NotebookClient(made, timeout=TIME_LIMIT, resources={"metadata": {"path": str(folder)}})
     with mock.patch.dict(os.environ, settings):
         try:

@@ -13,7 +13,7 @@ from compresslab.course.catalogue import Lab, lab
 from compresslab.course.experiment import Result
 from compresslab.peers import registry
 from compresslab.report.pareto import Axis, Point, beats, drawable, plot
-from compresslab.report.plots import number
+from compresslab.report.plots import number, picture
 
 
 def measured(result: Result, lang: str) -> list[list[str]]:
@@ -130,7 +130,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def pareto(result: Result, metric: str, label: str, lang: str) -> str:
-    """SVG of every row that has bytes, by mean; the front among them drawn."""
+    """Picture of every row that has bytes, by mean; the front among them drawn."""
     course: Lab = lab(result.lab)
     better = next((one for one in course.expectations if one["metric"] == metric), {})
     quality = Axis(label=label, unit="1", higher_is_better=bool(better.get("higher_is_better")))
@@ -147,4 +147,4 @@ def pareto(result: Result, metric: str, label: str, lang: str) -> str:
         dataclasses.replace(p, front=not any(beats(q, p, quality.higher_is_better) for q in points))
         for p in drawable(points)
     ]
-    return str(plot(shown, quality, cost))
+    return str(picture(plot(shown, quality, cost)))

@@ -1,15 +1,17 @@
 """Numbers as people read them, and the plots of one run: hand-made SVG. (Several runs: pareto.py.)
 
-All text goes through markupsafe, which escapes what it is not told to trust. Colours are classes (k0 to k7); the style
-sheet in template.html gives them their value for light and dark. Shape repeats what colour says.
+All text goes through markupsafe, which escapes what it is not told to trust. Colours are classes (k0 to k7); plots.css gives
+them their value, and template.html those for the dark. Shape repeats what colour says.
 """
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -110,6 +112,20 @@ def el(tag: str, text: str = "", **attributes: str | float) -> Markup:
 
 def svg(width: int, height: int, label: str, parts: Iterable[Markup], css: str) -> Markup:
     return el("svg", Markup("").join(parts), class_=css, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
+
+
+def picture(plot: Markup) -> Markup:
+    """A plot as an <img> that carries its own style: for pages such as notebooks, whose style sheets know nothing of ours."""
+    style = Path(__file__).with_name("plots.css").read_text(encoding="utf-8")
+    head, body = plot.split(">", 1)
+    whole = (
+        f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style} svg {{ background: var(--paper); }}</style>{body}'
+    )
+    data = base64.b64encode(whole.encode()).decode()
+    label = re.search('aria-label="([^"]*)"', head)
+    return Markup(
+        f'<img style="width: 100%; max-width: 960px" alt="{label[1] if label else ""}" src="data:image/svg+xml;base64,{data}">'
+    )
 
 
 def glyph(colour: int, x: float, y: float, radius: float, *, title: str = "", css: str = "dot") -> Markup:
