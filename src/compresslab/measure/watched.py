@@ -56,9 +56,8 @@ def watch(command: Sequence[str], timeout: float, env: Mapping[str, str] | None 
             alive = _family(first)
             resident = [_resident(one) for one in alive]
             sum_bytes = sum(now for now, _ in resident)
-            if len(alive) > 1 and sum_bytes > together:
-                sum_bytes -= _shared(alive)
-            together = max(together, sum_bytes)
+            if sum_bytes > together:
+                together = max(together, sum_bytes if len(alive) == 1 else _at_one_time(alive))
             largest = max(largest, *(most for _, most in resident), 0)
             if time.perf_counter() - started > timeout:
                 late = True
@@ -92,15 +91,20 @@ def _resident(process: psutil.Process) -> tuple[int, int]:
     return now, int(mark.split()[1]) * 1024 if mark else now
 
 
-def _shared(processes: Sequence[psutil.Process]) -> int:
-    """Bytes of mapped files that a plain sum counts again: of every file all but the most that one process has of it."""
-    found: dict[str, list[int]] = {}
+def _at_one_time(processes: Sequence[psutil.Process]) -> int:
+    """Bytes resident in all of them, of every mapped file only the most that one process has of it.
+
+    The sum and what is taken off it are of one reading: a process that ends between two would leave its part in the first.
+    """
+    own, files = 0, dict[str, int]()
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError):
             for mapped in process.memory_maps(grouped=True):
-                if mapped.path.startswith("/"):
-                    found.setdefault(mapped.path, []).append(int(mapped.rss) - int(getattr(mapped, "private_dirty", 0)))
-    return sum(sum(parts) - max(parts) for parts in found.values())
+                # Not private_dirty: so count pages of a file just written, too, while only one process has touched them.
+                private = int(getattr(mapped, "anonymous", 0)) if mapped.path.startswith("/") else int(mapped.rss)
+                own += private
+                files[mapped.path] = max(files.get(mapped.path, 0), int(mapped.rss) - private)
+    return own + sum(files.values())
 
 
 def _kill(process: psutil.Process) -> None:
