@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.errors import CompressLabError, unknown
 from compresslab.models import Source, is_transposed, weight_of
+from compresslab.numerics.gram import Statistic
 from compresslab.search.sensitivity import fisher_noise, kl_divergence, output_noise, trace_noise
-from compresslab.solving import Pass, Statistic
+from compresslab.solving import Pass
 
 # Tokens that the measures with a model read: windows, and the beginnings of those.
 FISHER_WINDOWS, FISHER_TOKENS = 8, 512

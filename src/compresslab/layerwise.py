@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,9 +47,11 @@ from compresslab.models import (
     tie_weights,
     watch_attention_,
     way_of_reading,
+    weight_of,
 )
-from compresslab.numerics.gram import Gram, GroupedGram
+from compresslab.numerics.gram import Gram, GroupedGram, Statistic
 from compresslab.plan import Unit, unit_of
+from compresslab.ranks import ALONE, Ranks
 from compresslab.refining import Inputs, refined
 from compresslab.solving import (
     CACHE_SCALES,
@@ -56,7 +59,6 @@ from compresslab.solving import (
     Job,
     Pass,
     Solved,
-    Statistic,
     float_tensors,
     read_finite,
     solve_layer,
@@ -110,7 +112,8 @@ def _run_without_data(job: Job) -> None:
         for unit in job.plan.units:
             if job.sink.is_done(unit.name):
                 continue
-            solved = {name: solve_layer(job, name, skeleton.get_submodule(name), None) for name in unit.layers}
+            modules = {name: skeleton.get_submodule(name) for name in unit.layers}
+            solved = _solved_by_all(job, modules, None)
             floats = float_tensors(job, unit)
             if written is not None:
                 written.result()
@@ -118,6 +121,12 @@ def _run_without_data(job: Job) -> None:
         if written is not None:
             written.result()
     torch.set_num_threads(threads)  # also of threads to come, which would be born with the writer's one
+
+
+def _solved_by_all(job: Job, modules: Mapping[str, nn.Module], gram: Statistic | None) -> dict[str, Solved]:
+    """Layers that read one tensor, each solved by one of the ranks."""
+    costs = {name: float(weight_of(module).numel()) for name, module in modules.items()}
+    return job.ranks.shared_out(costs, lambda name: solve_layer(job, name, modules[name], gram))
 
 
 def _write(job: Job, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor]) -> None:
@@ -138,6 +147,7 @@ class Walk:
     is_reference: bool = False
     waits_at: Stop | None = None
     waits_with: Tensor | None = None  # the input of the layer it waits at
+    waits_for_same: bool = False  # that input is the one it stopped with last, whose statistic is known
     # The input of the layer where it stopped last, how that layer reads it, and the Gram matrix its tokens went into.
     last_input: weakref.ref[Tensor] | None = None
     last_way: tuple[Any, ...] = ()
@@ -164,8 +174,11 @@ class Stop:
 class Forward(ABC):
     """All walks through one network. What happens where they meet is up to `_solve` and `_finish`."""
 
-    def __init__(self, calibration: Pass, finished: Iterable[str] = (), with_references: bool = False) -> None:
+    def __init__(
+        self, calibration: Pass, finished: Iterable[str] = (), with_references: bool = False, ranks: Ranks = ALONE
+    ) -> None:
         assert calibration.batches is not None
+        self.ranks = ranks
         self.calibration = calibration
         self.source, self.device = calibration.source, calibration.device
         self.model = self.source.skeleton(attention=CALIBRATION_ATTENTION)
@@ -182,8 +195,14 @@ class Forward(ABC):
         self.loaded: set[str] = set()
         self.hub = getcurrent()
         self.walks = [
-            Walk(index=i, batch=batch, coroutine=greenlet(self._forward)) for i, batch in enumerate(calibration.batches)
+            Walk(index=i, batch=calibration.batches[i], coroutine=greenlet(self._forward))
+            for i in ranks.share(len(calibration.batches))
         ]
+        self.stops: dict[float, Stop] = {}
+        # Where there are several ranks: the layer where they met last, its statistic, and which others read the same tensor.
+        self.met: tuple[str, Statistic | None] = ("", None)
+        self.siblings: dict[str, list[str]] = {}
+        self.presumed: set[str] = set()  # solved as such, before any walk came to them
         # The two weights of a solved layer, of blocks in memory, where there are references.
         self.originals: dict[str, nn.Parameter] = {}
         self.rounded: dict[str, nn.Parameter] = {}
@@ -214,26 +233,84 @@ class Forward(ABC):
 
     def _meet(self) -> None:
         """When every walk waits, the first place that any waits at is complete: serve it, and let those walks go on."""
-        while waiting := [walk for walk in self.walks if walk.waits_at is not None]:
-            stop = min(walk.waits_at for walk in waiting if walk.waits_at is not None)
-            here = [walk for walk in waiting if walk.waits_at == stop]
+        while (order := self.ranks.earliest(min(self._waiting(), default=math.inf))) < math.inf:
+            stop = self.stops[order]
+            here = [walk for walk in self.walks if walk.waits_at == stop]
             if not stop.layer:
                 self._leave(self.units[stop.unit], [walk for walk in here if not walk.is_reference])
-            elif stop.layer in self.grams:  # not if only references came here, by another way through the experts
-                gram = self.grams.pop(stop.layer)
-                for walk in here:
-                    twin = walk.reference
-                    if twin is not None and twin.waits_at == stop and twin.waits_with is not None:
-                        _compare(gram, walk, twin.waits_with, self.layers[stop.layer][1])
-                if self.with_references:  # twice the walks leave twice the gaps; without them it would only cost time
-                    give_memory_back()
-                self._solve(stop.layer, gram)
+            elif self.ranks.is_alone:
+                self._serve(stop, here)
+            else:
+                self._serve_together(stop, here)
             if all(self._is_through(unit) for unit in self.units.values()):
                 return
             for walk in here:
                 if self.with_references and walk.is_reference and walk.index == 0:
                     give_memory_back()  # what the compressed network's walks have left behind
                 walk.waits_at = walk.coroutine.switch()
+
+    def _waiting(self) -> Iterator[float]:
+        return (walk.waits_at.order for walk in self.walks if walk.waits_at is not None)
+
+    def _serve(self, stop: Stop, here: Sequence[Walk]) -> None:
+        """Solve the layer at which these walks wait; their tokens are in its statistic."""
+        gram = self.grams.pop(stop.layer, None)
+        if gram is None:  # only references came here, by another way through the experts
+            return
+        _compare_all(gram, self._twins(stop, here), self.layers[stop.layer][1])
+        if self.with_references:  # twice the walks leave twice the gaps; without them it would only cost time
+            give_memory_back()
+        self._solve([stop.layer], gram)
+
+    def _serve_together(self, stop: Stop, here: Sequence[Walk]) -> None:
+        """Solve a layer at which walks of any rank wait, and those that are known to read the same tensor."""
+        module = self.layers[stop.layer][1]
+        mine = [walk for walk in here if not walk.is_reference]
+        first, gram = self.met
+        if any(self.ranks.gathered([any(walk.waits_for_same for walk in mine)])):
+            self.siblings.setdefault(self._place(first), []).append(self._place(stop.layer))
+            layers = [stop.layer]
+        else:
+            gram = self._sum_up(stop, mine)
+            if gram is None:
+                return
+            pairs = self._twins(stop, here)
+            self.ranks.add_drift_(gram, len(pairs), lambda: _compare_all(gram, pairs, module))
+            self.met = stop.layer, gram
+            known = self.siblings.get(self._place(stop.layer), ())
+            layers = [stop.layer, *(x for x in self.units[stop.unit].layers if self._place(x) in known)]
+            self.presumed.update(layers[1:])
+        for walk in mine:
+            walk.last_gram = gram
+        assert gram is not None
+        self._solve([layer for layer in layers if layer not in self.solved], gram)
+
+    def _place(self, layer: str) -> str:
+        """A layer's name within its block, and what kind of block that is: the same in all blocks of one build."""
+        unit = self.layers[layer][0]
+        return f"{unit.rpartition('.')[0]}:{type(self.model.get_submodule(unit)).__name__}:{layer.removeprefix(unit)}"
+
+    def _sum_up(self, stop: Stop, walks: Sequence[Walk]) -> Statistic | None:
+        """The statistic of the tokens that wait at a layer in all ranks."""
+        module, inputs = self.layers[stop.layer][1], []
+        for walk in walks:
+            assert walk.waits_with is not None
+            real = real_tokens(walk.waits_with, walk.batch.get("attention_mask"))
+            inputs.append((input_rows(module, real), channels_last(module, real)))
+        shape = (inputs[0][0].shape[-1], groups_of(module), inputs[0][1].shape[-1]) if inputs else None
+        try:
+            return self.ranks.sum_up(shape, inputs, self._statistic)
+        except ValueError as error:
+            raise CompressLabError(f"layer {stop.layer}, batches of rank {self.ranks.rank}: {error}") from error
+
+    def _twins(self, stop: Stop, here: Sequence[Walk]) -> list[tuple[Walk, Tensor]]:
+        """The walks here whose references wait here, too, and what those wait with."""
+        found = []
+        for walk in here:
+            twin = walk.reference
+            if twin is not None and twin.waits_at == stop and twin.waits_with is not None:
+                found.append((walk, twin.waits_with))
+        return found
 
     def _is_through(self, unit: Unit) -> bool:
         """Whether the walks need not go further for this unit's sake."""
@@ -257,8 +334,8 @@ class Forward(ABC):
     # -- what a pass is for -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _solve(self, layer: str, gram: Statistic) -> None:
-        """A layer's Gram matrix is complete; afterwards the layer is in `self.solved`."""
+    def _solve(self, layers: Sequence[str], gram: Statistic) -> None:
+        """The Gram matrix of layers that read one tensor is complete; afterwards they are in `self.solved`."""
 
     @abstractmethod
     def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
@@ -281,7 +358,7 @@ class Forward(ABC):
             self.model.get_submodule(owner).register_forward_pre_hook(lambda module, args: self._load(""))
         for name, (unit, module) in self.layers.items():
             if unit not in self.finished:
-                stop = Stop(order=order[name], unit=unit, layer=name)
+                stop = self.stops[order[name]] = Stop(order=order[name], unit=unit, layer=name)
                 module.register_forward_pre_hook(lambda module, args, stop=stop: self._at_layer(stop, module, args[0]))
         lists: dict[str, list[str]] = {}
         for name in self.units:
@@ -296,7 +373,7 @@ class Forward(ABC):
                     self._replay(block, state)
                 else:
                     last = max(position for child, position in order.items() if unit_of(child, [name]))
-                    stop = Stop(order=last + 0.5, unit=name, layer="")
+                    stop = self.stops[last + 0.5] = Stop(order=last + 0.5, unit=name, layer="")
                     block.register_forward_pre_hook(
                         lambda module, args, kwargs, name=name: self._before_block(name, args, kwargs), with_kwargs=True
                     )
@@ -335,6 +412,8 @@ class Forward(ABC):
     def _passes(self, stop: Stop, reference: Walk, module: nn.Module, x: Tensor) -> bool:
         """Whether a reference was compared at once and need not wait: at a unit's last layer, which mostly reads the widest
         tensor, so that all references would hold one."""
+        if not self.ranks.is_alone:  # drifts are added in the order of ranks
+            return False
         compressed = self.walks[reference.index]
         if stop.layer != self.units[stop.unit].layers[-1] or compressed.waits_at != stop:
             return False
@@ -343,30 +422,43 @@ class Forward(ABC):
 
     def _before_layer(self, stop: Stop, walk: Walk, module: nn.Module, x: Tensor) -> None:
         """Add this walk's tokens to the layer's Gram matrix and wait; or solve at once from a neighbour's."""
-        if stop.layer in self.solved:
-            return
         way = way_of_reading(module)
-        if walk.stopped_with(x, way) and walk.last_gram is not None:
-            self._solve(stop.layer, walk.last_gram)
+        if stop.layer in self.solved:
+            if stop.layer in self.presumed and not walk.stopped_with(x, way):
+                raise CompressLabError(
+                    f"layer {stop.layer} reads another tensor than its counterpart in an earlier block: run in one process"
+                )
             return
+        walk.waits_for_same = walk.stopped_with(x, way) and walk.last_gram is not None
+        if walk.waits_for_same and self.ranks.is_alone:
+            assert walk.last_gram is not None
+            self._solve([stop.layer], walk.last_gram)
+            return
+        gram = self._add(stop, walk, module, x) if self.ranks.is_alone else walk.last_gram
+        walk.remember(x, way, gram)
+        self._wait(stop, walk, x)
+
+    def _add(self, stop: Stop, walk: Walk, module: nn.Module, x: Tensor) -> Statistic:
         real = real_tokens(x, walk.batch.get("attention_mask"))
         rows, watched = input_rows(module, real), channels_last(module, real)
         gram = self.grams.get(stop.layer)
         if gram is None:
-            gram = self._statistic(rows.shape[-1], groups_of(module))
-            gram.observers = self._observers(watched.shape[-1])
-            self.grams[stop.layer] = gram
+            gram = self.grams[stop.layer] = self._statistic(rows.shape[-1], groups_of(module), watched.shape[-1])
         try:
             gram.add_(rows, watched)
         except ValueError as error:
             raise CompressLabError(f"layer {stop.layer}, batch {walk.index}: {error}") from error
-        walk.remember(x, way, gram)
-        self._wait(stop, walk, x)
+        return gram
 
-    def _statistic(self, features: int, groups: int) -> Statistic:
+    def _statistic(self, features: int, groups: int, watched: int) -> Statistic:
+        """An empty one, for inputs of this width, of which observers see `watched` channels."""
+        gram: Statistic
         if groups > 1:
-            return GroupedGram(features // groups, groups, device=self.device)
-        return Gram(features, precision=self.calibration.gram_precision, device=self.device)
+            gram = GroupedGram(features // groups, groups, device=self.device)
+        else:
+            gram = Gram(features, precision=self.calibration.gram_precision, device=self.device)
+        gram.observers = self._observers(watched)
+        return gram
 
     def _wait(self, stop: Stop, walk: Walk, x: Tensor) -> None:
         walk.waits_with = x
@@ -426,9 +518,10 @@ class Survey(Forward):
                 with_kwargs=True,
             )
 
-    def _solve(self, layer: str, gram: Statistic) -> None:
-        self.visit(layer, gram)
-        self.solved[layer] = None
+    def _solve(self, layers: Sequence[str], gram: Statistic) -> None:
+        for layer in layers:
+            self.visit(layer, gram)
+            self.solved[layer] = None
 
     def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
         """Nothing is kept."""
@@ -457,7 +550,7 @@ class BlockWatch(Forward):
     def _at_layer(self, stop: Stop, module: nn.Module, x: Tensor) -> None:
         """Layers are passed as they are."""
 
-    def _solve(self, layer: str, gram: Statistic) -> None:
+    def _solve(self, layers: Sequence[str], gram: Statistic) -> None:
         raise AssertionError("no layer is waited at")
 
     def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
@@ -469,7 +562,7 @@ class Compression(Forward):
 
     def __init__(self, job: Job) -> None:
         finished = [unit.name for unit in job.plan.units if job.sink.is_done(unit.name)]
-        super().__init__(job, finished, with_references=job.needs_references)
+        super().__init__(job, finished, with_references=job.needs_references, ranks=job.ranks)
         self.job = job
         self.loudest: dict[str, Tensor] = {}  # attention -> the largest key and value so far [2]
         # For a refiner: what went into the block at hand, by batch, and its layers' Gram matrices.
@@ -491,6 +584,8 @@ class Compression(Forward):
         """The static scales of a unit's keys and values, under the names that runtimes know."""
         if self.job.cache is None or not self.job.cache.is_static:
             return {}
+        for name, found in self.ranks.gathered(list(self.loudest.items())):
+            self.loudest[name] = torch.maximum(self.loudest.get(name, found), found.to(self.device))
         seen = [name for name in self.loudest if unit_of(name, [unit.name])]
         if unit.name and not seen:
             raise CompressLabError(
@@ -520,12 +615,12 @@ class Compression(Forward):
         if self.job.refiner is not None and walk is not None and not walk.is_reference:
             self.entered[walk.index] = (args, kwargs)
 
-    def _solve(self, layer: str, gram: Statistic | None) -> None:
+    def _solve(self, layers: Sequence[str], gram: Statistic | None) -> None:
         if self.job.refiner is not None:
-            self.block_grams[layer] = gram
-        solved = solve_layer(self.job, layer, self.layers[layer][1], gram)
-        self._put(layer, solved)
-        self.job.on_layer(solved.record)
+            self.block_grams |= dict.fromkeys(layers, gram)
+        for layer, solved in _solved_by_all(self.job, {x: self.layers[x][1] for x in layers}, gram).items():
+            self._put(layer, solved)
+            self.job.on_layer(solved.record)
 
     def _put(self, layer: str, solved: Solved) -> None:
         """Have the network go on with a solved weight."""
@@ -540,17 +635,16 @@ class Compression(Forward):
         self.solved[layer] = solved
 
     def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
-        for layer in unit.layers:  # what no token reached
-            if layer not in self.solved:
-                self._solve(layer, None)
-        state = None
-        if walks:
-            references = [first_tensor(walk.reference.output) for walk in walks if walk.reference]
-            if self.job.refiner is not None and unit.name and unit.layers:
-                self._refine(unit, walks, references)
-            state = BlockState(outputs=[walk.output for walk in walks], references=references)
+        self._solve([layer for layer in unit.layers if layer not in self.solved], None)  # what no token reached
+        references = [first_tensor(walk.reference.output) for walk in walks if walk.reference]
+        if walks and self.job.refiner is not None and unit.name and unit.layers:
+            self._refine(unit, walks, references)
+        outputs, references = (self.ranks.gathered(x) for x in ([walk.output for walk in walks], references))
+        state = BlockState(outputs=outputs, references=references) if outputs else None
         solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
-        self.job.sink.write(unit, solved, float_tensors(self.job, unit) | self._cache_scales(unit), state)
+        scales = self._cache_scales(unit)
+        if self.ranks.leads:
+            self.job.sink.write(unit, solved, float_tensors(self.job, unit) | scales, state)
         self.block_grams.clear()
 
     def _refine(self, unit: Unit, walks: Sequence[Walk], references: Sequence[Tensor]) -> None:
@@ -583,6 +677,11 @@ def _parameter(linear: nn.Module) -> nn.Parameter:
 def _with_first(output: Any, hidden: Tensor) -> Any:
     """What a block returned, with another hidden state."""
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def _compare_all(gram: Statistic, pairs: Sequence[tuple[Walk, Tensor]], module: nn.Module) -> None:
+    for walk, reference in pairs:
+        _compare(gram, walk, reference, module)
 
 
 def _compare(gram: Statistic, walk: Walk, reference: Tensor, module: nn.Module) -> None:

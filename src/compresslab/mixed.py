@@ -31,11 +31,12 @@ from compresslab.deploy.layouts import Layout, layout_for
 from compresslab.errors import CompressLabError
 from compresslab.masks import as_codes
 from compresslab.models import is_transposed
+from compresslab.numerics.gram import Statistic
 from compresslab.recipe import FLOAT, HALVES, UNROUNDED, Recipe, Step, differing_settings
 from compresslab.report.schema import Search
 from compresslab.search.allocation import Allocation, Option, allocate, front
 from compresslab.smoothing import smoothed
-from compresslab.solving import Pass, Statistic, read_weight, solve_parts
+from compresslab.solving import Pass, read_weight, solve_parts
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 AS_IT_IS = "as the recipe says"

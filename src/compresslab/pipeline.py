@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compresslab import aware, layerwise, mixed, models, preflight, solving, tuning
+from compresslab import aware, layerwise, mixed, models, preflight, ranks, solving, tuning
 from compresslab import budget as budgets
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
@@ -93,21 +94,20 @@ def compress(
     Raises:
         CompressLabError: whatever the user can mend, before any file is written where possible.
     """
-    progress, out, clock, where = progress or Progress(), Path(out), Clock(), pick_device(device)
+    progress, out, clock, where, team = progress or Progress(), Path(out), Clock(), pick_device(device), ranks.started()
     wanted, search = None if budget is None else budgets.parse_budget(budget), None
 
-    with clock("read"):
+    with clock("read"), team.leader_first():
         check_output(out, force)
         chosen = _chosen(recipe, settings)
-        stages = stages_of(chosen, has_budget=wanted is not None)
+        stages = _stages(chosen, wanted is not None, team)
         given = models.find(model)
         check_output(out, force, given.folder)
         source = stages.transformed(given)
         plan, methods, layout = planned(source, chosen)
         material = Material.of(source, stages, chosen, data, seed)
         asked = Questions.of(given, data, evaluation_windows, stages, material.labelled) if measure else Questions()
-        surveys = stages.surveys + (wanted is not None)
-        needs = material.needs(source, plan, methods, chosen, where, stages, surveys)
+        needs = material.needs(source, plan, methods, chosen, where, stages, stages.surveys + (wanted is not None))
         if wanted is not None:
             needs = _with_budget(needs, source, plan, material.calibration is not None, sensitivity, where)
         preflight.check(needs, out)
@@ -125,6 +125,8 @@ def compress(
             )  # fmt: skip
             plan, methods, layout = planned(source, chosen)
 
+    if not team.leads:
+        return _followed(team, _pass(source, plan, material, where), stages, methods, layout, progress)
     key = _key(source, chosen, material, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(_pass(source, plan, material, where), stages, methods, layout, writer, progress)
@@ -134,7 +136,7 @@ def compress(
             progress.stage("solve", len(plan.layers))
             for record in writer.records():
                 progress.step(record.name)
-            layerwise.run(job)
+            layerwise.run(dataclasses.replace(job, sink=ranks.SharedSink(team, job.sink), ranks=team))
         with clock("write"):
             in_float = [record.name for record in writer.records() if record.activation_bits is None]
             config = layout.config(list(plan.skipped), in_float) | kv_cache.scheme_config(stages.cache, source.config)
@@ -168,7 +170,27 @@ def compress(
         report.save(folder)
         (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
         (folder / "report.html").write_text(render.to_html(report), encoding="utf-8")
-        return writer.publish(folder), report
+        return team.told((writer.publish(folder), report))
+
+
+def _stages(recipe: Recipe, has_budget: bool, team: ranks.Ranks) -> Stages:
+    """The recipe's stages. CompressLabError, too, for those that several processes cannot share."""
+    stages = stages_of(recipe, has_budget)
+    if not team.is_alone and (stages.trains or stages.tuner or stages.refiner):
+        raise CompressLabError(
+            f"recipe '{recipe.name}' trains, which one process does on all of its data: start it without torchrun, or take one "
+            "that solves layer by layer (such as w4a16-gptq)"
+        )
+    return stages
+
+
+def _followed(
+    team: ranks.Ranks, calibrated: solving.Pass, stages: Stages, methods: LayerMethods, layout: Layout, progress: Progress
+) -> tuple[Artifact, Report]:  # fmt: skip
+    """What a rank other than the leader does: its share of the walks and of the solving; and what the leader made of it."""
+    job = _job(calibrated, stages, methods, layout, ranks.SharedSink(team, None), progress)
+    layerwise.run(_prepared(dataclasses.replace(job, ranks=team), stages, methods, progress, Clock()))
+    return team.told(None)  # type: ignore[return-value]
 
 
 def plan_only(
@@ -233,7 +255,7 @@ class Clock:
 def pick_device(device: str) -> torch.device:
     """A torch device; "auto" is the GPU if there is one."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         if chosen.type not in ("cpu", "cuda"):
@@ -374,7 +396,7 @@ def _job(
     stages: Stages,
     methods: LayerMethods,
     layout: Layout,
-    writer: Writer,
+    writer: solving.Sink,
     progress: Progress,
 ) -> solving.Job:
     return solving.Job(

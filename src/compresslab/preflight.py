@@ -6,6 +6,7 @@ consists of: the forward over the calibration tokens, the Gram matrices, the sol
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 from collections.abc import Callable, Mapping
@@ -302,11 +303,12 @@ def fits_whole(source: Source) -> bool:
 
 
 def check(found: Estimate, out: Path) -> None:
-    """CompressLabError if the machine has too little memory or disk for it."""
+    """CompressLabError if the machine has too little memory or disk for it, and for the other ranks that run here."""
     free_memory = psutil.virtual_memory().available
-    if found.memory_bytes > free_memory:
+    memory = found.memory_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if memory > free_memory:
         raise CompressLabError(
-            f"needs about {found.memory_bytes / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free: "
+            f"needs about {memory / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free: "
             "take fewer calibration tokens (--samples, --sequence-length) or close other programs"
         )
     parent = next(folder for folder in (out, *out.parents) if folder.exists())

@@ -20,11 +20,11 @@ from compresslab import layerwise
 from compresslab.contract import Along, FloatWeight, Paper, Pruner, Solution, SparsityAllocation
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, groups_of, is_transposed, matrix_shape
-from compresslab.numerics.gram import Gram
+from compresslab.numerics.gram import Gram, Statistic
 from compresslab.numerics.grid import Grid
 from compresslab.plan import Plan
 from compresslab.recipe import Step, differing_settings
-from compresslab.solving import Pass, Statistic, read_weight
+from compresslab.solving import Pass, read_weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from compresslab.contract import Solution
 from compresslab.errors import CompressLabError
 from compresslab.masks import as_codes
 from compresslab.models import is_transposed, weight_of
+from compresslab.numerics.gram import Statistic
 from compresslab.plan import Unit
-from compresslab.solving import Job, Solved, Statistic, finish_layer, read_weight, solve_input
+from compresslab.solving import Job, Solved, finish_layer, read_weight, solve_input
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

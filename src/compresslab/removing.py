@@ -26,9 +26,9 @@ from compresslab.contract import BlockRemover, Removal, UnitRemover
 from compresslab.errors import CompressLabError
 from compresslab.groups import Group, groups_of, with_units
 from compresslab.models import Source, blocks, build, is_transposed
-from compresslab.numerics.gram import Gram
+from compresslab.numerics.gram import Gram, Statistic
 from compresslab.plan import OUTSIDE, make_plan
-from compresslab.solving import Pass, Statistic, read_finite, read_weight
+from compresslab.solving import Pass, read_finite, read_weight
 from compresslab.weights import OverlaidWeights, RenamedWeights, Select, TransformedWeights
 
 KINDS = ("heads", "neurons")

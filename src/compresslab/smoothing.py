@@ -29,10 +29,10 @@ from compresslab.contract import ActivationQuantizer, Smoother, Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
 from compresslab.models import Source, is_transposed, linear_layers
-from compresslab.numerics.gram import Gram
+from compresslab.numerics.gram import Gram, Statistic
 from compresslab.plan import Plan
 from compresslab.replaying import Replays, around
-from compresslab.solving import Pass, Statistic, read_weight
+from compresslab.solving import Pass, read_weight
 from compresslab.tracing import Trace, own_parameters
 from compresslab.weights import Chain, Rescale, TransformedWeights
 

@@ -32,10 +32,11 @@ from compresslab.errors import CompressLabError
 from compresslab.masks import as_codes, prune_parts, said_of_groups, with_zeros
 from compresslab.models import Source, is_transposed, weight_of
 from compresslab.numerics import streams
-from compresslab.numerics.gram import Gram, GroupedGram, Precision
+from compresslab.numerics.gram import Gram, Precision, Statistic
 from compresslab.numerics.grid import QuantInput, QuantWeight, stacked
 from compresslab.numerics.linalg import quadratic_error
 from compresslab.plan import Plan, Unit
+from compresslab.ranks import ALONE, Ranks
 
 CACHE_SCALES = ("k_scale", "v_scale")  # the names under which runtimes look for the static scales of an attention
 
@@ -78,7 +79,6 @@ class Sink(Protocol):
         ...
 
 
-Statistic = Gram | GroupedGram
 # The weight is of the kind that the layout holds: codes, or plain numbers.
 Encode = Callable[[str, Any, nn.Module, QuantInput | None], dict[str, Tensor]]
 
@@ -113,6 +113,7 @@ class Job(Pass):
         correctors: what changes the biases of rounded layers, in this order.
         cache: how keys and values will be stored; if its scales are static they are learned on the way.
         refiner: what improves the layers of each solved block together.
+        ranks: the processes that share the batches and the solving.
         on_layer: told of every finished layer, for progress bars.
     """
 
@@ -125,6 +126,7 @@ class Job(Pass):
     correctors: Sequence[Corrector] = ()
     cache: CacheRounding | None = None
     refiner: Refiner | None = None
+    ranks: Ranks = ALONE
     on_layer: Callable[[LayerRecord], None] = lambda record: None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from compresslab.cli import compressing, course, deploying, measuring, peers, reporting, shelves  # noqa: F401  (they add their commands)
@@ -14,7 +15,12 @@ def main() -> None:
     try:
         app()
     except CompressLabError as error:
-        error_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        rank = os.environ.get("RANK", "")  # of several processes, which one speaks
+        error_console.print(
+            f"[bold red]{f'rank {rank}: ' if rank else ''}error:[/] {escape(str(error))}",
+            highlight=False,
+            soft_wrap=True,
+        )
         sys.exit(2)
     except (SystemExit, KeyboardInterrupt) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # what the library makes of Ctrl-C

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,8 @@ def compress(
     from compresslab import pipeline
     from compresslab.report import render
 
+    if os.environ.get("RANK", "0") != "0":  # the leader speaks for all
+        quiet, as_json = True, False
     settings = settings_of(set_ or [], samples, sequence_length)
     if ignore:
         from compresslab import recipe as recipes

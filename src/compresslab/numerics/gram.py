@@ -16,7 +16,8 @@ Symbols: X [tokens, in] the layer's input; H [in, in].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -33,8 +34,18 @@ NARROWEST_INT8 = (
 TOP = 126  # the code of a column's largest value; one below what int8 holds, so that rounding up is safe
 # 127^2 * tokens must stay below 2^31, or the int32 accumulator of one product could overflow.
 MAX_TOKENS_PER_PRODUCT = 2**31 // 127**2 - 1
-# Width of the column stripes of the int8 product; only stripes on and below the diagonal are computed.
+# Width of the stripes in which a product is computed; only what lies on and below the diagonal is.
 STRIPE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Tokens as they are multiplied: float32, or int8 with the scale of every column; [tokens, in], and [in] each."""
+
+    values: Tensor
+    scale: Tensor | None
+    largest: Tensor
+    total: Tensor
 
 
 class Gram:
@@ -69,19 +80,66 @@ class Gram:
         Raises:
             ValueError: if x holds a NaN or an infinity.
         """
-        x = x.reshape(-1, self.features)
-        for part in x.split(MAX_TOKENS_PER_PRODUCT):
+        for rows in self.rows_of(x):
+            self.count_(rows)
+            for stripe in self.stripes:
+                self.add_stripe_(rows, *stripe)
+        self.observe_(x if watched is None else watched)
+
+    # The parts of add_, for what adds in another order of stripes (ranks.py): to each stripe, rows in the same order.
+
+    def rows_of(self, x: Tensor) -> Iterator[Rows]:
+        """The tokens x [..., in] as they are multiplied, at most MAX_TOKENS_PER_PRODUCT at a time.
+
+        Raises:
+            ValueError: if x holds a NaN or an infinity.
+        """
+        for part in x.reshape(-1, self.features).split(MAX_TOKENS_PER_PRODUCT):
             if part.shape[0] == 0:  # a batch that is all padding, an expert that got no token
                 continue
-            self.total += part.sum(dim=0, dtype=torch.float32)
-            if self.precision == "int8" and self.features >= NARROWEST_INT8:
-                self._add_int8_(part)
+            if self._in_int8:
+                values, scale = _to_int8(part)
+                largest = scale * TOP
             else:
-                self._add_float_(part)
-        for observer in self.observers.values():
-            observer.add_(x if watched is None else watched)
-        self.tokens += x.shape[0]
+                values, scale = part.float(), None
+                largest = values.abs().amax(dim=0)
+            _check_finite(largest)
+            yield Rows(values=values, scale=scale, largest=largest, total=part.sum(dim=0, dtype=torch.float32))
+
+    def count_(self, rows: Rows) -> None:
+        """Add all of these rows but their products."""
+        self.tokens += rows.values.shape[0]
+        self.total += rows.total
+        self.largest = torch.maximum(self.largest, rows.largest)
         self._cache.clear()
+
+    def observe_(self, x: Tensor) -> None:
+        for observer in self.observers.values():
+            observer.add_(x)
+
+    @property
+    def stripes(self) -> list[tuple[int, int]]:
+        """The rows of H in stripes; of each, only what lies on and below the diagonal is computed."""
+        return [(start, min(start + STRIPE, self.features)) for start in range(0, self.features, STRIPE)]
+
+    def stripe(self, start: int, stop: int) -> Tensor:
+        """H[start:stop, :stop] as far as it is added up; a view."""
+        return self._sum[start:stop, :stop]
+
+    def add_stripe_(self, rows: Rows, start: int, stop: int) -> None:
+        """H[start:stop, :stop] += X^T X of these rows; in int8 diag(s) (round(X / s)^T round(X / s)) diag(s), s = max|X|/126."""
+        left, right, target = rows.values[:, start:stop], rows.values[:, :stop], self.stripe(start, stop)
+        if rows.scale is None:
+            target.addmm_(left.t(), right)
+        else:
+            product = torch._int_mm(left.t(), right)
+            kernels.add_scaled(
+                product.numpy(), rows.scale[start:stop].numpy(), rows.scale[:stop].numpy(), target.numpy()
+            )
+
+    @property
+    def _in_int8(self) -> bool:
+        return self.precision == "int8" and self.features >= NARROWEST_INT8
 
     def add_drift_(self, reference: Tensor, x: Tensor) -> None:
         """Compare x [..., in], whose tokens were added already, with what the uncompressed network has in its place."""
@@ -90,7 +148,7 @@ class Gram:
         x, reference = x.reshape(-1, self.features), reference.reshape(-1, self.features)
         for here, there in zip(x.split(MAX_TOKENS_PER_PRODUCT), reference.split(MAX_TOKENS_PER_PRODUCT), strict=True):
             difference = there - here
-            if self.precision == "int8" and self.features >= NARROWEST_INT8:
+            if self._in_int8:
                 left, left_scale = _to_int8(difference)
                 right, right_scale = _to_int8(here)
                 product = torch._int_mm(left.t(), right)
@@ -99,36 +157,15 @@ class Gram:
                 self.drift.addmm_(difference.float().t(), here.float())
         self._cache.clear()
 
-    def _add_float_(self, x: Tensor) -> None:
-        x = x.float()
-        largest = x.abs().amax(dim=0)
-        _check_finite(largest)
-        self.largest = torch.maximum(self.largest, largest)
-        self._sum.addmm_(x.t(), x)
-
-    def _add_int8_(self, x: Tensor) -> None:
-        """Lower triangle, by stripes, of diag(s) (round(X / s)^T round(X / s)) diag(s), with s = max|X| / 126."""
-        codes, scale = _to_int8(x)
-        largest = scale * TOP
-        _check_finite(largest)
-        self.largest = torch.maximum(self.largest, largest)
-        for start in range(0, self.features, STRIPE):
-            stop = min(start + STRIPE, self.features)
-            product = torch._int_mm(codes[:, start:stop].t(), codes[:, :stop])
-            kernels.add_scaled(
-                product.numpy(), scale[start:stop].numpy(), scale[:stop].numpy(), self._sum[start:stop, :stop].numpy()
-            )
-
     @property
     def matrix(self) -> Tensor:
         """H, float32 [in, in], symmetric."""
         return self.cached("matrix", self._mirror)
 
     def _mirror(self) -> Tensor:
-        """Fill the upper triangle, which the int8 product leaves out, from the lower one, in place."""
-        if self.precision == "int8" and self.features >= NARROWEST_INT8:
-            self._sum.tril_()
-            self._sum += self._sum.tril(-1).t()
+        """Fill the upper triangle, which the stripes leave out, from the lower one, in place."""
+        self._sum.tril_()
+        self._sum += self._sum.tril(-1).t()
         return self._sum
 
     @property
@@ -201,6 +238,9 @@ class GroupedGram:
             self.parts, *(t.split(self.features, dim=-1) for t in (reference, x)), strict=True
         ):
             part.add_drift_(there, here)
+
+
+Statistic = Gram | GroupedGram
 
 
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

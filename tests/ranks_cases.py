@@ -1,0 +1,81 @@
+"""Runs that test_ranks.py makes twice: here in one process, and as a program under torchrun in several."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tiny
+from compresslab import ranks
+from compresslab.activations.static import Static
+from compresslab.contract import Solver
+from compresslab.plan import make_plan
+from compresslab.quantize.gptq import GPTQ
+from compresslab.quantize.kv_cache import KVCache
+from compresslab.quantize.qep import QEP
+from compresslab.quantize.rtn import RTN
+
+BATCHES, LONG = 5, 24
+
+
+def _batches() -> list[dict[str, Any]]:
+    """Some with padding, and of two lengths."""
+    found = tiny.token_batches(2 * BATCHES, LONG, size=2)
+    found[1]["attention_mask"] = torch.ones_like(found[1]["input_ids"])
+    found[1]["attention_mask"][:, 17:] = 0
+    found[3] = {"input_ids": found[3]["input_ids"][:, :9]}
+    return found
+
+
+def _language_model(kind: str, solver: Solver | None = None, batches: Any = ..., **more: Any) -> tiny.MemorySink:
+    # Wide enough for several stripes, with an outlier channel and biases where the architecture has them.
+    wide = {"hidden_size": 320, "num_attention_heads": 4} if kind != "gpt2" else {}
+    model = tiny.make(kind, **wide)
+    return tiny.solve(model, _batches() if batches is ... else batches, solver=solver, **more)
+
+
+def _static(team: ranks.Ranks) -> tiny.MemorySink:
+    model = tiny.make("llama")
+    layers = make_plan(tiny.models.find(model), ("@outside-blocks",)).layers
+    quantizer = Static(bits=8, calibrator="moving-average")
+    return tiny.solve(
+        model, _batches(), activations=dict.fromkeys(layers, quantizer), cache=KVCache(scales="tensor"), ranks=team
+    )
+
+
+CASES: dict[str, Callable[[ranks.Ranks], tiny.MemorySink]] = {
+    "gptq": lambda team: _language_model("llama", ranks=team),
+    "int8 statistic": lambda team: _language_model("llama", gram_precision="int8", ranks=team),
+    "transposed layers": lambda team: _language_model("gpt2", ranks=team),
+    "the head too": lambda team: _language_model("qwen2", ignore=(), ranks=team),
+    "fewer batches than ranks": lambda team: _language_model("llama", batches=_batches()[:1], ranks=team),
+    "a reference": lambda team: _language_model("llama", QEP(group_size=16), ranks=team),
+    "static ranges": _static,
+    "grouped convolutions": lambda team: tiny.solve(
+        tiny.make_convnet("mobilenet"), tiny.picture_batches(10, size=8), solver=GPTQ(group_size=None), ranks=team
+    ),
+    "no data": lambda team: _language_model("llama", RTN(group_size=16), batches=None, ranks=team),
+}
+
+
+def found(name: str, team: ranks.Ranks) -> dict[str, Any]:
+    """All that a run writes, by name."""
+    sink = CASES[name](team)
+    tensors = {f"{layer}.{leaf}": t for layer, solved in sink.solved.items() for leaf, t in solved.tensors.items()}
+    return {name: tensor.clone() for name, tensor in (tensors | sink.floats).items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    team = ranks.started()
+    results = {name: found(name, team) for name in CASES}
+    if team.leads:
+        torch.save(results, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

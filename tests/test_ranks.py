@@ -1,0 +1,152 @@
+"""Several ranks do what one process does, bit for bit; and where one of them fails, the run ends and can be gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import ranks_cases
+import tiny
+from compresslab import pipeline, ranks
+from compresslab.artifact import Artifact
+from compresslab.errors import CompressLabError
+
+HERE = Path(__file__).parent
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _quick() -> Iterator[None]:
+    with tiny.quick():
+        yield
+
+
+def torchrun(count: int, *command: object) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone",
+            *map(str, command)]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.fixture(scope="module", params=[3])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What so many ranks have written, by case."""
+    out = tmp_path_factory.mktemp("ranks") / "found.pt"
+    done = subprocess.run(
+        torchrun(request.param, HERE / "ranks_cases.py", out),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: dict[str, dict[str, Any]] = torch.load(out)
+    return results
+
+
+@pytest.mark.parametrize("case", ranks_cases.CASES)
+def test_several_ranks_write_the_same_bits_as_one(case: str, together: dict[str, dict[str, Any]]) -> None:
+    alone = ranks_cases.found(case, ranks.ALONE)
+    assert alone
+    assert together[case].keys() == alone.keys()
+    differing = [name for name in alone if not torch.equal(alone[name], together[case][name])]
+    assert not differing
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 5), (3, 5), (4, 3), (7, 64)])
+def test_every_batch_is_walked_once_and_the_shares_are_even(size: int, count: int) -> None:
+    shares = [list(ranks.Ranks(rank, size).share(count)) for rank in range(size)]
+    assert [batch for share in shares for batch in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# -- the whole command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("model") / "llama", num_hidden_layers=12)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+def command(model: Path, text: Path, out: Path, *more: object) -> list[object]:
+    return ["-m", "compresslab.cli", "compress", model, "--recipe", "w4a16-gptq", "--set", "group_size=16", "--data", text,
+            "--out", out, "--no-measure", "--samples", 16, "--sequence-length", 16, *more]  # fmt: skip
+
+
+def compress(model: Path, text: Path, out: Path, **more: Any) -> bytes:
+    """The weights that one process writes, here."""
+    settings = {"group_size": 16, "calibration.samples": 16, "calibration.sequence_length": 16}
+    artifact, _ = pipeline.compress(model, "w4a16-gptq", str(text), out=out, settings=settings, measure=False, **more)
+    return (artifact.folder / WEIGHTS).read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.fresh, "measure", tiny.fake_measure)
+
+
+@pytest.fixture
+def undisturbed(model: Path, text: Path, tmp_path: Path) -> bytes:
+    return compress(model, text, tmp_path / "undisturbed")
+
+
+def test_a_rank_is_killed_and_one_process_goes_on(model: Path, text: Path, tmp_path: Path, undisturbed: bytes) -> None:
+    out, progress = tmp_path / "out", tmp_path / "out.partial" / "progress.json"
+    running = subprocess.Popen(
+        torchrun(2, *command(model, text, out)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while not progress.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    workers = [p for p in psutil.Process(running.pid).children(recursive=True) if "compresslab.cli" in p.cmdline()]
+    follower = next(p for p in workers if p.environ()["RANK"] == "1")
+    follower.send_signal(signal.SIGKILL)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode != 0, said
+    assert not out.exists()
+    assert not [p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert compress(model, text, out) == undisturbed
+
+
+def test_ranks_go_on_with_what_one_process_began(model: Path, text: Path, tmp_path: Path, undisturbed: bytes) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, text, out, progress=pipeline.Progress(step=_raise_at("model.layers.5")))
+    done = subprocess.run(
+        torchrun(2, *command(model, text, out)), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report.html") == 1  # only the leader speaks
+    Artifact(out).verify()
+    assert (out / WEIGHTS).read_bytes() == undisturbed
+
+
+def _raise_at(layer: str) -> Any:
+    def step(what: str) -> None:
+        if what.startswith(layer):
+            raise KeyboardInterrupt
+
+    return step
+
+
+def test_what_trains_is_refused(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "started", lambda: ranks.Ranks(0, 2))
+    with pytest.raises(CompressLabError, match="start it without torchrun"):
+        pipeline.compress(model, "w4a16-autoround", str(text), out=tmp_path / "out")
