@@ -8,6 +8,7 @@ While a run is under way, everything is in `OUT.partial/` beside the output fold
       progress.json     what this run is (recipe, model, data, seed, versions), and every finished unit; replaced atomically
       units/*.safetensors   the packed tensors of each finished unit
       states/*          what the last finished block returned for every calibration batch: the point to go on from
+      waiting-*/        what calibration batches hold while they wait, if memory is short
       artifact/         the finished folder, moved to OUT in one rename at the very end
 
 So OUT is either absent or whole. The same command run again goes on from progress.json; another command refuses to mix.
@@ -29,7 +30,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import filelock
 import torch
@@ -46,7 +47,7 @@ from compresslab.numerics.grid import QuantWeight
 from compresslab.plan import Unit
 from compresslab.report.schema import Report, read_report
 from compresslab.solving import BlockState, Solved
-from compresslab.weights import goes_along, safetensors_layout
+from compresslab.weights import TensorSpec, goes_along, safetensors_layout, write_safetensors
 from compresslab.wheels import file_sha256
 
 # One weight file up to this size, the finished units as shards of a larger model.
@@ -134,6 +135,41 @@ def _names_the_disk(method: Callable[..., Result]) -> Callable[..., Result]:
     return wrapped
 
 
+class _Stored(Sequence[Any]):
+    """What a block returned for every batch, read when it is asked for."""
+
+    def __init__(self, path: Path, spec: dict[str, Any]) -> None:
+        self.path, self.spec = path, spec
+        self.names = frozenset(read_header(path)[1])
+
+    def __len__(self) -> int:
+        return int(self.spec["batches"])
+
+    def __getitem__(self, batch: Any) -> Any:
+        row = tuple(self.tensor(f"{batch}.{j}") for j in range(self.spec["width"]))
+        return row[0] if self.spec["is_tensor"] else row
+
+    def tensor(self, name: str) -> Tensor | None:
+        if name not in self.names:
+            return None
+        with safe_open(self.path, framework="pt") as handle:
+            return cast(Tensor, handle.get_tensor(name)).clone()
+
+
+@dataclass(frozen=True)
+class _Tensors(Sequence[Any]):
+    """Some of its tensors, by place."""
+
+    stored: _Stored
+    chosen: list[str]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.stored.tensor(self.chosen[place])
+
+
 class Writer:
     """The sink of a layer-wise run: units in, artifact out. Use as a context manager; it holds the lock.
 
@@ -166,6 +202,8 @@ class Writer:
             (self.partial / "states").mkdir(exist_ok=True)
             self._lock.acquire(timeout=0)
             atomic_write(self.partial / "owner.json", json.dumps(_this_run()).encode())
+            for left in self.partial.glob("waiting-*"):  # by a run that was killed
+                shutil.rmtree(left)
         except filelock.Timeout:
             raise CompressLabError(
                 f"another run is writing to {self.partial}{self._owner()}: wait for it, or choose another --out"
@@ -273,10 +311,19 @@ class Writer:
         rows = [(output,) if is_tensor else tuple(output) for output in state.outputs]
         if not all(value is None or isinstance(value, Tensor) for row in rows for value in row):
             raise CompressLabError(f"block {unit} returns {type(first).__name__}: its state cannot be stored")
-        named = {f"{i}.{j}": v.contiguous() for i, row in enumerate(rows) for j, v in enumerate(row) if v is not None}
-        named |= {f"reference.{i}": tensor.contiguous() for i, tensor in enumerate(state.references)}
+        named = {f"{i}.{j}": (i, False, v) for i, row in enumerate(rows) for j, v in enumerate(row) if v is not None}
+        named |= {f"reference.{i}": (i, True, tensor) for i, tensor in enumerate(state.references)}
+
+        def get(name: str) -> Tensor:
+            batch, is_reference, tensor = named[name]
+            with state.opened(batch, is_reference):
+                return tensor.cpu().clone()
+
+        specs = {
+            name: TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, (*_, tensor) in named.items()
+        }
         file = f"states/{unit}.safetensors"
-        _save(named, self.partial / file)
+        write_safetensors(self.partial / file, specs, get)
         return {"file": file, "is_tensor": is_tensor, "batches": len(rows), "width": len(rows[0])}
 
     def _drop_older_states(self, unit: str) -> None:
@@ -290,18 +337,9 @@ class Writer:
         """The stored outputs of the last of these units, in the order they were finished."""
         last = [name for name, entry in self._progress["units"].items() if name in units and "state" in entry][-1]
         spec = self._progress["units"][last]["state"]
-        with safe_open(self.partial / spec["file"], framework="pt") as handle:
-            keys = set(handle.keys())
-            rows = [
-                tuple(
-                    handle.get_tensor(f"{i}.{j}").clone() if f"{i}.{j}" in keys else None for j in range(spec["width"])
-                )
-                for i in range(spec["batches"])
-            ]
-            references = [
-                handle.get_tensor(f"reference.{i}").clone() for i in range(spec["batches"]) if f"reference.{i}" in keys
-            ]
-        return BlockState(outputs=[row[0] if spec["is_tensor"] else row for row in rows], references=references)
+        stored = _Stored(self.partial / spec["file"], spec)
+        references = [f"reference.{i}" for i in range(spec["batches"])]
+        return BlockState(outputs=stored, references=_Tensors(stored, [x for x in references if x in stored.names]))
 
     def records(self) -> list[LayerRecord]:
         """The records of all finished layers, in network order."""

@@ -30,6 +30,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,7 @@ from compresslab.solving import (
     read_finite,
     solve_layer,
 )
+from compresslab.spilling import Spill
 
 
 def run(job: Job) -> None:
@@ -154,6 +156,10 @@ class Walk:
     last_gram: Statistic | None = None
     output: Any = None
 
+    @property
+    def name(self) -> str:
+        return f"{self.index}{'-reference' if self.is_reference else ''}"
+
     def stopped_with(self, x: Tensor, way: tuple[Any, ...]) -> bool:
         """Whether the layer where it stopped last reads x, and in this way."""
         return self.last_input is not None and self.last_input() is x and self.last_way == way
@@ -199,6 +205,7 @@ class Forward(ABC):
             for i in ranks.share(len(calibration.batches))
         ]
         self.stops: dict[float, Stop] = {}
+        self.spill = Spill(self.model, calibration.scratch, calibration.waiting_bytes)
         # Where there are several ranks: the layer where they met last, its statistic, and which others read the same tensor.
         self.met: tuple[str, Statistic | None] = ("", None)
         self.siblings: dict[str, list[str]] = {}
@@ -220,12 +227,13 @@ class Forward(ABC):
             if any(unit.name not in self.finished and unit.layers for unit in self.units.values()):
                 self._hook()
                 for walk in self.walks:
-                    walk.waits_at = walk.coroutine.switch(walk.batch)
+                    self._go_on(walk, walk.batch)
                 self._meet()
         finally:
             for walk in self.walks:  # unwind the forwards that need not go on
                 if not walk.coroutine.dead:
                     walk.coroutine.throw()
+            self.spill.close()
         # What lies outside the blocks goes first: a run killed here can still solve the last block from its predecessor.
         for unit in sorted(self.units.values(), key=lambda unit: unit.name != ""):
             if unit.name not in self.finished:
@@ -247,7 +255,13 @@ class Forward(ABC):
             for walk in here:
                 if self.with_references and walk.is_reference and walk.index == 0:
                     give_memory_back()  # what the compressed network's walks have left behind
-                walk.waits_at = walk.coroutine.switch()
+                self._go_on(walk)
+
+    def _go_on(self, walk: Walk, *arguments: Any) -> None:
+        """Have a walk run to its next stop, with what it holds in memory."""
+        self.spill.bring_back(walk.name)
+        walk.waits_at = walk.coroutine.switch(*arguments)
+        self.spill.put_away(walk.name, walk.coroutine, keep=(walk.batch,))
 
     def _waiting(self) -> Iterator[float]:
         return (walk.waits_at.order for walk in self.walks if walk.waits_at is not None)
@@ -257,14 +271,13 @@ class Forward(ABC):
         gram = self.grams.pop(stop.layer, None)
         if gram is None:  # only references came here, by another way through the experts
             return
-        _compare_all(gram, self._twins(stop, here), self.layers[stop.layer][1])
+        self._compare_all(gram, stop, here)
         if self.with_references:  # twice the walks leave twice the gaps; without them it would only cost time
             give_memory_back()
         self._solve([stop.layer], gram)
 
     def _serve_together(self, stop: Stop, here: Sequence[Walk]) -> None:
         """Solve a layer at which walks of any rank wait, and those that are known to read the same tensor."""
-        module = self.layers[stop.layer][1]
         mine = [walk for walk in here if not walk.is_reference]
         first, gram = self.met
         if any(self.ranks.gathered([any(walk.waits_for_same for walk in mine)])):
@@ -274,8 +287,7 @@ class Forward(ABC):
             gram = self._sum_up(stop, mine)
             if gram is None:
                 return
-            pairs = self._twins(stop, here)
-            self.ranks.add_drift_(gram, len(pairs), lambda: _compare_all(gram, pairs, module))
+            self.ranks.add_drift_(gram, len(self._twins(stop, here)), lambda: self._compare_all(gram, stop, here))
             self.met = stop.layer, gram
             known = self.siblings.get(self._place(stop.layer), ())
             layers = [stop.layer, *(x for x in self.units[stop.unit].layers if self._place(x) in known)]
@@ -303,14 +315,15 @@ class Forward(ABC):
         except ValueError as error:
             raise CompressLabError(f"layer {stop.layer}, batches of rank {self.ranks.rank}: {error}") from error
 
-    def _twins(self, stop: Stop, here: Sequence[Walk]) -> list[tuple[Walk, Tensor]]:
-        """The walks here whose references wait here, too, and what those wait with."""
-        found = []
-        for walk in here:
-            twin = walk.reference
-            if twin is not None and twin.waits_at == stop and twin.waits_with is not None:
-                found.append((walk, twin.waits_with))
-        return found
+    def _twins(self, stop: Stop, here: Sequence[Walk]) -> list[tuple[Walk, Walk]]:
+        """The walks here whose references wait here, too."""
+        return [(walk, twin) for walk in here if (twin := walk.reference) is not None and twin.waits_at == stop]
+
+    def _compare_all(self, gram: Statistic, stop: Stop, here: Sequence[Walk]) -> None:
+        for walk, twin in self._twins(stop, here):
+            with self.spill.opened(walk.name), self.spill.opened(twin.name):
+                assert twin.waits_with is not None
+                _compare(gram, walk, twin.waits_with, self.layers[stop.layer][1])
 
     def _is_through(self, unit: Unit) -> bool:
         """Whether the walks need not go further for this unit's sake."""
@@ -417,7 +430,8 @@ class Forward(ABC):
         compressed = self.walks[reference.index]
         if stop.layer != self.units[stop.unit].layers[-1] or compressed.waits_at != stop:
             return False
-        _compare(self.grams[stop.layer], compressed, x, module)
+        with self.spill.opened(compressed.name):
+            _compare(self.grams[stop.layer], compressed, x, module)
         return True
 
     def _before_layer(self, stop: Stop, walk: Walk, module: nn.Module, x: Tensor) -> None:
@@ -509,6 +523,8 @@ class Survey(Forward):
         super().__init__(calibration)
         self.visit = visit
         self.calls = calls
+        if calls:  # what is looked at stays in memory
+            self.spill.allowance_bytes = None
 
     def _hook(self) -> None:
         super()._hook()
@@ -564,6 +580,8 @@ class Compression(Forward):
         finished = [unit.name for unit in job.plan.units if job.sink.is_done(unit.name)]
         super().__init__(job, finished, with_references=job.needs_references, ranks=job.ranks)
         self.job = job
+        if job.refiner is not None:  # it looks at what went into blocks, and came out
+            self.spill.allowance_bytes = None
         self.loudest: dict[str, Tensor] = {}  # attention -> the largest key and value so far [2]
         # For a refiner: what went into the block at hand, by batch, and its layers' Gram matrices.
         self.entered: dict[int, Inputs] = {}
@@ -640,12 +658,21 @@ class Compression(Forward):
         if walks and self.job.refiner is not None and unit.name and unit.layers:
             self._refine(unit, walks, references)
         outputs, references = (self.ranks.gathered(x) for x in ([walk.output for walk in walks], references))
-        state = BlockState(outputs=outputs, references=references) if outputs else None
+        state = BlockState(outputs=outputs, references=references, opened=self._opened(walks)) if outputs else None
         solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
         scales = self._cache_scales(unit)
         if self.ranks.leads:
             self.job.sink.write(unit, solved, float_tensors(self.job, unit) | scales, state)
         self.block_grams.clear()
+
+    def _opened(self, walks: Sequence[Walk]) -> Callable[[int, bool], AbstractContextManager[None]]:
+        """How to read what these walks returned while it may wait on disk."""
+
+        def opened(place: int, is_reference: bool) -> AbstractContextManager[None]:
+            walk = walks[place].reference if is_reference else walks[place]
+            return self.spill.opened(walk.name) if walk else nullcontext()
+
+        return opened if self.ranks.is_alone else lambda place, is_reference: nullcontext()
 
     def _refine(self, unit: Unit, walks: Sequence[Walk], references: Sequence[Tensor]) -> None:
         """Have the job's refiner improve a solved block, and the walks go on with what it returns then."""
@@ -677,11 +704,6 @@ def _parameter(linear: nn.Module) -> nn.Parameter:
 def _with_first(output: Any, hidden: Tensor) -> Any:
     """What a block returned, with another hidden state."""
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-
-def _compare_all(gram: Statistic, pairs: Sequence[tuple[Walk, Tensor]], module: nn.Module) -> None:
-    for walk, reference in pairs:
-        _compare(gram, walk, reference, module)
 
 
 def _compare(gram: Statistic, walk: Walk, reference: Tensor, module: nn.Module) -> None:

@@ -14,10 +14,8 @@ from compresslab.errors import CompressLabError
 from compresslab.plan import Plan
 from compresslab.questions import check_tokens, window_length
 from compresslab.recipe import Recipe
+from compresslab.solving import batch_size
 from compresslab.stages import LayerMethods, Stages, needs_data
-
-BATCH_PICTURES = 2  # patches of more pictures no longer fit the caches, nor what the allocator keeps
-BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +93,6 @@ def _labelled(source: models.Source, stages: Stages, data: Any, seed: int) -> da
         return None
     classes = models.classes_of_texts(source)
     return datasets.labelled_texts(data, source.tokenizer(), longest=window_length(source), classes=classes)
-
-
-def batch_size(sequence_length: int | None) -> int:
-    """Of the calibration batches: windows of text, or pictures where there is no length."""
-    return BATCH_PICTURES if sequence_length is None else max(1, BATCH_TOKENS // sequence_length)
 
 
 def _calibration(

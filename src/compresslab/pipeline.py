@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from compresslab.damage import FISHER_TOKENS, SENSITIVITIES, best_sensitivity, t
 from compresslab.deploy import kv_cache
 from compresslab.deploy.layouts import Layout, read_weights
 from compresslab.errors import CompressLabError
-from compresslab.learning import Material, batch_size
+from compresslab.learning import Material
 from compresslab.measure import environment, fresh, gpu, size
 from compresslab.numerics.gram import best_precision
 from compresslab.plan import Plan
@@ -47,6 +48,7 @@ from compresslab.rotating import said_of
 from compresslab.smoothing import smoothed
 from compresslab.stages import LayerMethods, Stages, planned, stages_of
 from compresslab.training import Record
+from compresslab.weights import parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ def compress(
     sensitivity: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    memory: str | None = None,
     force: bool = False,
     measure: bool = True,
     evaluation_windows: int = 24,
@@ -86,6 +89,8 @@ def compress(
         budget: "3.5bits" per weight, "80MB" of weight files or "20ms" per decoded token: choose the bits of every layer to
             stay within it.
         sensitivity: what to choose them by, a row of damage.SENSITIVITIES; None for the best that the model has.
+        memory: "4GB": what the solving may have in memory. Calibration batches wait on disk for each other as far as they must
+            for that; the bits are the same.
         measure: measure size, speed and quality before and after; otherwise only size and parity.
 
     Returns:
@@ -110,26 +115,27 @@ def compress(
         needs = material.needs(source, plan, methods, chosen, where, stages, stages.surveys + (wanted is not None))
         if wanted is not None:
             needs = _with_budget(needs, source, plan, material.calibration is not None, sensitivity, where)
-        preflight.check(needs, out)
+        room = _room(needs, memory, out, chosen, can_spill=stages.can_spill and wanted is None and team.is_alone)
+        passing = partial(_pass, material, where, room)
 
     source, removal, (plan, methods, layout) = _taken_out(
-        _pass(source, plan, material, where), stages, chosen, (plan, methods, layout), progress, clock
+        passing(source, plan), stages, chosen, (plan, methods, layout), progress, clock
     )
     eligible = plan.layers
     if wanted is not None:
         with clock("share out"):
             progress.stage("survey", len(eligible))
             chosen, search = mixed.share_out(
-                _pass(source, plan, material, where), chosen, methods.solvers, wanted, sensitivity=sensitivity,
+                passing(source, plan), chosen, methods.solvers, wanted, sensitivity=sensitivity,
                 smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
             )  # fmt: skip
             plan, methods, layout = planned(source, chosen)
 
     if not team.leads:
-        return _followed(team, _pass(source, plan, material, where), stages, methods, layout, progress)
+        return _followed(team, passing(source, plan), stages, methods, layout, progress)
     key = _key(source, chosen, material, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
-        job = _job(_pass(source, plan, material, where), stages, methods, layout, writer, progress)
+        job = _job(passing(source, plan), stages, methods, layout, writer, progress)
         job = _prepared(job, stages, methods, progress, clock)
         job, training = _learned(job, stages, chosen, layout, material, writer, seed, progress, clock)
         with clock("calibrate and solve"):
@@ -201,6 +207,7 @@ def plan_only(
     budget: str | None = None,
     sensitivity: str | None = None,
     device: str = "auto",
+    memory: str | None = None,
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
     chosen = _chosen(recipe, settings)
@@ -210,7 +217,7 @@ def plan_only(
     plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length
     tokens = (chosen.calibration.samples if stages.needs_data else 0, length)
-    batches = tokens[0] / (batch_size(length) if tokens[0] else 1)
+    batches = tokens[0] / (solving.batch_size(length) if tokens[0] else 1)
     estimate = preflight.estimate(
         source, plan, methods.solvers, *tokens, pick_device(device), stages.surveys + has_budget,
         stages.reruns(math.ceil(batches)),
@@ -221,6 +228,8 @@ def plan_only(
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
         foretell = preflight.with_training if stages.trains else preflight.with_tuning
         estimate = foretell(estimate, source, seen, pick_device(device))
+    if memory is not None and stages.can_spill and not has_budget:
+        estimate, _ = preflight.within(estimate, parse_bytes(memory))
     return plan, estimate, chosen
 
 
@@ -380,10 +389,36 @@ def _compute_dtype(source: models.Source, device: torch.device) -> torch.dtype:
     return torch.float32 if source.reads_images else solving.best_compute_dtype(device)
 
 
-def _pass(source: models.Source, plan: Plan, material: Material, device: torch.device) -> solving.Pass:
+def _room(
+    needs: preflight.Estimate, memory: str | None, out: Path, recipe: Recipe, *, can_spill: bool
+) -> tuple[int | None, Path]:
+    """How much of what walks hold may wait in memory, None for all of it; and where the rest goes.
+
+    Raises:
+        CompressLabError: if the run does not fit this machine, or the memory it may have.
+    """
+    allowance = None
+    if memory is not None:
+        ceiling = parse_bytes(memory)
+        if can_spill:
+            needs, allowance = preflight.within(needs, ceiling)
+        elif needs.memory_bytes > ceiling:
+            raise CompressLabError(
+                f"needs about {needs.memory_bytes / 1e9:.1f} GB of memory, and recipe '{recipe.name}' cannot do with less here: "
+                f"raise --memory {memory}, or take fewer calibration tokens (--samples, --sequence-length)"
+            )
+    preflight.check(needs, out)
+    return allowance, out.parent / f"{out.name}.partial" / f"waiting-{os.getpid()}"
+
+
+def _pass(
+    material: Material, device: torch.device, room: tuple[int | None, Path], source: models.Source, plan: Plan
+) -> solving.Pass:
     return solving.Pass(
         source=source,
         plan=plan,
+        waiting_bytes=room[0],
+        scratch=room[1],
         batches=material.batches,
         device=device,
         compute_dtype=_compute_dtype(source, device),

@@ -6,6 +6,7 @@ consists of: the forward over the calibration tokens, the Gram matrices, the sol
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -27,7 +28,7 @@ from compresslab.models import Source, channels_last, is_transposed, matrix_shap
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
 from compresslab.pruning import Unrounded
-from compresslab.solving import best_compute_dtype, want_references
+from compresslab.solving import batch_size, best_compute_dtype, want_references
 from compresslab.weights import MemoryWeights
 
 # Python, torch, transformers and numba loaded, with nothing done yet; measured.
@@ -46,6 +47,10 @@ class Estimate:
         disk_bytes: what the partial folder holds at most.
         seconds: wall time without measuring before and after.
         artifact_bytes: the weight files in the end.
+        parts: seconds by what they go to.
+        waiting_bytes: of memory_bytes, what walks hold while they wait for each other, which may lie on disk instead.
+        walk_bytes: what one of them holds.
+        waits: how often each walk waits.
     """
 
     memory_bytes: int
@@ -53,6 +58,9 @@ class Estimate:
     seconds: float
     artifact_bytes: int
     parts: dict[str, float]
+    waiting_bytes: int = 0
+    walk_bytes: int = 0
+    waits: int = 0
 
 
 def estimate(
@@ -84,7 +92,7 @@ def estimate(
     if isinstance(source.weights, MemoryWeights):  # given as an object, or a checkpoint that had to be opened whole
         outside_bytes += all_bytes
     parts = {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND}
-    memory, states = PROGRAM_BYTES + block_bytes + outside_bytes, 0
+    memory, states, waiting, batches = PROGRAM_BYTES + block_bytes + outside_bytes, 0, 0, 1
     if samples:
         compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
         walks = 2 if want_references(solvers) else 1  # of each batch, at the same time
@@ -92,14 +100,16 @@ def estimate(
         if sequence_length is None:
             rows_of = pixels(source, plan)
             states = 4 * samples * max(rows_of[name] * shapes[name][0] for name in shapes)
-            memory += walks * (4 * states + 4 * 4 * widest**2)
+            waiting, batches = walks * 4 * states, math.ceil(samples / batch_size(None))
             parts |= _work(shapes, {name: samples * rows_of[name] for name in shapes}, device)
         else:
             tokens, hidden = samples * sequence_length, _hidden_size(source, shapes)
             states = tokens * hidden * compute
-            memory += walks * (4 * states + tokens * widest * compute + 4 * 4 * widest**2)
+            waiting = walks * (4 * states + tokens * widest * compute)
+            batches = math.ceil(samples / batch_size(sequence_length))
             attention = len(shapes) / 7 * 2 * 2 * tokens * sequence_length * hidden * 0.6
             parts |= _work(shapes, dict.fromkeys(shapes, tokens), device, attention)
+        memory += waiting + walks * 4 * 4 * widest**2
         parts["forward"] *= walks + surveys + reruns
         parts["gram"] *= 2 * walks - 1 + surveys  # the drift of a reference is not symmetric: twice a Gram matrix
         parts["solve"] += sum(r * c for r, c in shapes.values()) / WEIGHTS_PER_SECOND
@@ -113,7 +123,38 @@ def estimate(
         seconds=sum(parts.values()),
         artifact_bytes=int(artifact),
         parts=parts,
+        waiting_bytes=int(waiting),
+        walk_bytes=int(waiting / batches),
+        waits=(1 + surveys) * (_inputs(shapes) + len(plan.units)),
     )
+
+
+def within(found: Estimate, ceiling_bytes: int) -> tuple[Estimate, int]:
+    """The estimate of a run whose walks wait on disk as far as they must for a ceiling of memory; and how many bytes of them may
+    wait in memory.
+
+    Raises:
+        CompressLabError: if the ceiling is too low for one walk through one block, naming the least that works.
+    """
+    least = found.memory_bytes - found.waiting_bytes + found.walk_bytes
+    if least > ceiling_bytes:
+        raise CompressLabError(
+            f"{ceiling_bytes / 1e9:.2f} GB of memory are too few: one block and what its solving takes need about "
+            f"{least / 1e9:.2f} GB, the least that works"
+        )
+    allowance = ceiling_bytes - least
+    on_disk = max(0, found.waiting_bytes - allowance)
+    if not on_disk:
+        return found, allowance
+    moving = 2 * on_disk * found.waits / BYTES_PER_SECOND
+    changed = replace(
+        found,
+        memory_bytes=ceiling_bytes,
+        disk_bytes=found.disk_bytes + on_disk,
+        seconds=found.seconds + moving,
+        parts=found.parts | {"wait on disk": moving},
+    )
+    return changed, allowance
 
 
 def _memory_without_data(
@@ -273,6 +314,12 @@ def _work(
     }
 
 
+def _inputs(shapes: dict[str, tuple[int, int]]) -> int:
+    """How many tensors linear layers read: those that follow each other, of one width and parent, read one."""
+    names, widths = list(shapes), [columns for _, columns in shapes.values()]
+    return sum(i == 0 or widths[i] != widths[i - 1] or shapes_differ(names, i) for i in range(len(names)))
+
+
 def shapes_differ(names: list[str], i: int) -> bool:
     """Whether layer i has another parent than the one before it, so that it reads another input."""
     return names[i].rpartition(".")[0] != names[i - 1].rpartition(".")[0]
@@ -309,7 +356,7 @@ def check(found: Estimate, out: Path) -> None:
     if memory > free_memory:
         raise CompressLabError(
             f"needs about {memory / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free: "
-            "take fewer calibration tokens (--samples, --sequence-length) or close other programs"
+            f"{_advice(found, free_memory)}"
         )
     parent = next(folder for folder in (out, *out.parents) if folder.exists())
     free_disk = shutil.disk_usage(parent).free
@@ -318,3 +365,10 @@ def check(found: Estimate, out: Path) -> None:
             f"needs about {found.disk_bytes / 1e9:.1f} GB of disk in {parent}, {free_disk / 1e9:.1f} GB are free: "
             "make room or choose another --out"
         )
+
+
+def _advice(found: Estimate, free_bytes: int) -> str:
+    least = found.memory_bytes - found.waiting_bytes + found.walk_bytes
+    if least < free_bytes:
+        return f"--memory {least / 1e9 + 0.05:.1f}GB is the least that works, with walks that wait on disk"
+    return "take fewer calibration tokens (--samples, --sequence-length) or close other programs"

@@ -250,7 +250,10 @@ class SharedSink:
             self.sink.write(unit, solved, floats, state)
 
     def last_state(self, units: Sequence[str]) -> BlockState:
-        return self.ranks.told(None if self.sink is None else self.sink.last_state(units))  # type: ignore[return-value]
+        found = None if self.sink is None else self.sink.last_state(units)
+        if self.ranks.is_alone or found is None:
+            return self.ranks.told(found)  # type: ignore[return-value]
+        return self.ranks.told(type(found)(outputs=list(found.outputs), references=list(found.references)))
 
 
 ALONE = Ranks()

@@ -7,7 +7,9 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +40,8 @@ from compresslab.numerics.linalg import quadratic_error
 from compresslab.plan import Plan, Unit
 from compresslab.ranks import ALONE, Ranks
 
+BATCH_PICTURES = 2  # patches of more pictures no longer fit the caches, nor what the allocator keeps
+BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the caches, large enough for the matrix units
 CACHE_SCALES = ("k_scale", "v_scale")  # the names under which runtimes look for the static scales of an attention
 
 
@@ -59,10 +63,12 @@ class BlockState:
     Attributes:
         outputs: of the compressed block, for every batch.
         references: what the uncompressed network's block returned (its first tensor), where a method compares with it.
+        opened: has the output (False) or the reference (True) of a batch in memory for a while, if it waits on disk.
     """
 
-    outputs: list[Any]
-    references: list[Tensor] = field(default_factory=list)
+    outputs: Sequence[Any]
+    references: Sequence[Tensor] = ()
+    opened: Callable[[int, bool], AbstractContextManager[None]] = lambda index, is_reference: nullcontext()
 
 
 class Sink(Protocol):
@@ -89,6 +95,8 @@ class Pass:
 
     Attributes:
         compute_dtype: dtype of the forward.
+        waiting_bytes: how much of what walks hold while they wait may be in memory at a time; None for all of it.
+        scratch: a folder for the rest.
     """
 
     source: Source
@@ -97,6 +105,8 @@ class Pass:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     compute_dtype: torch.dtype = torch.float32
     gram_precision: Precision = "float32"
+    waiting_bytes: int | None = None
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +143,11 @@ class Job(Pass):
     def needs_references(self) -> bool:
         """Whether each batch also walks through the uncompressed network, for a method to compare with."""
         return self.refiner is not None or want_references(self.solvers)
+
+
+def batch_size(sequence_length: int | None) -> int:
+    """Of the calibration batches: windows of text, or pictures where there is no length."""
+    return BATCH_PICTURES if sequence_length is None else max(1, BATCH_TOKENS // sequence_length)
 
 
 def want_references(solvers: Mapping[str, Solver]) -> bool:

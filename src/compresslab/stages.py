@@ -104,6 +104,11 @@ class Stages:
         return sum(method.reruns(batches) for method in methods if isinstance(method, Rerunning))
 
     @property
+    def can_spill(self) -> bool:
+        """Whether walks may wait on disk: not where something looks into many of them at a time, or trains."""
+        return not (self.trains or self.tuner or self.refiner or self.reruns(1))
+
+    @property
     def rounds(self) -> bool:
         return not isinstance(self.solver, Unrounded)
 

@@ -51,6 +51,12 @@ def compress(
     windows: Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")] = 24,
     seed: Seed = 0,
     device: Device = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4GB", help="What solving may have in memory; calibration waits on disk as far as it must."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
     measure: Annotated[bool, typer.Option(help="Measure quality and speed before and after.")] = True,
     dry_run: Annotated[
@@ -74,7 +80,7 @@ def compress(
     if dry_run:
         wanted = None if budget is None else budgets.parse_budget(budget)
         plan, estimate, chosen = pipeline.plan_only(
-            model, recipe, settings=settings, budget=budget, sensitivity=sensitivity, device=device
+            model, recipe, settings=settings, budget=budget, sensitivity=sensitivity, device=device, memory=memory
         )
         _show_plan(plan, estimate, chosen, wanted, as_json)
         pipeline.preflight.check(estimate, out)
@@ -84,7 +90,7 @@ def compress(
     with _bars(silent=quiet or as_json) as progress:
         artifact, report = pipeline.compress(
             model, recipe, data, out=out, settings=settings, budget=budget, sensitivity=sensitivity, seed=seed, device=device,
-            force=force, measure=measure, evaluation_windows=windows, progress=progress,
+            memory=memory, force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     if as_json:
         print(report.model_dump_json(indent=1))  # noqa: T201
