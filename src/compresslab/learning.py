@@ -31,7 +31,7 @@ class Material:
     def of(cls, source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int) -> Material:
         """CompressLabError where a method needs data and there is none that it can use."""
         labelled = _labelled(source, stages, data, seed)
-        reads_text = labelled is None or bool(stages.smoothers)
+        reads_text = labelled is None or bool(stages.smoothers) or (stages.solving_needs_data and not stages.trains)
         return cls(
             calibration=_calibration(source, stages, recipe, data, seed) if reads_text else None, labelled=labelled
         )
@@ -49,7 +49,8 @@ class Material:
         """What is trained on: labelled examples, or else every window of text, towards its own next tokens."""
         if self.labelled is not None:
             return self.labelled.train
-        rows = [row for batch in self.calibration.batches for row in batch["input_ids"]] if self.calibration else []
+        batches = self.calibration.batches if self.calibration else []
+        rows = [row for batch in batches for row in batch.get("input_ids", ())]
         return [{"input_ids": row, "labels": row} for row in rows]
 
     def fields(self, training: dict[str, Any]) -> dict[str, Any] | None:
@@ -73,10 +74,15 @@ class Material:
     ) -> preflight.Estimate:
         """What a run on it takes."""
         trains_codes = any(isinstance(solver, aware.Untrained) for solver in methods.solvers.values())
-        text = self.calibration if surveys or not trains_codes else None  # such a training takes no Gram matrix
+        # A training of codes takes no Gram matrix, nor do scores of all weights.
+        text = self.calibration if surveys or (stages.solving_needs_data and not trains_codes) else None
         tokens = (text.samples, text.sequence_length) if text else (0, None)
         reruns = stages.reruns(len(text.batches)) if text else 0.0
         needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys, reruns)
+        if stages.scorer is not None:
+            examples = self.examples if stages.scorer.needs_data else []
+            tokens = sum(len(example.get("input_ids", ())) for example in examples)
+            needs = preflight.with_scores(needs, source, stages.scorer, len(examples), tokens, device)
         if recipe.training is None:
             return needs
         examples = self.examples
@@ -87,7 +93,8 @@ class Material:
 
 def _labelled(source: models.Source, stages: Stages, data: Any, seed: int) -> datasets.Labelled | None:
     """What a classifier is trained on and measured with; None for a language model that predicts its own text."""
-    if not stages.trains or data is None or isinstance(data, datasets.Calibration):
+    learns = stages.trains or (stages.scorer is not None and stages.scorer.needs_data)
+    if not learns or data is None or isinstance(data, datasets.Calibration):
         return None
     if not isinstance(data, str):
         return datasets.labelled_examples(data, seed)

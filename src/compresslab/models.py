@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from compresslab import architectures, zoo
 from compresslab.edits import Edit, apply_
 from compresslab.errors import CompressLabError
-from compresslab.numerics.attention import causal_attention
+from compresslab.numerics.attention import causal_attention, proportional_attention
 from compresslab.weights import FolderWeights, MemoryWeights, Weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,3 +602,17 @@ def _calibration_attention(
 
 ALL_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, _calibration_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, sdpa_mask)
+
+
+PROPORTIONAL_ATTENTION = "compresslab_proportional"
+
+
+def _proportional_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over numerics.proportional_attention."""
+    return proportional_attention(query, key, value), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PROPORTIONAL_ATTENTION, _proportional_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PROPORTIONAL_ATTENTION, sdpa_mask)

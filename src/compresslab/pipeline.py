@@ -1,7 +1,7 @@
 """compress(): the whole data flow on one page.
 
     read -> (rewrite, rotate) -> plan and preflight -> (take out units) -> (share out a budget) -> smooth -> (train)
-         -> (share out zeros) -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process
+         -> (share out zeros, or score all weights) -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process
          -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
@@ -43,6 +43,7 @@ from compresslab.removing import removed
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
 from compresslab.rotating import said_of
+from compresslab.scoring import scored
 from compresslab.smoothing import smoothed
 from compresslab.stages import LayerMethods, Stages, planned, stages_of
 from compresslab.training import Record
@@ -128,7 +129,7 @@ def compress(
     key = _key(source, chosen, material, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(_pass(source, plan, material, where), stages, methods, layout, writer, progress)
-        job = _prepared(job, stages, methods, progress, clock)
+        job = _prepared(job, stages, methods, material, seed, progress, clock)
         job, training = _learned(job, stages, chosen, layout, material, writer, seed, progress, clock)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
@@ -187,12 +188,17 @@ def plan_only(
     source = stages.transformed(models.find(model))
     plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length
-    tokens = (chosen.calibration.samples if stages.needs_data else 0, length)
+    tokens = (chosen.calibration.samples if stages.passes_need_data else 0, length)
     batches = tokens[0] / (batch_size(length) if tokens[0] else 1)
     estimate = preflight.estimate(
         source, plan, methods.solvers, *tokens, pick_device(device), stages.surveys + has_budget,
         stages.reruns(math.ceil(batches)),
     )  # fmt: skip
+    if stages.scorer is not None:
+        samples = chosen.calibration.samples if stages.scorer.needs_data else 0
+        estimate = preflight.with_scores(
+            estimate, source, stages.scorer, samples, samples * (length or 0), pick_device(device)
+        )
     if has_budget:
         estimate = _with_budget(estimate, source, plan, tokens[0] > 0, sensitivity, pick_device(device))
     if chosen.training is not None:
@@ -258,8 +264,10 @@ def _taken_out(
     return source, told, planned(source, recipe)
 
 
-def _prepared(job: solving.Job, stages: Stages, methods: LayerMethods, progress: Progress, clock: Clock) -> solving.Job:
-    """The job with its network smoothed, and with the sparsity of every layer found, where the recipe asks for that."""
+def _prepared(
+    job: solving.Job, stages: Stages, methods: LayerMethods, material: Material, seed: int, progress: Progress, clock: Clock
+) -> solving.Job:
+    """The job with its network smoothed, and with the sparsity or the mask of every layer found, where the recipe asks for that."""
     if stages.smoothers:
         with clock("smooth"):
             progress.stage("smooth", 1)
@@ -271,6 +279,14 @@ def _prepared(job: solving.Job, stages: Stages, methods: LayerMethods, progress:
             progress.stage("zeros", 1)
             job = dataclasses.replace(job, pruners=allocated(job, job.pruners, stages.allocation))
             progress.step("the sparsity of layers")
+    if stages.scorer is not None:
+        with clock("score weights"):
+            progress.stage("score", stages.scorer.rounds)
+            examples = material.examples if stages.scorer.needs_data else []
+            pruners = scored(
+                job, job.pruners, stages.scorer, examples, seed, on_round=lambda: progress.step("a round of scores")
+            )
+            job = dataclasses.replace(job, pruners=pruners)
     return job
 
 

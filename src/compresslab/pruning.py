@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import layerwise
-from compresslab.contract import Along, FloatWeight, Paper, Pruner, Solution, SparsityAllocation
+from compresslab.contract import (
+    Along,
+    FloatWeight,
+    NetworkPruner,
+    Paper,
+    Pruned,
+    Pruner,
+    Solution,
+    SparsityAllocation,
+)
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, groups_of, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram
@@ -44,17 +53,46 @@ class Unrounded:
         return Solution(weight=FloatWeight(values=weight.to(scale_dtype)))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Marked:
+    """The pruner of a layer whose mask was found with the whole network in view (scoring.py).
+
+    Attributes:
+        kept, weight: bool and float32 [out, in], the mask and what it leaves; None until they are found.
+    """
+
+    paper: ClassVar[Paper] = Unrounded.paper
+    needs_data: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    pattern: ClassVar[None] = None
+
+    sparsity: float
+    kept: Tensor | None = None
+    weight: Tensor | None = None
+
+    def check(self, rows: int, columns: int) -> None:
+        """What can be known before the scores are, NetworkPruner.check has seen."""
+
+    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
+        assert self.weight is not None, "the scores come first"
+        return Pruned(weight=self.weight.to(weight.device))
+
+
 def pruners_of(source: Source, plan: Plan, step: Step) -> dict[str, Pruner]:
     """The pruner of every planned layer but those that the step leaves alone.
 
     Raises:
         CompressLabError: a layer whose shape cannot be pruned so; before any work.
     """
-    skeleton, found = source.skeleton(), {}
+    skeleton = source.skeleton()
+    found: dict[str, Pruner] = {}
     for layer in plan.layers:
         if isinstance(differing_settings(step.layers, layer), str):
             continue
         pruner = step.build(layer)
+        if isinstance(pruner, NetworkPruner):
+            found[layer] = _unscored(layer, pruner, step, skeleton.get_submodule(layer))
+            continue
         assert isinstance(pruner, Pruner)
         _checked(layer, pruner, *_shape(skeleton.get_submodule(layer)))
         found[layer] = pruner
@@ -63,7 +101,18 @@ def pruners_of(source: Source, plan: Plan, step: Step) -> dict[str, Pruner]:
     return found
 
 
-def _checked(layer: str, pruner: Pruner, rows: int, columns: int) -> None:
+def _unscored(layer: str, pruner: NetworkPruner, step: Step, module: nn.Module) -> Marked:
+    """What stands for a layer's pruner until the whole network is scored."""
+    if pruner != step.build():
+        raise CompressLabError(
+            f"{step.method} scores all layers together, so the step's 'layers' cannot give {layer} settings of its own: "
+            "leave layers alone with 'float'"
+        )
+    _checked(layer, pruner, *matrix_shape(module))
+    return Marked(sparsity=pruner.sparsity)
+
+
+def _checked(layer: str, pruner: Pruner | NetworkPruner, rows: int, columns: int) -> None:
     try:
         pruner.check(rows, columns)
     except ValueError as error:

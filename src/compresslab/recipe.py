@@ -45,6 +45,7 @@ from compresslab.contract import (
     AwareTraining,
     BlockRemover,
     Method,
+    NetworkPruner,
     Pruner,
     Rounding,
     Tuner,
@@ -79,7 +80,7 @@ class Step(BaseModel):
         settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
         method = methods.build(raw["method"], settings)
         filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
-        if isinstance(method, Rounding | ActivationQuantizer | Pruner):
+        if isinstance(method, Rounding | ActivationQuantizer | Pruner | NetworkPruner):
             return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
         if "layers" in raw:
             raise CompressLabError(
@@ -197,7 +198,7 @@ class Recipe(Strict):
     @property
     def pruning(self) -> Step | None:
         """The step that sets weights to zero, if there is one."""
-        return next((step for step in self.steps if isinstance(step.build(), Pruner)), None)
+        return next((step for step in self.steps if isinstance(step.build(), Pruner | NetworkPruner)), None)
 
     @property
     def removing(self) -> tuple[Step, ...]:

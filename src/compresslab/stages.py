@@ -16,6 +16,7 @@ from compresslab.contract import (
     Equalizer,
     Folder,
     Method,
+    NetworkPruner,
     Pruner,
     Refiner,
     Rerunning,
@@ -45,7 +46,7 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
     (ActivationQuantizer, 1, "at most one for activations (such as dynamic)"),
     (CacheRounding, 1, "at most one for keys and values (kv-cache)"),
     (SparsityAllocation, 1, "at most one that says how sparse each layer shall be (owl)"),
-    (Pruner, 1, "at most one that prunes (such as wanda)"),
+    (Pruner | NetworkPruner, 1, "at most one that prunes (such as wanda, or snip, which looks at the whole network)"),
     (Solver, 1, "the one that rounds"),
     (Refiner, 1, "at most one that refines blocks (such as autoround)"),
     (Corrector, math.inf, "any that correct (such as bias-correction)"),
@@ -54,7 +55,7 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
 
 
 # What may stand in a recipe that prunes and does not round.
-_WITHOUT_ROUNDING = (UnitRemover, BlockRemover, SparsityAllocation, Pruner, Corrector)
+_WITHOUT_ROUNDING = (UnitRemover, BlockRemover, SparsityAllocation, Pruner, NetworkPruner, Corrector)
 # Of these the kinds that are fitted to a network whose scales will not change.
 NOT_TUNED = tuple(place for place, (kind, *_) in enumerate(_KINDS) if kind in (ActivationQuantizer, Corrector))
 
@@ -72,6 +73,7 @@ class Stages:
     cache: CacheRounding | None
     allocation: SparsityAllocation | None
     pruner: Pruner | None
+    scorer: NetworkPruner | None
     solver: Solver
     refiner: Refiner | None
     correctors: tuple[Corrector, ...]
@@ -83,11 +85,16 @@ class Stages:
 
     @property
     def needs_data(self) -> bool:
+        return self.passes_need_data or (self.scorer is not None and self.scorer.needs_data)
+
+    @property
+    def passes_need_data(self) -> bool:
+        """Whether anything walks through the network block by block on calibration data."""
         return self.solving_needs_data or any(needs_data(method) for method in self.removers)
 
     @property
     def solving_needs_data(self) -> bool:
-        """Whether what comes after the removal needs data."""
+        """Whether what comes after the removal and the scores needs data."""
         pruning = (self.allocation, self.pruner)
         rounding = (self.activations, self.cache, self.solver, self.refiner, *self.correctors, self.tuner)
         return bool(self.smoothers) or any(needs_data(method) for method in (*pruning, *rounding) if method is not None)
@@ -148,6 +155,7 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
         _check_tuning([name for (name, _), kind in zip(built, kinds, strict=True) if kind in NOT_TUNED], solver, caches)
     if solvers:
         check_formats(solver, activations)
+    scorers = [method for method in pruners if isinstance(method, NetworkPruner)]
     allocations += [pruner for pruner in pruners if getattr(pruner, "allocates", False)]
     if isinstance(solver, Smoother):
         smoothers.append(solver)
@@ -155,8 +163,8 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     return Stages(
         name=name, rewriters=tuple(rewriters), rotations=tuple(rotations), removers=tuple(removers), smoothers=tuple(smoothers),
         activations=activations, cache=caches[0] if caches else None, solver=solver,
-        allocation=allocations[0] if allocations else None, pruner=pruners[0] if pruners else None,
-        refiner=refiners[0] if refiners else None, correctors=tuple(correctors),
+        allocation=allocations[0] if allocations else None, pruner=pruners[0] if pruners and not scorers else None,
+        scorer=scorers[0] if scorers else None, refiner=refiners[0] if refiners else None, correctors=tuple(correctors),
         tuner=tuners[0] if tuners else None,
     )  # fmt: skip
 
@@ -171,7 +179,9 @@ def _check_pruning(recipe: Recipe, methods: list[Any], has_budget: bool) -> None
         raise CompressLabError(
             "owl says how sparse each layer shall be: add a step that prunes, such as wanda, after it"
         )
-    allocating = [named[id(method)] for method in methods if getattr(method, "allocates", False)]
+    allocating = [
+        named[id(m)] for m in methods if getattr(m, "allocates", False) or isinstance(m, NetworkPruner)
+    ]
     if len(allocating) > 1:
         raise CompressLabError(f"{' and '.join(allocating)} both say how sparse each layer shall be: leave one out")
     if has_budget:

@@ -12,6 +12,8 @@ is that of Mishra et al., arXiv 2104.08378. Oracle: tests/oracles/pruning.py, Py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numba
 import numpy as np
 import torch
@@ -150,3 +152,33 @@ def keep_n_of_m(weight: Tensor, scale: Tensor, n: int, m: int) -> Tensor:
     kept = torch.empty(weight.shape, dtype=torch.bool)
     keep_largest_of_neighbours(weight.numpy(), scale.contiguous().numpy(), n, m, kept.numpy())
     return kept
+
+
+def drop_lowest(scores: Sequence[Tensor], drop: int) -> list[Tensor]:
+    """bool, of the shapes of these scores (float32 of either sign, no NaN): False for the `drop` lowest of them all together.
+
+    Among equals the first ones go, as everywhere here.
+    """
+    if drop <= 0:
+        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    patterns = [_in_order(score) for score in scores]
+    upper = [(pattern >> HALF) + BINS // 2 for pattern in patterns]
+    counts = [torch.bincount(half.view(-1), minlength=BINS) for half in upper]
+    high, before = place_in(torch.stack(counts).sum(0), drop)
+    lower = [pattern[half == high] & (BINS - 1) for pattern, half in zip(patterns, upper, strict=True)]
+    low, within = place_in(torch.stack([torch.bincount(half, minlength=BINS) for half in lower]).sum(0), drop - before)
+    threshold = (high - BINS // 2) << HALF | low
+    equals_left, found = drop - before - within, []
+    for pattern in patterns:
+        kept = pattern >= threshold
+        equals = (pattern.view(-1) == threshold).nonzero()[:equals_left, 0]
+        kept.view(-1)[equals] = False
+        equals_left -= len(equals)
+        found.append(kept)
+    return found
+
+
+def _in_order(score: Tensor) -> Tensor:
+    """int32 patterns that order like the numbers, negative ones too; -0 is 0."""
+    bits = (score.cpu().float() + 0.0).contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
