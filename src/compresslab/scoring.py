@@ -45,6 +45,7 @@ class WholeNetwork:
         dtype: of the forward.
         attention: transformers' name of it; None for its own choice.
         in_training: have batch norms use the statistics of the batch, as a network that was never trained needs.
+        opened: what is in memory already; networks that differ in their weights alone share it.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class WholeNetwork:
     dtype: torch.dtype = torch.float32
     attention: str | None = None
     in_training: bool = False
+    opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def losses(self, size: int | None = None, *, temperature: float = 1.0) -> Iterator[tuple[float, Loss]]:
         for share, batch in self._batches(size):
@@ -102,20 +104,26 @@ class WholeNetwork:
     def _reads_itself(self) -> bool:
         return is_language_model(self.source.skeleton())
 
-    @cached_property
+    @property
     def _model(self) -> nn.Module:
-        model = whole_model(self.source, self.device, self.dtype, attention=self.attention)
-        if self.in_training:
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.train().momentum = 0.0  # the statistics of the batch are used, and not remembered
-        return model
+        if "model" not in self.opened:
+            model = whole_model(self.source, self.device, self.dtype, attention=self.attention)
+            if self.in_training:
+                for module in model.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.train().momentum = 0.0  # the statistics of the batch are used, and not remembered
+            self.opened["model"] = model
+        found: nn.Module = self.opened["model"]
+        return found
 
-    @cached_property
+    @property
     def _positive(self) -> tuple[nn.Module, dict[str, Tensor]]:
-        model = whole_model(self.source, self.device, torch.float64, attention=PROPORTIONAL_ATTENTION)
-        make_positive_(model)
-        return model, ones_for(self.source, model, torch.float64, self.device)
+        if "positive" not in self.opened:
+            model = whole_model(self.source, self.device, torch.float64, attention=PROPORTIONAL_ATTENTION)
+            make_positive_(model)
+            self.opened["positive"] = model, ones_for(self.source, model, torch.float64, self.device)
+        found: tuple[nn.Module, dict[str, Tensor]] = self.opened["positive"]
+        return found
 
     def _as_kept(self, weights: Weights, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weights [out, in] as the modules keep them."""
@@ -217,7 +225,7 @@ def find_masks(
         gone = 1 - (1 - method.sparsity) ** (number / rounds)
         kept = _below_threshold(values, gone, method.scope, {x: weight.device for x, weight in weights.items()})
         with torch.no_grad():
-            changed = weights if scores.updated is None or method.shuffled else scores.updated(kept)
+            changed = weights if scores.updated is None else scores.updated(kept)
             weights = {layer: changed[layer] * kept[layer] for layer in kept}
         on_round()
     if method.shuffled:
