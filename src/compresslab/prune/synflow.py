@@ -20,6 +20,10 @@ have, and ours alone (positive.py): a LayerNorm or RMSNorm divides by the root m
 differentiated; attention mixes values in proportion to query times key in the place of the softmax, their sum held constant
 likewise, so that queries and keys carry flow as well. Text goes in as one token whose embedding is all ones.
 
+What the theorem does not say. A branch beside a residual connection is no layer that everything must pass: as it is thinned
+out it carries less beside the connection, scores less, and may go as a whole (never in part), attention and feed-forwards of
+transformers above all. `scope` "layer" prevents that. A run that would write an emptied layer is refused.
+
 Cost. A forward and a backward of one example for every round, in float64, as the products of many layers would leave float32.
 
 Differences from the paper. Exact counts (equal scores go in order). The paper's code also counts as weights what it does not
