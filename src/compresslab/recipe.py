@@ -34,7 +34,7 @@ import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -141,6 +141,7 @@ class Training(Strict):
     Attributes:
         epochs: passes over the examples.
         steps: of the optimiser, in place of `epochs` where it is named.
+        optimizer: "adamw", or "sgd" with a momentum of 0.9, whose learning rates are larger.
         warmup: share of the steps over which the learning rate rises from 0, before it falls to 0 along a cosine.
         batch: examples in one step.
         checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
@@ -150,6 +151,7 @@ class Training(Strict):
     steps: int | None = Field(default=None, ge=1)
     epochs: float = Field(default=3.0, gt=0)
     learning_rate: float = Field(default=1e-4, gt=0, lt=10)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     warmup: float = Field(default=0.05, ge=0, lt=1)
     batch: int = Field(default=16, ge=1)
     weight_decay: float = Field(default=0.0, ge=0)
