@@ -15,7 +15,9 @@ from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rou
 from compresslab.errors import CompressLabError, unknown
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
+from compresslab.prune.gradual import Gradual
 from compresslab.prune.magnitude import Magnitude
+from compresslab.prune.movement import Movement, SoftMovement
 from compresslab.prune.owl import OWL
 from compresslab.prune.sparsegpt import SparseGPT
 from compresslab.prune.wanda import Wanda
@@ -64,6 +66,9 @@ METHODS: dict[str, type] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "owl": OWL,
+    "gradual": Gradual,
+    "movement": Movement,
+    "soft-movement": SoftMovement,
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,

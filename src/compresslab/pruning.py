@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import layerwise
-from compresslab.contract import Along, FloatWeight, Paper, Pruner, Solution, SparsityAllocation
+from compresslab.contract import Along, FloatWeight, Paper, Pruned, Pruner, Solution, SparsityAllocation, TrainedPruner
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, groups_of, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram
@@ -44,6 +44,25 @@ class Unrounded:
         return Solution(weight=FloatWeight(values=weight.to(scale_dtype)))
 
 
+@dataclasses.dataclass
+class Ungated:
+    """What stands for a layer's pruner until the training that finds its zeros is over."""
+
+    paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
+    needs_data: ClassVar[bool] = False  # of the kind that the driver gathers
+    needs_labels: ClassVar[bool] = False
+
+    method: TrainedPruner
+    sparsity: float = 0.0
+    pattern: str | None = None
+
+    def check(self, rows: int, columns: int) -> None:
+        self.method.check(rows, columns)
+
+    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
+        raise AssertionError("the training comes first")
+
+
 def pruners_of(source: Source, plan: Plan, step: Step) -> dict[str, Pruner]:
     """The pruner of every planned layer but those that the step leaves alone.
 
@@ -54,7 +73,8 @@ def pruners_of(source: Source, plan: Plan, step: Step) -> dict[str, Pruner]:
     for layer in plan.layers:
         if isinstance(differing_settings(step.layers, layer), str):
             continue
-        pruner = step.build(layer)
+        method = step.build(layer)
+        pruner = Ungated(method) if isinstance(method, TrainedPruner) else method
         assert isinstance(pruner, Pruner)
         _checked(layer, pruner, *_shape(skeleton.get_submodule(layer)))
         found[layer] = pruner

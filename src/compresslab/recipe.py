@@ -19,8 +19,9 @@
 in which these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
-A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
-Training.
+A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp, gradual, movement) has a block `training: {epochs: 3,
+learning_rate: 1.0e-4}`, see Training. In a recipe that prunes, or takes out neurons, heads or blocks, such a block asks for a
+training of what is left.
 
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
 else can be constructed from it.
@@ -47,6 +48,7 @@ from compresslab.contract import (
     Method,
     Pruner,
     Rounding,
+    TrainedPruner,
     Tuner,
     UnitRemover,
 )
@@ -79,7 +81,7 @@ class Step(BaseModel):
         settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
         method = methods.build(raw["method"], settings)
         filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
-        if isinstance(method, Rounding | ActivationQuantizer | Pruner):
+        if isinstance(method, Rounding | ActivationQuantizer | Pruner | TrainedPruner):
             return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
         if "layers" in raw:
             raise CompressLabError(
@@ -182,10 +184,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _trains(self) -> Recipe:
-        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner)]
-        if self.training is not None and not trains:
+        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner | TrainedPruner)]
+        if self.training is not None and not trains and not self.removing and self.pruning is None:
             raise CompressLabError(
-                "'training' belongs to a recipe with a method that trains, such as lsq; this one has none"
+                "'training' belongs to a recipe with a method that trains, such as lsq, or that prunes; this one has none"
             )
         if self.training is None and trains:
             object.__setattr__(self, "training", Training())  # written down as it will run, like every other default
@@ -199,7 +201,7 @@ class Recipe(Strict):
     @property
     def pruning(self) -> Step | None:
         """The step that sets weights to zero, if there is one."""
-        return next((step for step in self.steps if isinstance(step.build(), Pruner)), None)
+        return next((step for step in self.steps if isinstance(step.build(), Pruner | TrainedPruner)), None)
 
     @property
     def removing(self) -> tuple[Step, ...]:

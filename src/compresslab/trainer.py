@@ -156,7 +156,7 @@ class _Trainer(transformers.Trainer):
         return found
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        counts = self.state.global_step >= self.best_from * self.state.max_steps
+        counts = self.state.global_step - 1 >= self.best_from * self.state.max_steps  # where its last step began
         return counts and super()._determine_best_metric(metrics, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -73,8 +73,8 @@ def train_(
         loss: of a batch; the network's own by default, for which the examples need "labels".
         on_step: told before every step how much of the training is over, from 0 to 1.
         after_step: called as soon as the optimiser has changed the weights, before anything looks at them.
-        best_from: the share of the training before which no network is the best one, whatever its loss: while it is being pruned
-            it is another network that is judged.
+        best_from: a network is only the best one if its last step began when this share of the training was over: while it is
+            being pruned it is another network that is judged.
         device: the CPU unless it is named.
 
     Raises:
