@@ -92,13 +92,18 @@ class Material:
 
 def _labelled(source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int) -> datasets.Labelled | None:
     """What a classifier is trained on and measured with; None for a language model that predicts its own text."""
-    if not (stages.trains or stages.recovers) or data is None or isinstance(data, datasets.Calibration):
+    if not (stages.trains or stages.recovers) or data is None:
         return None
-    if not isinstance(data, str):
+    skeleton, is_bare = source.skeleton(), isinstance(data, datasets.Calibration)
+    if not isinstance(data, str) and not is_bare:
         return datasets.labelled_examples(data, seed)
-    skeleton = source.skeleton()
     if models.is_language_model(skeleton):
         return None
+    if is_bare:
+        raise CompressLabError(
+            f"{source.name} is trained towards labels, and a Calibration has none: give a source with labels, or a data set "
+            "object whose items are dicts with 'labels'"
+        )
     if models.is_image_classifier(skeleton):
         return datasets.labelled_pictures(
             data,
