@@ -327,7 +327,9 @@ def test_a_labelled_classifier_is_scored_on_its_labels_and_measured_on_others(
     assert share_of_zeros(report) == pytest.approx(0.3, abs=0.002)
 
 
-def test_convolutions_in_groups_keep_the_mask_that_was_found_for_all_of_them(compress: Compress, tmp_path: Path) -> None:
+def test_convolutions_in_groups_keep_the_mask_that_was_found_for_all_of_them(
+    compress: Compress, tmp_path: Path
+) -> None:
     folder = tiny.save_convnet("mobilenet", tmp_path / "model")
     pictures = str(tiny.write_pictures(tmp_path / "pictures"))
     step = {"method": "synflow", "sparsity": 0.3, "scope": "layer", "rounds": 3}

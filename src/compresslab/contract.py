@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from compresslab.numerics.fake_quantize import FakeQuantizer
+from compresslab.numerics.gates import Gate
 from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 
 if TYPE_CHECKING:  # it brings numba, 118 MB, which exports and servers do without
@@ -193,6 +194,40 @@ class Pruner(Method, Protocol):
 
         Raises:
             ValueError: if the layer cannot be handled; the driver adds the layer's name.
+        """
+        ...
+
+
+@runtime_checkable
+class TrainedPruner(Method, Protocol):
+    """A method that finds its zeros while the network is trained; recovering.py does the training.
+
+    Between each weight and its use stands a gate, which puts the zeros in. The weight behind it keeps its numbers, so that what
+    was zero can come back as long as the method lets it.
+
+    Attributes:
+        settled: the share of the training from which on there are as many zeros as there shall be; only a network after it can
+            be the best one.
+    """
+
+    @property
+    def settled(self) -> float: ...
+
+    def check(self, rows: int, columns: int) -> None:
+        """ValueError if a weight [out, in] of this shape cannot be pruned so."""
+        ...
+
+    def gate(self, weight: Tensor) -> Gate:
+        """What stands before a weight, of any shape, which must not be changed."""
+        ...
+
+    def at_(self, gates: Mapping[str, Gate], weights: Mapping[str, Tensor], progress: float) -> None:
+        """Told before each step how much of the training is over, from 0 to 1. A training that goes on after a kill comes with
+        the gates' buffers and parameters as they were, and must go on with the same bits.
+
+        Args:
+            gates: of all layers that this method prunes, by layer.
+            weights: what stands behind them; must not be changed.
         """
         ...
 

@@ -16,8 +16,10 @@ from compresslab.errors import CompressLabError, unknown
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
 from compresslab.prune.fisher import Fisher
+from compresslab.prune.gradual import Gradual
 from compresslab.prune.grasp import GraSP
 from compresslab.prune.magnitude import Magnitude
+from compresslab.prune.movement import Movement, SoftMovement
 from compresslab.prune.obd import OBD
 from compresslab.prune.obs import OBS
 from compresslab.prune.owl import OWL
@@ -78,6 +80,9 @@ METHODS: dict[str, type] = {
     "obd": OBD,
     "obs": OBS,
     "random-mask": RandomMask,
+    "gradual": Gradual,
+    "movement": Movement,
+    "soft-movement": SoftMovement,
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +345,17 @@ def materialise(source: Source) -> nn.Module:
             buffer.copy_(source.weights.get(name))
     tie_weights(model)
     return model
+
+
+def retrained(source: Source, model: nn.Module) -> Source:
+    """The source with the tensors that a trained network has by its names, in the dtypes that they are stored in."""
+    values = model.state_dict()
+    tensors = {
+        name: values[name].detach().to("cpu", source.weights.get(name).dtype)
+        for name in source.weights.names()
+        if name in values
+    }
+    return replace(source, weights=MemoryWeights(tensors))
 
 
 def decompress_(model: nn.Module) -> None:

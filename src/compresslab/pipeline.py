@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compresslab import aware, layerwise, mixed, models, preflight, solving, tuning
+from compresslab import aware, layerwise, mixed, models, preflight, recovering, solving, tuning
 from compresslab import budget as budgets
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
@@ -203,7 +203,7 @@ def plan_only(
         estimate = _with_budget(estimate, source, plan, tokens[0] > 0, sensitivity, pick_device(device))
     if chosen.training is not None:
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
-        foretell = preflight.with_training if stages.trains else preflight.with_tuning
+        foretell = preflight.with_tuning if stages.tuner is not None else preflight.with_training
         estimate = foretell(estimate, source, seen, pick_device(device))
     return plan, estimate, chosen
 
@@ -265,7 +265,13 @@ def _taken_out(
 
 
 def _prepared(
-    job: solving.Job, stages: Stages, methods: LayerMethods, material: Material, seed: int, progress: Progress, clock: Clock
+    job: solving.Job,
+    stages: Stages,
+    methods: LayerMethods,
+    material: Material,
+    seed: int,
+    progress: Progress,
+    clock: Clock,
 ) -> solving.Job:
     """The job with its network smoothed, and with the sparsity or the mask of every layer found, where the recipe asks for that."""
     if stages.smoothers:
@@ -294,7 +300,9 @@ def _learned(
     job: solving.Job, stages: Stages, recipe: Recipe, layout: Layout, material: Material, writer: Writer, seed: int,
     progress: Progress, clock: Clock,
 ) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
-    """The job after what its recipe trains, if anything: its codes, or its scales; and what to report of it."""
+    """The job after what its recipe trains, if anything: its weights, codes or scales; and what to report of it."""
+    if stages.recovers:
+        return _recovered(job, stages, recipe, material, writer, seed, progress, clock)
     if stages.trains:
         return _trained(job, recipe, material, writer, seed, progress, clock)
     if stages.tuner is not None:
@@ -318,6 +326,29 @@ def _trained(
     activations = {layer: outcome.layers[layer] for layer in job.activations}
     job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, activations=activations)
     return job, {"training": _told(outcome.record)}
+
+
+def _recovered(
+    job: solving.Job, stages: Stages, recipe: Recipe, material: Material, writer: Writer, seed: int, progress: Progress,
+    clock: Clock,
+) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
+    """The network trained with its zeros in place of what was planned, and what to report of it."""
+    assert recipe.training is not None
+    steps = recipe.training.steps_for(round(len(material.examples) * (1 - recipe.training.held_back)))
+    beforehand = stages.pruner is not None and not stages.prunes_in_training
+    progress.stage("prune and train" if stages.pruner else "train", len(job.plan.layers) * beforehand + steps)
+    with clock("train"):
+        outcome = recovering.train(
+            job,
+            recovering.Lesson(
+                examples=material.examples, settings=recipe.training, folder=writer.scratch("training"), seed=seed,
+                device=job.device, on_step=lambda done: progress.step("a step of the training"),
+            ),
+        )  # fmt: skip
+    batches = job.batches if stages.rounding_needs_data else None
+    job = dataclasses.replace(job, source=outcome.source, batches=batches, pruners=outcome.pruners)
+    before = {} if outcome.before is None else {"loss_before": f"{outcome.before:.4f}"}
+    return job, {"training": _told(outcome.record) | before}
 
 
 def _tuned(

@@ -193,7 +193,9 @@ def with_scores(
         tokens: of all examples; 0 where they are no text, and time is not foretold.
     """
     parameters = sum(numel(source, name) for name in source.weights.names())
-    held = 4 * (method.numbers_per_weight(examples) + 2) + torch.empty((), dtype=best_compute_dtype(device)).element_size()
+    held = (
+        4 * (method.numbers_per_weight(examples) + 2) + torch.empty((), dtype=best_compute_dtype(device)).element_size()
+    )
     seconds = 2 * parameters * tokens * method.passes(examples) * method.rounds / rates(device)[0] if tokens else 0.0
     return replace(
         found,

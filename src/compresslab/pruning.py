@@ -26,6 +26,7 @@ from compresslab.contract import (
     Pruner,
     Solution,
     SparsityAllocation,
+    TrainedPruner,
 )
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, groups_of, is_transposed, matrix_shape
@@ -53,28 +54,67 @@ class Unrounded:
         return Solution(weight=FloatWeight(values=weight.to(scale_dtype)))
 
 
+@dataclasses.dataclass
+class Ungated:
+    """What stands for a layer's pruner until the training that finds its zeros is over."""
+
+    paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
+    needs_data: ClassVar[bool] = False  # of the kind that the driver gathers
+    needs_labels: ClassVar[bool] = False
+
+    method: TrainedPruner
+    sparsity: float = 0.0
+    pattern: str | None = None
+
+    def check(self, rows: int, columns: int) -> None:
+        self.method.check(rows, columns)
+
+    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
+        raise AssertionError("the training comes first")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unscored:
+    """What stands for a layer's pruner until the whole network is scored (scoring.py)."""
+
+    paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
+    needs_data: ClassVar[bool] = False  # of the kind that the driver gathers
+    needs_labels: ClassVar[bool] = False
+    pattern: ClassVar[None] = None
+
+    method: NetworkPruner
+
+    @property
+    def sparsity(self) -> float:
+        return self.method.sparsity
+
+    def check(self, rows: int, columns: int) -> None:
+        self.method.check(rows, columns)
+
+    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
+        raise AssertionError("the scores come first")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Marked:
-    """The pruner of a layer whose mask was found with the whole network in view (scoring.py).
+    """The pruner of a layer whose mask was found with the whole network in view.
 
     Attributes:
-        kept, weight: bool and float32 [out, in], the mask and what it leaves; None until they are found.
+        weight: float32 [out, in], what the mask leaves of it.
     """
 
-    paper: ClassVar[Paper] = Unrounded.paper
+    paper: ClassVar[Paper] = Unscored.paper
     needs_data: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     pattern: ClassVar[None] = None
 
     sparsity: float
-    kept: Tensor | None = None
-    weight: Tensor | None = None
+    weight: Tensor
 
     def check(self, rows: int, columns: int) -> None:
-        """What can be known before the scores are, NetworkPruner.check has seen."""
+        """Its zeros are there."""
 
     def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
-        assert self.weight is not None, "the scores come first"
         return Pruned(weight=self.weight.to(weight.device))
 
 
@@ -89,10 +129,11 @@ def pruners_of(source: Source, plan: Plan, step: Step) -> dict[str, Pruner]:
     for layer in plan.layers:
         if isinstance(differing_settings(step.layers, layer), str):
             continue
-        pruner = step.build(layer)
-        if isinstance(pruner, NetworkPruner):
-            found[layer] = _unscored(layer, pruner, step, skeleton.get_submodule(layer))
+        method = step.build(layer)
+        if isinstance(method, NetworkPruner):
+            found[layer] = _unscored(layer, method, step, skeleton.get_submodule(layer))
             continue
+        pruner = Ungated(method) if isinstance(method, TrainedPruner) else method
         assert isinstance(pruner, Pruner)
         _checked(layer, pruner, *_shape(skeleton.get_submodule(layer)))
         found[layer] = pruner
@@ -101,18 +142,18 @@ def pruners_of(source: Source, plan: Plan, step: Step) -> dict[str, Pruner]:
     return found
 
 
-def _unscored(layer: str, pruner: NetworkPruner, step: Step, module: nn.Module) -> Marked:
-    """What stands for a layer's pruner until the whole network is scored."""
-    if pruner != step.build():
+def _unscored(layer: str, method: NetworkPruner, step: Step, module: nn.Module) -> Unscored:
+    if method != step.build():
         raise CompressLabError(
             f"{step.method} scores all layers together, so the step's 'layers' cannot give {layer} settings of its own: "
             "leave layers alone with 'float'"
         )
-    _checked(layer, pruner, *matrix_shape(module))
-    return Marked(sparsity=pruner.sparsity)
+    pruner = Unscored(method)
+    _checked(layer, pruner, *matrix_shape(module))  # as a whole: groups of channels share the mask
+    return pruner
 
 
-def _checked(layer: str, pruner: Pruner | NetworkPruner, rows: int, columns: int) -> None:
+def _checked(layer: str, pruner: Pruner, rows: int, columns: int) -> None:
     try:
         pruner.check(rows, columns)
     except ValueError as error:

@@ -130,7 +130,9 @@ class WholeNetwork:
         kept = {}
         for layer, weight in weights.items():
             module: Any = model.get_submodule(layer)
-            kept[f"{layer}.weight"] = (weight.t() if is_transposed(module) else weight.view(module.weight.shape)).to(dtype)
+            kept[f"{layer}.weight"] = (weight.t() if is_transposed(module) else weight.view(module.weight.shape)).to(
+                dtype
+            )
         return kept
 
     def _predictions(self, weights: Weights, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -171,7 +173,9 @@ def network_of(calibration: Pass, layers: Sequence[str], method: NetworkPruner, 
                 "take a method without data, such as synflow"
             )
     weights = {
-        layer: read_weight(source, layer, skeleton.get_submodule(layer)).to(calibration.device, torch.float32).contiguous()
+        layer: read_weight(source, layer, skeleton.get_submodule(layer))
+        .to(calibration.device, torch.float32)
+        .contiguous()
         for layer in layers
     }
     return WholeNetwork(
@@ -204,9 +208,7 @@ class Found:
     weights: dict[str, Tensor]
 
 
-def find_masks(
-    method: NetworkPruner, network: Any, on_round: Callable[[], None] = lambda: None
-) -> Found:
+def find_masks(method: NetworkPruner, network: Any, on_round: Callable[[], None] = lambda: None) -> Found:
     """Masks in which the method's share of the weights is zero, to the last one.
 
     Args:
@@ -255,7 +257,9 @@ def _checked(layer: str, values: Tensor) -> Tensor:
 def _shuffled(kept: Weights, seed: int) -> dict[str, Tensor]:
     """As many ones in every mask, in other places."""
     generator = torch.Generator().manual_seed(seed)
-    return {x: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask) for x, mask in kept.items()}
+    return {
+        x: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask) for x, mask in kept.items()
+    }
 
 
 def scored(
@@ -279,6 +283,6 @@ def scored(
                 f"{method.sparsity:g}. Lower it, set scope=layer, raise rounds, or leave the layer alone with --ignore '{layer}'"
             )
     return {
-        layer: Marked(sparsity=1 - float(kept.float().mean()), kept=kept.cpu(), weight=found.weights[layer].cpu())
+        layer: Marked(sparsity=1 - int(kept.sum()) / kept.numel(), weight=found.weights[layer].cpu())
         for layer, kept in found.kept.items()
     }

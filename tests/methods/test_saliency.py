@@ -82,7 +82,9 @@ def network(seed: int = 0, widths: Sequence[int] = (4, 5, 3, 3)) -> Layered:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    weights = {x: draw(out, into).requires_grad_(True) for x, into, out in zip(LAYERS, widths, widths[1:], strict=False)}
+    weights = {
+        x: draw(out, into).requires_grad_(True) for x, into, out in zip(LAYERS, widths, widths[1:], strict=False)
+    }
     return Layered(weights=weights, points=draw(10, widths[0]), labels=torch.randint(0, 3, (10,), generator=generator))
 
 
@@ -114,7 +116,9 @@ def test_snip_is_the_slope_in_the_presence_of_each_weight() -> None:
 def test_fisher_squares_the_gradient_of_every_example() -> None:
     net = network()
     losses = [
-        lambda w, i=i: nn.functional.cross_entropy(net.logits(by_layer(w), net.points[i : i + 1]), net.labels[i : i + 1])
+        lambda w, i=i: nn.functional.cross_entropy(
+            net.logits(by_layer(w), net.points[i : i + 1]), net.labels[i : i + 1]
+        )
         for i in range(10)
     ]
     assert_scores(Fisher().score(net).values, oracle.fisher(losses, as_list(net.weights)))
@@ -182,7 +186,9 @@ def test_synflow_is_the_sum_over_all_paths() -> None:
 
 def test_synflow_knows_no_signs() -> None:
     net = network()
-    flipped = dataclasses.replace(net, weights={x: (w.detach() * -1).requires_grad_(True) for x, w in net.weights.items()})
+    flipped = dataclasses.replace(
+        net, weights={x: (w.detach() * -1).requires_grad_(True) for x, w in net.weights.items()}
+    )
     some = dataclasses.replace(net, weights={x: w.detach().abs().requires_grad_(True) for x, w in net.weights.items()})
     reference = SynFlow().score(net).values
     for other in (flipped, some):

@@ -60,5 +60,7 @@ class Fisher(Saliency):
         for share, loss in network.losses(size=1):
             for square, found in zip(squares, gradients(loss(network.weights), weights), strict=True):
                 square.addcmul_(found, found, value=share)
-        scores = [square.mul_(weight.detach().square()).div_(2) for square, weight in zip(squares, weights, strict=True)]
+        scores = [
+            square.mul_(weight.detach().square()).div_(2) for square, weight in zip(squares, weights, strict=True)
+        ]
         return Scores(values=dict(zip(network.weights, scores, strict=True)))

@@ -122,7 +122,8 @@ class OBS(Saliency):
         some = max(AT_ONCE // (size * (columns + fill)), 1)
         for start in range(0, rows, some):
             parts = [
-                nn.functional.pad(x[start : start + some].double(), (0, fill)).view(-1, size) for x in (*seen, *matrices)
+                nn.functional.pad(x[start : start + some].double(), (0, fill)).view(-1, size)
+                for x in (*seen, *matrices)
             ]
             slopes = torch.stack(parts[: len(seen)], dim=1)
             fisher = slopes.transpose(1, 2) @ slopes / len(seen)
