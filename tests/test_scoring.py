@@ -343,7 +343,7 @@ def test_convolutions_in_groups_keep_the_mask_that_was_found_for_all_of_them(
 
 
 def test_it_chains_with_rounding_in_one_run(compress: Compress) -> None:
-    artifact, report = compress({"method": "obs", "sparsity": 0.5}, GPTQ)
+    _, report = compress({"method": "obs", "sparsity": 0.5}, GPTQ)
     assert report.parity.tensors == len(report.layers) == 14
     assert {layer.method for layer in report.layers} == {"obs + gptq"}
     assert share_of_zeros(report) >= 0.5 and all(layer.bits_per_weight < 8 for layer in report.layers)

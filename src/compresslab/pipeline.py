@@ -273,7 +273,7 @@ def _prepared(
     progress: Progress,
     clock: Clock,
 ) -> solving.Job:
-    """The job with its network smoothed, and with the sparsity or the mask of every layer found, where the recipe asks for that."""
+    """The job with its network smoothed, and with the sparsity or the mask of every layer found, where the recipe asks for it."""
     if stages.smoothers:
         with clock("smooth"):
             progress.stage("smooth", 1)

@@ -47,8 +47,7 @@ def fisher(losses: Sequence[Loss], weights: list[Tensor]) -> list[Tensor]:
     """`losses`: one for every example."""
     sums = [torch.zeros_like(w) for w in weights]
     for loss in losses:
-        for total, slope in zip(sums, slopes(loss, weights), strict=True):
-            total += slope**2
+        sums = [total + slope**2 for total, slope in zip(sums, slopes(loss, weights), strict=True)]
     return [w**2 * total / (2 * len(losses)) for w, total in zip(weights, sums, strict=True)]
 
 

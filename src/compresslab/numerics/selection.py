@@ -161,21 +161,17 @@ def drop_lowest(scores: Sequence[Tensor], drop: int) -> list[Tensor]:
     """
     if drop <= 0:
         return [torch.ones_like(score, dtype=torch.bool) for score in scores]
-    patterns = [_in_order(score) for score in scores]
-    upper = [(pattern >> HALF) + BINS // 2 for pattern in patterns]
-    counts = [torch.bincount(half.view(-1), minlength=BINS) for half in upper]
-    high, before = place_in(torch.stack(counts).sum(0), drop)
-    lower = [pattern[half == high] & (BINS - 1) for pattern, half in zip(patterns, upper, strict=True)]
-    low, within = place_in(torch.stack([torch.bincount(half, minlength=BINS) for half in lower]).sum(0), drop - before)
+    pattern = torch.cat([_in_order(score).view(-1) for score in scores])
+    upper = (pattern >> HALF) + BINS // 2
+    high, before = place_in(torch.bincount(upper, minlength=BINS), drop)
+    lower = pattern[upper == high] & (BINS - 1)
+    low, within = place_in(torch.bincount(lower, minlength=BINS), drop - before)
     threshold = (high - BINS // 2) << HALF | low
-    equals_left, found = drop - before - within, []
-    for pattern in patterns:
-        kept = pattern >= threshold
-        equals = (pattern.view(-1) == threshold).nonzero()[:equals_left, 0]
-        kept.view(-1)[equals] = False
-        equals_left -= len(equals)
-        found.append(kept)
-    return found
+    kept = pattern >= threshold
+    equals = (pattern == threshold).nonzero()[: drop - before - within, 0]
+    kept[equals] = False
+    sizes = [score.numel() for score in scores]
+    return [mask.view(score.shape) for mask, score in zip(kept.split(sizes), scores, strict=True)]
 
 
 def _in_order(score: Tensor) -> Tensor:
