@@ -441,3 +441,27 @@ def test_second_derivatives_pass_through_attention() -> None:
     for method in (GraSP(sparsity=0.2), OBD(sparsity=0.2, curvature="hessian")):
         found = find_masks(method, opened(tiny.make("llama"), method, text_examples(3, 8)))
         assert sum(int((~kept).sum()) for kept in found.kept.values()) > 0
+
+
+def test_so_many_examples_are_read_and_no_more() -> None:
+    examples = text_examples(9)
+    networks = [opened(tiny.make("llama"), SNIP(examples=4), examples, seed=seed) for seed in (0, 0, 1)]
+    read = [[example["input_ids"].tolist() for example in network.examples] for network in networks]
+    assert [len(rows) for rows in read] == [4, 4, 4]
+    assert read[0] == read[1] != read[2]
+    assert len(opened(tiny.make("llama"), SNIP(examples=40), examples).examples) == 9
+
+
+def test_a_mask_before_a_training_is_kept_by_it(compress: Compress, tmp_path: Path) -> None:
+    """One run: scores, masks, a training with the zeros kept."""
+    folder = tiny.save("vit", tmp_path / "model")
+    step = {"method": "synflow", "sparsity": 0.6, "rounds": 5, "scope": "layer"}
+    alone, _ = compress(step, given=folder, data=None, out=tmp_path / "alone")
+    training = {"steps": 12, "learning_rate": 1e-3, "batch": 8, "checks": 2}
+    both, report = compress(step, given=folder, data=picture_examples(40), out=tmp_path / "both", training=training)
+    assert report.data is not None and "training" in report.data
+    before, after = (load_file(artifact.folder / "model.safetensors") for artifact in (alone, both))
+    for layer in report.layers:
+        name = f"{layer.name}.weight"
+        assert torch.equal(before[name] == 0, after[name] == 0)
+    assert any(not torch.equal(before[name], after[name]) for name in before)

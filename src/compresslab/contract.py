@@ -299,6 +299,7 @@ class NetworkPruner(Method, Protocol):
         sparsity: share of zeros.
         scope: where one threshold holds: in each "layer", or "global" in all of them.
         rounds: in how many steps the sparsity is reached; every step scores what is left anew.
+        examples: how many to score on, at most.
         shuffled: a control: each layer keeps as many weights as the scores say, but which ones is left to chance.
         second_order: whether it differentiates twice, so that the network must be in float32, with attention in plain operations.
     """
@@ -307,7 +308,12 @@ class NetworkPruner(Method, Protocol):
     scope: str
     rounds: int
     shuffled: bool
-    second_order: ClassVar[bool]
+
+    @property
+    def examples(self) -> int: ...
+
+    @property
+    def second_order(self) -> bool: ...
 
     def check(self, rows: int, columns: int) -> None:
         """ValueError if a weight [out, in] of this shape cannot be pruned so."""

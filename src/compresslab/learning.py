@@ -85,7 +85,7 @@ class Material:
         reruns = stages.reruns(len(text.batches)) if text else 0.0
         needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys, reruns)
         if stages.scorer is not None:
-            examples = self.examples if stages.scorer.needs_data else []
+            examples = self.examples[: stages.scorer.examples]
             tokens = sum(len(example.get("input_ids", ())) for example in examples)
             needs = preflight.with_scores(needs, source, stages.scorer, len(examples), tokens, device)
         if recipe.training is None:

@@ -195,7 +195,7 @@ def plan_only(
         stages.reruns(math.ceil(batches)),
     )  # fmt: skip
     if stages.scorer is not None:
-        samples = chosen.calibration.samples if stages.scorer.needs_data else 0
+        samples = min(chosen.calibration.samples, stages.scorer.examples)
         estimate = preflight.with_scores(
             estimate, source, stages.scorer, samples, samples * (length or 0), pick_device(device)
         )
@@ -288,7 +288,7 @@ def _prepared(
     if stages.scorer is not None:
         with clock("score weights"):
             progress.stage("score", stages.scorer.rounds)
-            examples = material.examples if stages.scorer.needs_data else []
+            examples = material.examples if stages.scorer.examples else []
             pruners = scored(
                 job, job.pruners, stages.scorer, examples, seed, on_round=lambda: progress.step("a round of scores")
             )

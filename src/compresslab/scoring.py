@@ -181,13 +181,19 @@ def network_of(calibration: Pass, layers: Sequence[str], method: NetworkPruner, 
     return WholeNetwork(
         source=source,
         weights=asking(weights),
-        examples=examples if method.needs_data else (),
+        examples=_some(examples, method.examples, seed),
         seed=seed,
         device=calibration.device,
         dtype=torch.float32 if method.second_order else calibration.compute_dtype,
         attention="eager" if method.second_order else None,  # the fused kernels have no second derivative
         in_training=in_training,
     )
+
+
+def _some(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """`count` of them at most, picked by the seed."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[i] for i in sorted(order[:count])]
 
 
 def asking(weights: Weights) -> dict[str, Tensor]:

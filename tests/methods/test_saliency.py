@@ -363,6 +363,7 @@ def test_the_lowest_of_signed_scores_in_several_tensors() -> None:
         ("synflow", {"rounds": 0}, "rounds is a positive number"),
         ("obd", {"curvature": "exact"}, "curvature is gauss-newton or hessian"),
         ("obd", {"probes": 0}, "probes is a positive number"),
+        ("snip", {"examples": 0}, "examples is a positive number"),
         ("obs", {"block_size": 0}, "block_size is a positive number"),
         ("obs", {"damp_frac": 0.0}, "damp_frac is a positive fraction"),
         ("grasp", {"temperature": 0.0}, "temperature is a positive number"),

@@ -34,13 +34,13 @@ from torch import Tensor
 
 from compresslab.contract import Network, Paper, Scores
 from compresslab.numerics.curvature import gradients, hessian_product, random_signs
-from compresslab.prune.saliency import Saliency
+from compresslab.prune.saliency import Sampled
 
 CURVATURES = ("gauss-newton", "hessian")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OBD(Saliency):
+class OBD(Sampled):
     """Pruning by the diagonal of the curvature.
 
     Args:
@@ -48,6 +48,7 @@ class OBD(Saliency):
         scope: where one threshold holds: "global" in all layers, or in each "layer".
         rounds: in how many steps the sparsity is reached; what is left is scored anew in each of them.
         shuffled: a control that keeps as many weights of each layer, but leaves it to chance which.
+        examples: how many inputs or windows of text to score on, picked by the seed where there are more.
         curvature: "gauss-newton", or "hessian" for the true one.
         probes: how often labels, or signs, are drawn for every batch.
     """

@@ -39,13 +39,13 @@ from torch import Tensor, nn
 
 from compresslab.contract import Network, Paper, Scores, Weights
 from compresslab.numerics.curvature import gradients
-from compresslab.prune.saliency import Saliency
+from compresslab.prune.saliency import Sampled
 
 AT_ONCE = 1 << 22  # entries of the Fisher matrices that are in memory at one time
 
 
 @dataclass(frozen=True, kw_only=True)
-class OBS(Saliency):
+class OBS(Sampled):
     """Pruning by the inverse of the Fisher matrix, block by block, with an update of what is kept.
 
     Args:
@@ -53,6 +53,7 @@ class OBS(Saliency):
         scope: where one threshold holds: "global" in all layers, or in each "layer".
         rounds: in how many steps the sparsity is reached; what is left is scored anew in each of them.
         shuffled: a control that keeps as many weights of each layer, but leaves it to chance which; nothing is updated.
+        examples: how many inputs or windows of text to score on, picked by the seed where there are more.
         block_size: neighbours in a row that may make up for each other.
         damp_frac: added to the diagonal of the Fisher matrix, as a fraction of its mean over the layer.
     """
@@ -67,6 +68,7 @@ class OBS(Saliency):
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
+    examples: int = 32  # type: ignore[misc]
     block_size: int = 16
     damp_frac: float = 0.1
 

@@ -26,6 +26,7 @@ class Saliency:
     """
 
     second_order: ClassVar[bool] = False
+    examples: ClassVar[int] = 0
 
     sparsity: float = 0.5
     scope: str = "global"
@@ -56,3 +57,23 @@ class Saliency:
     def numbers_per_weight(self, examples: int) -> int:
         """A gradient and the sum of what is made of it."""
         return 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Saliency):
+    """Such a method that reads examples.
+
+    Args:
+        sparsity: share of the weights to set to zero, from 0 to below 1.
+        scope: where one threshold holds: "global" in all layers, or in each "layer".
+        rounds: in how many steps the sparsity is reached; what is left is scored anew in each of them.
+        shuffled: a control that keeps as many weights of each layer, but leaves it to chance which.
+        examples: how many inputs or windows of text to score on, picked by the seed where there are more.
+    """
+
+    examples: int = 128  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.examples < 1:
+            raise ValueError(f"examples is a positive number, not {self.examples}")

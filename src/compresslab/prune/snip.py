@@ -27,11 +27,11 @@ from typing import ClassVar
 
 from compresslab.contract import Network, Paper, Scores
 from compresslab.numerics.curvature import gradients
-from compresslab.prune.saliency import Saliency
+from compresslab.prune.saliency import Sampled
 
 
 @dataclass(frozen=True, kw_only=True)
-class SNIP(Saliency):
+class SNIP(Sampled):
     """Pruning by the loss's slope in the presence of each weight.
 
     Args:
@@ -39,6 +39,7 @@ class SNIP(Saliency):
         scope: where one threshold holds: "global" in all layers, or in each "layer".
         rounds: in how many steps the sparsity is reached; what is left is scored anew in each of them.
         shuffled: a control that keeps as many weights of each layer, but leaves it to chance which.
+        examples: how many inputs or windows of text to score on, picked by the seed where there are more.
     """
 
     paper: ClassVar[Paper] = Paper(
