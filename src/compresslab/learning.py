@@ -86,8 +86,8 @@ class Material:
         needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys, reruns)
         if stages.scorer is not None:
             examples = self.examples[: stages.scorer.examples]
-            tokens = sum(len(example.get("input_ids", ())) for example in examples)
-            needs = preflight.with_scores(needs, source, stages.scorer, len(examples), tokens, device)
+            read = sum(len(example.get("input_ids", ())) for example in examples)
+            needs = preflight.with_scores(needs, source, stages.scorer, len(examples), read, device)
         if recipe.training is None:
             return needs
         examples = self.examples

@@ -73,20 +73,17 @@ class Ungated:
         raise AssertionError("the training comes first")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Unscored:
     """What stands for a layer's pruner until the whole network is scored (scoring.py)."""
 
     paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
     needs_data: ClassVar[bool] = False  # of the kind that the driver gathers
     needs_labels: ClassVar[bool] = False
-    pattern: ClassVar[None] = None
 
     method: NetworkPruner
-
-    @property
-    def sparsity(self) -> float:
-        return self.method.sparsity
+    sparsity: float = 0.0
+    pattern: str | None = None
 
     def check(self, rows: int, columns: int) -> None:
         self.method.check(rows, columns)
@@ -95,7 +92,7 @@ class Unscored:
         raise AssertionError("the scores come first")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Marked:
     """The pruner of a layer whose mask was found with the whole network in view.
 
@@ -103,13 +100,13 @@ class Marked:
         weight: float32 [out, in], what the mask leaves of it.
     """
 
-    paper: ClassVar[Paper] = Unscored.paper
+    paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
     needs_data: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
-    pattern: ClassVar[None] = None
 
     sparsity: float
     weight: Tensor
+    pattern: str | None = None
 
     def check(self, rows: int, columns: int) -> None:
         """Its zeros are there."""
