@@ -2,6 +2,7 @@
 
     python benchmarks/saliency.py                                     # digits, ResNet-20 and a ViT, three seeds
     python benchmarks/saliency.py --cifar10 train.parquet test.parquet  # CIFAR-10; hours on a CPU
+    python benchmarks/saliency.py --masks-only --before               # what masks of trained networks cost before more training
 
 For each seed and network:
 
@@ -64,11 +65,13 @@ def main() -> None:
     arguments.add_argument("--before", nargs="*", default=list(BEFORE), choices=BEFORE)
     arguments.add_argument("--after", nargs="*", default=list(AFTER), choices=AFTER)
     arguments.add_argument("--steps", type=int, default=600)
+    arguments.add_argument("--masks-only", action="store_true", help="do not train what was pruned")
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--name", help="name of the result file")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    path = ROOT / "results" / f"{options.name or ('saliency-cifar10' if options.cifar10 else 'saliency-digits')}.json"
+    name = f"saliency-{'cifar10' if options.cifar10 else 'digits'}{'-masks' if options.masks_only else ''}"
+    path = ROOT / "results" / f"{options.name or name}.json"
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
     started = time.perf_counter()
     for seed in options.seeds:
@@ -150,22 +153,23 @@ def runs(options: argparse.Namespace, network: str, seed: int) -> Iterator[tuple
                 target = model.get_submodule(layer).get_parameter("weight")
                 target.copy_(as_kept(model, layer, weight))
         emptied = sum(not bool(mask.any()) for mask in found.kept.values())
-        untrained = accuracy(model, test)
+        at_once = accuracy(model, test)
         return {
-            "accuracy": accuracy(trained(model, found, options.steps), test),
-            "at_once": untrained,
+            "accuracy": at_once if options.masks_only else accuracy(trained(model, found, options.steps), test),
+            "at_once": at_once,
             "emptied": emptied,
             "kept_by_layer": {layer: round(float(mask.float().mean()), 4) for layer, mask in found.kept.items()},
         }
 
     yield f"{network}, dense", lambda: {"accuracy": accuracy(dense(), test), "emptied": 0}
-    yield (
-        f"{network}, dense, twice as long",
-        lambda: {
-            "accuracy": accuracy(trained(models.materialise(models.find(dense())), None, options.steps), test),
-            "emptied": 0,
-        },
-    )
+    if not options.masks_only:
+        yield (
+            f"{network}, dense, twice as long",
+            lambda: {
+                "accuracy": accuracy(trained(models.materialise(models.find(dense())), None, options.steps), test),
+                "emptied": 0,
+            },
+        )
     for sparsity in options.sparsities:
         for when, methods in (("before", options.before), ("after", options.after)):
             for method in methods:

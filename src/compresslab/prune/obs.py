@@ -19,7 +19,7 @@ a multiple of 1, and the method magnitude pruning within each layer. It is `damp
 the layer.
 
 Cost. A forward and a backward of every example by itself for every round; then B^3 for every block. Memory: m gradients of
-every weight, in the dtype of the forward. In many rounds most of the gain comes from scoring anew.
+every weight, in the dtype of the forward.
 
 Differences from the papers. F^-1 of each block from a Cholesky factorisation, where the papers add one example after the other
 (Woodbury); Q is solved for jointly, where the code of oBERT adds up what each weight would want by itself, which leaves

@@ -8,8 +8,7 @@ Method. With c * w in the place of w, the derivative dL / dc_j at c = 1 says wha
 straight line. It is g_j w_j. The weights with the smallest |g_j w_j| of the whole network go, all at once.
 
 Where it is used. The paper prunes at initialisation, with one batch, before any training. On a trained network the gradient
-is close to zero and mostly noise: the score then says little more than how large a weight is.
-`fisher` and `obd` ask for the second order instead.
+is close to zero, and much of it is chance in the choice of examples; `fisher` and `obd` ask for the second order instead.
 
 Cost. One forward and one backward of the examples for every round. Memory: one gradient.
 
