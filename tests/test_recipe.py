@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import tiny
 from compresslab import methods, recipe, zoo
-from compresslab.contract import ActivationQuantizer, BlockRemover, Pruner, Rounding, UnitRemover
+from compresslab.contract import ActivationQuantizer, BlockRemover, Pruner, Rounding, TrainedPruner, UnitRemover
 from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
 
@@ -28,7 +28,7 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     assert found.name == name
     assert found.summary.endswith(".")
     if found.rounding is None:
-        assert isinstance(found.shaping.build(), Pruner | UnitRemover | BlockRemover)
+        assert isinstance(found.shaping.build(), Pruner | TrainedPruner | UnitRemover | BlockRemover)
         return
     solver = found.rounding.build()
     assert isinstance(solver, Rounding)
@@ -192,7 +192,9 @@ def test_layers_that_are_wrong(layers: object, pattern: str) -> None:
 
 def test_layers_belong_to_the_step_that_rounds() -> None:
     others = [
-        name for name, cls in methods.METHODS.items() if not isinstance(cls(), Rounding | ActivationQuantizer | Pruner)
+        name
+        for name, cls in methods.METHODS.items()
+        if not isinstance(cls(), Rounding | ActivationQuantizer | Pruner | TrainedPruner)
     ]
     for name in others:
         with pytest.raises(

@@ -12,7 +12,6 @@ What a method is asked for is contract.AwareTraining: two fake quantisers (numer
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,6 @@ from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 from compresslab.quantize.ste import STE
 from compresslab.recipe import Training
 from compresslab.training import Record, collate, split, train_
-from compresslab.weights import MemoryWeights
 
 WATCHED_BATCHES = 8
 
@@ -196,7 +194,7 @@ def train(
         model, examples, settings, folder, seed=seed, held_back=held_back, loss=loss, on_step=step, device=device
     )
     return Outcome(
-        source=dataclasses.replace(source, weights=MemoryWeights(_trained_tensors(model, source))),
+        source=models.retrained(source, model),
         layers={
             name: Trained(layer.weight_as_codes(), layer.input_as_grid(), record.notice)
             for name, layer in layers.items()
@@ -236,13 +234,3 @@ def watch_(model: nn.Module, layers: Mapping[str, QuantLinear], examples: Sequen
         layer.weight_quantizer.observe_(layer.weight)
         for quantizer in layer.quantizers():
             quantizer.start_()
-
-
-def _trained_tensors(model: nn.Module, source: Source) -> dict[str, Tensor]:
-    """The network's tensors without those of the fake quantisers, in the dtypes that they are stored in."""
-    values = model.state_dict()
-    return {
-        name: values[name].to("cpu", source.weights.get(name).dtype)
-        for name in source.weights.names()
-        if name in values
-    }

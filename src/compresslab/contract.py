@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from compresslab.numerics.fake_quantize import FakeQuantizer
+from compresslab.numerics.gates import Gate
 from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 
 if TYPE_CHECKING:  # it brings numba, 118 MB, which exports and servers do without
@@ -194,6 +195,144 @@ class Pruner(Method, Protocol):
         Raises:
             ValueError: if the layer cannot be handled; the driver adds the layer's name.
         """
+        ...
+
+
+@runtime_checkable
+class TrainedPruner(Method, Protocol):
+    """A method that finds its zeros while the network is trained; recovering.py does the training.
+
+    Between each weight and its use stands a gate, which puts the zeros in. The weight behind it keeps its numbers, so that what
+    was zero can come back as long as the method lets it.
+
+    Attributes:
+        settled: the share of the training from which on there are as many zeros as there shall be; only a network after it can
+            be the best one.
+    """
+
+    @property
+    def settled(self) -> float: ...
+
+    def check(self, rows: int, columns: int) -> None:
+        """ValueError if a weight [out, in] of this shape cannot be pruned so."""
+        ...
+
+    def gate(self, weight: Tensor) -> Gate:
+        """What stands before a weight, of any shape, which must not be changed."""
+        ...
+
+    def at_(self, gates: Mapping[str, Gate], weights: Mapping[str, Tensor], progress: float) -> None:
+        """Told before each step how much of the training is over, from 0 to 1. A training that goes on after a kill comes with
+        the gates' buffers and parameters as they were, and must go on with the same bits.
+
+        Args:
+            gates: of all layers that this method prunes, by layer.
+            weights: what stands behind them; must not be changed.
+        """
+        ...
+
+
+Weights = Mapping[str, Tensor]
+Loss = Callable[[Weights], Tensor]
+
+
+class Network(Protocol):
+    """A whole network in memory, as functions of the weights that may be pruned. All of these are differentiable in them.
+
+    Attributes:
+        weights: layer -> float32 [out, in] as it is now, where what earlier rounds have pruned is zero; they ask for gradients.
+        seed: what everything drawn by chance depends on.
+        dtype: of the forward, in which gradients are as exact as they get.
+    """
+
+    @property
+    def weights(self) -> Weights: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def losses(self, size: int | None = None, *, temperature: float = 1.0) -> Iterator[tuple[float, Loss]]:
+        """(share, weights -> the mean loss) of every batch of examples; the sum of share * loss is that of all of them.
+
+        Args:
+            size: examples in a batch; None for as many as are quick.
+            temperature: what logits are divided by before the softmax.
+        """
+        ...
+
+    def drawn_losses(self, draw: int) -> Iterator[tuple[float, Loss]]:
+        """As `losses`, but towards labels drawn from the network's own distribution, and so scaled that E[g g^T] over the
+        draws, g being the gradient, is the Gauss-Newton matrix of the batch's mean loss."""
+        ...
+
+    def flow(self, weights: Weights) -> Tensor:
+        """The sum of all outputs for an input of ones, in float64, where every other parameter is replaced by its magnitude
+        and nothing else makes a number negative."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """What a network pruner thinks of every weight.
+
+    Attributes:
+        values: layer -> float32 [out, in]; the lowest are pruned.
+        updated: which weights stay, bool [out, in] by layer -> these weights, changed so as to make up for the others; None
+            where they stay as they are.
+    """
+
+    values: Weights
+    updated: Callable[[Weights], Weights] | None = None
+
+
+@runtime_checkable
+class NetworkPruner(Method, Protocol):
+    """A method that sets weights to zero by what they mean to the whole network: its gradients, its curvature, its flow.
+
+    scoring.py opens the network, asks for scores round by round, and finds the masks, which then go through the same driver as
+    those of a Pruner.
+
+    Attributes:
+        sparsity: share of zeros.
+        scope: where one threshold holds: in each "layer", or "global" in all of them.
+        rounds: in how many steps the sparsity is reached; every step scores what is left anew.
+        examples: how many to score on, at most.
+        shuffled: a control: each layer keeps as many weights as the scores say, but which ones is left to chance.
+        second_order: whether it differentiates twice, so that the network must be in float32, with attention in plain operations.
+    """
+
+    sparsity: float
+    scope: str
+    rounds: int
+    shuffled: bool
+
+    @property
+    def examples(self) -> int: ...
+
+    @property
+    def second_order(self) -> bool: ...
+
+    def check(self, rows: int, columns: int) -> None:
+        """ValueError if a weight [out, in] of this shape cannot be pruned so."""
+        ...
+
+    def score(self, network: Network) -> Scores:
+        """What every weight of the network is worth.
+
+        Raises:
+            ValueError: if the network cannot be scored so.
+        """
+        ...
+
+    def passes(self, examples: int) -> float:
+        """Forwards of all examples that a round takes, a backward counted as two."""
+        ...
+
+    def numbers_per_weight(self, examples: int) -> int:
+        """How many numbers it holds at a time for every weight, beside the weight."""
         ...
 
 

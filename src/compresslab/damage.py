@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.errors import CompressLabError, unknown
 from compresslab.models import Source, is_transposed, weight_of
+from compresslab.numerics.curvature import hessian_product, random_signs
 from compresslab.numerics.gram import Statistic
 from compresslab.search.sensitivity import fisher_noise, kl_divergence, output_noise, trace_noise
 from compresslab.solving import Pass
@@ -174,14 +175,8 @@ def hessian_traces(
                 window = {key: value[row : row + 1] for key, value in batch.items()}
                 logits = model(**window, use_cache=False).logits[0, :-1].float()
                 loss = nn.functional.cross_entropy(logits, window["input_ids"][0, 1:])
-                gradients = torch.autograd.grad(
-                    loss, list(weights.values()), create_graph=True, allow_unused=True, materialize_grads=True
-                )
-                signs = [
-                    (torch.randint(0, 2, w.shape, generator=generator) * 2.0 - 1).to(w.device) for w in weights.values()
-                ]
-                along = torch.stack([(g * v).sum() for g, v in zip(gradients, signs, strict=True)]).sum()
-                products = torch.autograd.grad(along, list(weights.values()), allow_unused=True, materialize_grads=True)
+                signs = random_signs(list(weights.values()), generator)
+                products = hessian_product(loss, list(weights.values()), signs)
                 for name, product, v in zip(weights, products, signs, strict=True):
                     sums[name] += float((product * v).sum()) / probes
     finally:

@@ -14,8 +14,9 @@ from compresslab.errors import CompressLabError
 from compresslab.plan import Plan
 from compresslab.questions import check_tokens, window_length
 from compresslab.recipe import Recipe
-from compresslab.solving import batch_size
+from compresslab.solving import BATCH_PICTURES, batch_size
 from compresslab.stages import LayerMethods, Stages, needs_data
+from compresslab.training import collate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,14 @@ class Material:
     @classmethod
     def of(cls, source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int) -> Material:
         """CompressLabError where a method needs data and there is none that it can use."""
-        labelled = _labelled(source, stages, data, seed)
-        reads_text = labelled is None or bool(stages.smoothers)
-        return cls(
-            calibration=_calibration(source, stages, recipe, data, seed) if reads_text else None, labelled=labelled
-        )
+        labelled = _labelled(source, stages, recipe, data, seed)
+        # A training whose rounding is its own takes no Gram matrix, but for what smooths before it.
+        reads_more = bool(stages.smoothers) or (stages.solving_needs_data and not stages.trains)
+        if labelled is None:
+            return cls(calibration=_calibration(source, stages, recipe, data, seed), labelled=None)
+        if not reads_more:
+            return cls(calibration=None, labelled=labelled)
+        return cls(calibration=_calibration_beside(labelled, source, stages, recipe, data, seed), labelled=labelled)
 
     @property
     def found(self) -> datasets.Calibration | datasets.Labelled | None:
@@ -47,7 +51,8 @@ class Material:
         """What is trained on: labelled examples, or else every window of text, towards its own next tokens."""
         if self.labelled is not None:
             return self.labelled.train
-        rows = [row for batch in self.calibration.batches for row in batch["input_ids"]] if self.calibration else []
+        batches = self.calibration.batches if self.calibration else []
+        rows = [row for batch in batches for row in batch.get("input_ids", ())]
         return [{"input_ids": row, "labels": row} for row in rows]
 
     def fields(self, training: dict[str, Any]) -> dict[str, Any] | None:
@@ -71,28 +76,66 @@ class Material:
     ) -> preflight.Estimate:
         """What a run on it takes."""
         trains_codes = any(isinstance(solver, aware.Untrained) for solver in methods.solvers.values())
-        text = self.calibration if surveys or not trains_codes else None  # such a training takes no Gram matrix
+        # A training of codes takes no Gram matrix, nor do scores of all weights.
+        reads = surveys or (stages.solving_needs_data and not trains_codes)
+        text = self.calibration if reads else None
         tokens = (text.samples, text.sequence_length) if text else (0, None)
         reruns = stages.reruns(len(text.batches)) if text else 0.0
         needs = preflight.estimate(source, plan, methods.solvers, *tokens, device, surveys, reruns)
+        if stages.scorer is not None:
+            examples = self.examples[: stages.scorer.examples]
+            read = sum(len(example.get("input_ids", ())) for example in examples)
+            needs = preflight.with_scores(needs, source, stages.scorer, len(examples), read, device)
         if recipe.training is None:
             return needs
         examples = self.examples
         length = max(len(example.get("input_ids", ())) for example in examples)
-        foretell = preflight.with_training if trains_codes else preflight.with_tuning
+        foretell = preflight.with_training if trains_codes or stages.recovers else preflight.with_tuning
         return foretell(needs, source, recipe.training.seen(len(examples)) * length, device)
 
 
-def _labelled(source: models.Source, stages: Stages, data: Any, seed: int) -> datasets.Labelled | None:
+def _labelled(source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int) -> datasets.Labelled | None:
     """What a classifier is trained on and measured with; None for a language model that predicts its own text."""
-    if not stages.trains or data is None or isinstance(data, datasets.Calibration):
+    learns = stages.trains or stages.recovers or (stages.scorer is not None and stages.scorer.needs_data)
+    if not learns or data is None:
         return None
-    if not isinstance(data, str):
+    skeleton, is_bare = source.skeleton(), isinstance(data, datasets.Calibration)
+    if not isinstance(data, str) and not is_bare:
         return datasets.labelled_examples(data, seed)
-    if models.is_language_model(source.skeleton()):
+    if models.is_language_model(skeleton):
         return None
+    if is_bare:
+        raise CompressLabError(
+            f"{source.name} is trained towards labels, and a Calibration has none: give a source with labels, or a data set "
+            "object whose items are dicts with 'labels'"
+        )
+    if models.is_image_classifier(skeleton):
+        return datasets.labelled_pictures(
+            data,
+            source.image_processor(),
+            classes=models.classes(skeleton),
+            samples=recipe.calibration.samples,
+            seed=seed,
+        )
     classes = models.classes_of_texts(source)
     return datasets.labelled_texts(data, source.tokenizer(), longest=window_length(source), classes=classes)
+
+
+def _calibration_beside(
+    labelled: datasets.Labelled, source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int
+) -> datasets.Calibration | None:
+    """What the driver reads beside a training: the source's own windows or pictures, or examples that were given, unlabelled."""
+    if isinstance(data, str):
+        return _calibration(source, stages, recipe, data, seed)
+    chosen = labelled.train[: recipe.calibration.samples]
+    shapes = {tuple((key, value.shape) for key, value in example.items()) for example in chosen}
+    size = BATCH_PICTURES if len(shapes) == 1 else 1  # so that nothing has to be filled up
+    rows = [{key: value for key, value in example.items() if key != "labels"} for example in chosen]
+    return datasets.Calibration(
+        source=labelled.source, revision=labelled.revision, split="calibration", samples=len(rows), sequence_length=None,
+        tokens=None, seed=seed, sha256=datasets.examples_sha256(rows),
+        batches=[collate(rows[i : i + size]) for i in range(0, len(rows), size)],
+    )  # fmt: skip
 
 
 def _calibration(
@@ -101,8 +144,8 @@ def _calibration(
     if not stages.needs_data:
         return None
     if data is None:
-        needy = next(step.method for step in recipe.steps if needs_data(step.build()))
-        raise CompressLabError(f"method {needy} needs calibration data: name it with --data, e.g. wiki")
+        needy = [f"method {step.method}" for step in recipe.steps if needs_data(step.build())]
+        raise CompressLabError(f"{(*needy, 'the training')[0]} needs calibration data: name it with --data, e.g. wiki")
     if isinstance(data, datasets.Calibration):
         return data
     if not isinstance(data, str):

@@ -21,12 +21,12 @@ from compresslab.numerics.grid import QuantWeight, per_element
 
 
 def prune_parts(pruner: Pruner, weight: Tensor, parts: Sequence[Gram] | None) -> Pruned:
-    """`pruner.prune` of a weight [out, in], or of the rows of each group with the group's own Gram matrix.
+    """`pruner.prune` of a weight [out, in], or of the rows of each group with the group's own Gram matrix, if it reads that.
 
     Raises:
         ValueError: if the pruner gives up, or leaves no weight at all.
     """
-    grams: Sequence[Gram | None] = parts or (None,)
+    grams: Sequence[Gram | None] = (parts or (None,)) if pruner.needs_data else (None,)
     found = [pruner.prune(rows, gram) for rows, gram in zip(weight.chunk(len(grams)), grams, strict=True)]
     whole = torch.cat([one.weight for one in found])
     if weight.any() and not whole.any():

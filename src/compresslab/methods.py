@@ -15,9 +15,18 @@ from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rou
 from compresslab.errors import CompressLabError, unknown
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
+from compresslab.prune.fisher import Fisher
+from compresslab.prune.gradual import Gradual
+from compresslab.prune.grasp import GraSP
 from compresslab.prune.magnitude import Magnitude
+from compresslab.prune.movement import Movement, SoftMovement
+from compresslab.prune.obd import OBD
+from compresslab.prune.obs import OBS
 from compresslab.prune.owl import OWL
+from compresslab.prune.random_mask import RandomMask
+from compresslab.prune.snip import SNIP
 from compresslab.prune.sparsegpt import SparseGPT
+from compresslab.prune.synflow import SynFlow
 from compresslab.prune.wanda import Wanda
 from compresslab.prune.ziplm import ZipLM
 from compresslab.quantize.autoround import AutoRound
@@ -64,6 +73,16 @@ METHODS: dict[str, type] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "owl": OWL,
+    "snip": SNIP,
+    "grasp": GraSP,
+    "synflow": SynFlow,
+    "fisher": Fisher,
+    "obd": OBD,
+    "obs": OBS,
+    "random-mask": RandomMask,
+    "gradual": Gradual,
+    "movement": Movement,
+    "soft-movement": SoftMovement,
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,

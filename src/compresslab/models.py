@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from compresslab import architectures, zoo
 from compresslab.edits import Edit, apply_
 from compresslab.errors import CompressLabError
-from compresslab.numerics.attention import causal_attention
+from compresslab.numerics.attention import causal_attention, proportional_attention
 from compresslab.weights import FolderWeights, MemoryWeights, Weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,6 +347,17 @@ def materialise(source: Source) -> nn.Module:
     return model
 
 
+def retrained(source: Source, model: nn.Module) -> Source:
+    """The source with the tensors that a trained network has by its names, in the dtypes that they are stored in."""
+    values = model.state_dict()
+    tensors = {
+        name: values[name].detach().to("cpu", source.weights.get(name).dtype)
+        for name in source.weights.names()
+        if name in values
+    }
+    return replace(source, weights=MemoryWeights(tensors))
+
+
 def decompress_(model: nn.Module) -> None:
     """Have transformers multiply out compressed weights now that it would on the first forward; bitsandbytes' in float32."""
     if hasattr(model, "ct_decompress_hook"):
@@ -602,3 +613,17 @@ def _calibration_attention(
 
 ALL_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, _calibration_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, sdpa_mask)
+
+
+PROPORTIONAL_ATTENTION = "compresslab_proportional"
+
+
+def _proportional_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over numerics.proportional_attention."""
+    return proportional_attention(query, key, value), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PROPORTIONAL_ATTENTION, _proportional_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PROPORTIONAL_ATTENTION, sdpa_mask)

@@ -1,7 +1,7 @@
 """compress(): the whole data flow on one page.
 
     read -> (rewrite, rotate) -> plan and preflight -> (take out units) -> (share out a budget) -> smooth -> (train)
-         -> (share out zeros) -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process
+         -> (share out zeros, or score all weights) -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process
          -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compresslab import aware, layerwise, mixed, models, preflight, ranks, solving, tuning
+from compresslab import aware, layerwise, mixed, models, preflight, ranks, recovering, solving, tuning
 from compresslab import budget as budgets
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
@@ -45,6 +45,7 @@ from compresslab.removing import removed
 from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report
 from compresslab.rotating import said_of
+from compresslab.scoring import scored
 from compresslab.smoothing import smoothed
 from compresslab.stages import LayerMethods, Stages, planned, stages_of
 from compresslab.training import Record
@@ -132,11 +133,11 @@ def compress(
             plan, methods, layout = planned(source, chosen)
 
     if not team.leads:
-        return _followed(team, passing(source, plan), stages, methods, layout, progress)
+        return _followed(team, passing(source, plan), stages, methods, layout, material, seed, progress)
     key = _key(source, chosen, material, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(passing(source, plan), stages, methods, layout, writer, progress)
-        job = _prepared(job, stages, methods, progress, clock)
+        job = _prepared(job, stages, methods, material, seed, progress, clock)
         job, training = _learned(job, stages, chosen, layout, material, writer, seed, progress, clock)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
@@ -182,7 +183,7 @@ def compress(
 def _stages(recipe: Recipe, has_budget: bool, team: ranks.Ranks) -> Stages:
     """The recipe's stages. CompressLabError, too, for those that several processes cannot share."""
     stages = stages_of(recipe, has_budget)
-    if not team.is_alone and (stages.trains or stages.tuner or stages.refiner):
+    if not team.is_alone and stages.learns:
         raise CompressLabError(
             f"recipe '{recipe.name}' trains, which one process does on all of its data: start it without torchrun, or take one "
             "that solves layer by layer (such as w4a16-gptq)"
@@ -191,11 +192,12 @@ def _stages(recipe: Recipe, has_budget: bool, team: ranks.Ranks) -> Stages:
 
 
 def _followed(
-    team: ranks.Ranks, calibrated: solving.Pass, stages: Stages, methods: LayerMethods, layout: Layout, progress: Progress
+    team: ranks.Ranks, calibrated: solving.Pass, stages: Stages, methods: LayerMethods, layout: Layout, material: Material,
+    seed: int, progress: Progress,
 ) -> tuple[Artifact, Report]:  # fmt: skip
     """What a rank other than the leader does: its share of the walks and of the solving; and what the leader made of it."""
     job = _job(calibrated, stages, methods, layout, ranks.SharedSink(team, None), progress)
-    layerwise.run(_prepared(dataclasses.replace(job, ranks=team), stages, methods, progress, Clock()))
+    layerwise.run(_prepared(dataclasses.replace(job, ranks=team), stages, methods, material, seed, progress, Clock()))
     return team.told(None)  # type: ignore[return-value]
 
 
@@ -216,17 +218,22 @@ def plan_only(
     source = stages.transformed(models.find(model))
     plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length
-    tokens = (chosen.calibration.samples if stages.needs_data else 0, length)
+    tokens = (chosen.calibration.samples if stages.passes_need_data else 0, length)
     batches = tokens[0] / (solving.batch_size(length) if tokens[0] else 1)
     estimate = preflight.estimate(
         source, plan, methods.solvers, *tokens, pick_device(device), stages.surveys + has_budget,
         stages.reruns(math.ceil(batches)),
     )  # fmt: skip
+    if stages.scorer is not None:
+        samples = min(chosen.calibration.samples, stages.scorer.examples)
+        estimate = preflight.with_scores(
+            estimate, source, stages.scorer, samples, samples * (length or 0), pick_device(device)
+        )
     if has_budget:
         estimate = _with_budget(estimate, source, plan, tokens[0] > 0, sensitivity, pick_device(device))
     if chosen.training is not None:
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
-        foretell = preflight.with_training if stages.trains else preflight.with_tuning
+        foretell = preflight.with_tuning if stages.tuner is not None else preflight.with_training
         estimate = foretell(estimate, source, seen, pick_device(device))
     if memory is not None and stages.can_spill and not has_budget:
         estimate, _ = preflight.within(estimate, parse_bytes(memory))
@@ -289,8 +296,16 @@ def _taken_out(
     return source, told, planned(source, recipe)
 
 
-def _prepared(job: solving.Job, stages: Stages, methods: LayerMethods, progress: Progress, clock: Clock) -> solving.Job:
-    """The job with its network smoothed, and with the sparsity of every layer found, where the recipe asks for that."""
+def _prepared(
+    job: solving.Job,
+    stages: Stages,
+    methods: LayerMethods,
+    material: Material,
+    seed: int,
+    progress: Progress,
+    clock: Clock,
+) -> solving.Job:
+    """The job with its network smoothed, and with the sparsity or the mask of every layer found, where the recipe asks for it."""
     if stages.smoothers:
         with clock("smooth"):
             progress.stage("smooth", 1)
@@ -302,6 +317,14 @@ def _prepared(job: solving.Job, stages: Stages, methods: LayerMethods, progress:
             progress.stage("zeros", 1)
             job = dataclasses.replace(job, pruners=allocated(job, job.pruners, stages.allocation))
             progress.step("the sparsity of layers")
+    if stages.scorer is not None:
+        with clock("score weights"):
+            progress.stage("score", stages.scorer.rounds)
+            examples = material.examples if stages.scorer.examples else []
+            pruners = scored(
+                job, job.pruners, stages.scorer, examples, seed, on_round=lambda: progress.step("a round of scores")
+            )
+            job = dataclasses.replace(job, pruners=pruners)
     return job
 
 
@@ -309,7 +332,9 @@ def _learned(
     job: solving.Job, stages: Stages, recipe: Recipe, layout: Layout, material: Material, writer: Writer, seed: int,
     progress: Progress, clock: Clock,
 ) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
-    """The job after what its recipe trains, if anything: its codes, or its scales; and what to report of it."""
+    """The job after what its recipe trains, if anything: its weights, codes or scales; and what to report of it."""
+    if stages.recovers:
+        return _recovered(job, stages, recipe, material, writer, seed, progress, clock)
     if stages.trains:
         return _trained(job, recipe, material, writer, seed, progress, clock)
     if stages.tuner is not None:
@@ -333,6 +358,29 @@ def _trained(
     activations = {layer: outcome.layers[layer] for layer in job.activations}
     job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, activations=activations)
     return job, {"training": _told(outcome.record)}
+
+
+def _recovered(
+    job: solving.Job, stages: Stages, recipe: Recipe, material: Material, writer: Writer, seed: int, progress: Progress,
+    clock: Clock,
+) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
+    """The network trained with its zeros in place of what was planned, and what to report of it."""
+    assert recipe.training is not None
+    steps = recipe.training.steps_for(round(len(material.examples) * (1 - recipe.training.held_back)))
+    beforehand = stages.pruner is not None and not stages.prunes_in_training
+    progress.stage("prune and train" if stages.pruner else "train", len(job.plan.layers) * beforehand + steps)
+    with clock("train"):
+        outcome = recovering.train(
+            job,
+            recovering.Lesson(
+                examples=material.examples, settings=recipe.training, folder=writer.scratch("training"), seed=seed,
+                device=job.device, on_step=lambda done: progress.step("a step of the training"),
+            ),
+        )  # fmt: skip
+    batches = job.batches if stages.rounding_needs_data else None
+    job = dataclasses.replace(job, source=outcome.source, batches=batches, pruners=outcome.pruners)
+    before = {} if outcome.before is None else {"loss_before": f"{outcome.before:.4f}"}
+    return job, {"training": _told(outcome.record) | before}
 
 
 def _tuned(

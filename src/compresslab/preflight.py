@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compresslab.aware import Untrained
-from compresslab.contract import Solver
+from compresslab.contract import NetworkPruner, Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
 from compresslab.measure import hardware
@@ -223,6 +223,27 @@ def with_tuning(found: Estimate, source: Source, tokens: int, device: torch.devi
         disk_bytes=2 * found.disk_bytes,
         seconds=found.seconds + seconds,
         parts=found.parts | {"train": seconds},
+    )
+
+
+def with_scores(
+    found: Estimate, source: Source, method: NetworkPruner, examples: int, tokens: int, device: torch.device
+) -> Estimate:
+    """The estimate with scoring all weights before it: the whole network, and what the method holds for every weight.
+
+    Args:
+        tokens: of all examples; 0 where they are no text, and time is not foretold.
+    """
+    parameters = sum(numel(source, name) for name in source.weights.names())
+    held = (
+        4 * (method.numbers_per_weight(examples) + 2) + torch.empty((), dtype=best_compute_dtype(device)).element_size()
+    )
+    seconds = 2 * parameters * tokens * method.passes(examples) * method.rounds / rates(device)[0] if tokens else 0.0
+    return replace(
+        found,
+        memory_bytes=max(found.memory_bytes, PROGRAM_BYTES + held * parameters),
+        seconds=found.seconds + seconds,
+        parts=found.parts | {"score": seconds},
     )
 
 

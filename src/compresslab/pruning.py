@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import layerwise
-from compresslab.contract import Along, FloatWeight, Paper, Pruner, Solution, SparsityAllocation
+from compresslab.contract import (
+    Along,
+    FloatWeight,
+    NetworkPruner,
+    Paper,
+    Pruned,
+    Pruner,
+    Solution,
+    SparsityAllocation,
+    TrainedPruner,
+)
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, groups_of, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, Statistic
@@ -44,23 +54,100 @@ class Unrounded:
         return Solution(weight=FloatWeight(values=weight.to(scale_dtype)))
 
 
+@dataclasses.dataclass
+class Ungated:
+    """What stands for a layer's pruner until the training that finds its zeros is over."""
+
+    paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
+    needs_data: ClassVar[bool] = False  # of the kind that the driver gathers
+    needs_labels: ClassVar[bool] = False
+
+    method: TrainedPruner
+    sparsity: float = 0.0
+    pattern: str | None = None
+
+    def check(self, rows: int, columns: int) -> None:
+        self.method.check(rows, columns)
+
+    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
+        raise AssertionError("the training comes first")
+
+
+@dataclasses.dataclass
+class Unscored:
+    """What stands for a layer's pruner until the whole network is scored (scoring.py)."""
+
+    paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
+    needs_data: ClassVar[bool] = False  # of the kind that the driver gathers
+    needs_labels: ClassVar[bool] = False
+
+    method: NetworkPruner
+    sparsity: float = 0.0
+    pattern: str | None = None
+
+    def check(self, rows: int, columns: int) -> None:
+        self.method.check(rows, columns)
+
+    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
+        raise AssertionError("the scores come first")
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Marked:
+    """The pruner of a layer whose mask was found with the whole network in view.
+
+    Attributes:
+        weight: float32 [out, in], what the mask leaves of it.
+    """
+
+    paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
+    needs_data: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+
+    sparsity: float
+    weight: Tensor
+    pattern: str | None = None
+
+    def check(self, rows: int, columns: int) -> None:
+        """Its zeros are there."""
+
+    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
+        return Pruned(weight=self.weight.to(weight.device))
+
+
 def pruners_of(source: Source, plan: Plan, step: Step) -> dict[str, Pruner]:
     """The pruner of every planned layer but those that the step leaves alone.
 
     Raises:
         CompressLabError: a layer whose shape cannot be pruned so; before any work.
     """
-    skeleton, found = source.skeleton(), {}
+    skeleton = source.skeleton()
+    found: dict[str, Pruner] = {}
     for layer in plan.layers:
         if isinstance(differing_settings(step.layers, layer), str):
             continue
-        pruner = step.build(layer)
+        method = step.build(layer)
+        if isinstance(method, NetworkPruner):
+            found[layer] = _unscored(layer, method, step, skeleton.get_submodule(layer))
+            continue
+        pruner = Ungated(method) if isinstance(method, TrainedPruner) else method
         assert isinstance(pruner, Pruner)
         _checked(layer, pruner, *_shape(skeleton.get_submodule(layer)))
         found[layer] = pruner
     if not found:
         raise CompressLabError(f"the step {step.method} leaves every layer alone: there is nothing to prune")
     return found
+
+
+def _unscored(layer: str, method: NetworkPruner, step: Step, module: nn.Module) -> Unscored:
+    if method != step.build():
+        raise CompressLabError(
+            f"{step.method} scores all layers together, so the step's 'layers' cannot give {layer} settings of its own: "
+            "leave layers alone with 'float'"
+        )
+    pruner = Unscored(method)
+    _checked(layer, pruner, *matrix_shape(module))  # as a whole: groups of channels share the mask
+    return pruner
 
 
 def _checked(layer: str, pruner: Pruner, rows: int, columns: int) -> None:

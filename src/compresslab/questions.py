@@ -45,7 +45,7 @@ class Questions:
         Args:
             labelled: what a classifier was trained on, whose test split it is then asked.
         """
-        if labelled is not None:
+        if labelled is not None and labelled.test:
             return cls(examples=collate(labelled.test), said=labelled.test_split)
         texts = _texts(source, data, count)
         late = _long_windows(source, data) if stages.cache is not None and texts is not None else None

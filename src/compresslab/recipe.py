@@ -19,8 +19,9 @@
 in which these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
-A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
-Training.
+A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp, gradual, movement) has a block `training: {epochs: 3,
+learning_rate: 1.0e-4}`, see Training. In a recipe that prunes, or takes out neurons, heads or blocks, such a block asks for a
+training of what is left.
 
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
 else can be constructed from it.
@@ -34,7 +35,7 @@ import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,8 +46,10 @@ from compresslab.contract import (
     AwareTraining,
     BlockRemover,
     Method,
+    NetworkPruner,
     Pruner,
     Rounding,
+    TrainedPruner,
     Tuner,
     UnitRemover,
 )
@@ -79,7 +82,7 @@ class Step(BaseModel):
         settings = {key: value for key, value in raw.items() if key not in ("method", "layers")}
         method = methods.build(raw["method"], settings)
         filled = {"method": raw["method"]} | methods.defaults(raw["method"]) | settings
-        if isinstance(method, Rounding | ActivationQuantizer | Pruner):
+        if isinstance(method, Rounding | ActivationQuantizer | Pruner | TrainedPruner | NetworkPruner):
             return filled | {"layers": _checked_layers(raw["method"], settings, raw.get("layers", {}))}
         if "layers" in raw:
             raise CompressLabError(
@@ -141,6 +144,7 @@ class Training(Strict):
     Attributes:
         epochs: passes over the examples.
         steps: of the optimiser, in place of `epochs` where it is named.
+        optimizer: "adamw", or "sgd" with a momentum of 0.9, whose learning rates are larger.
         warmup: share of the steps over which the learning rate rises from 0, before it falls to 0 along a cosine.
         batch: examples in one step.
         checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
@@ -150,6 +154,7 @@ class Training(Strict):
     steps: int | None = Field(default=None, ge=1)
     epochs: float = Field(default=3.0, gt=0)
     learning_rate: float = Field(default=1e-4, gt=0, lt=10)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     warmup: float = Field(default=0.05, ge=0, lt=1)
     batch: int = Field(default=16, ge=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -180,10 +185,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _trains(self) -> Recipe:
-        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner)]
-        if self.training is not None and not trains:
+        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner | TrainedPruner)]
+        if self.training is not None and not trains and not self.removing and self.pruning is None:
             raise CompressLabError(
-                "'training' belongs to a recipe with a method that trains, such as lsq; this one has none"
+                "'training' belongs to a recipe with a method that trains, such as lsq, or that prunes; this one has none"
             )
         if self.training is None and trains:
             object.__setattr__(self, "training", Training())  # written down as it will run, like every other default
@@ -197,7 +202,9 @@ class Recipe(Strict):
     @property
     def pruning(self) -> Step | None:
         """The step that sets weights to zero, if there is one."""
-        return next((step for step in self.steps if isinstance(step.build(), Pruner)), None)
+        return next(
+            (step for step in self.steps if isinstance(step.build(), Pruner | TrainedPruner | NetworkPruner)), None
+        )
 
     @property
     def removing(self) -> tuple[Step, ...]:

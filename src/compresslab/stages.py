@@ -16,6 +16,7 @@ from compresslab.contract import (
     Equalizer,
     Folder,
     Method,
+    NetworkPruner,
     Pruner,
     Refiner,
     Rerunning,
@@ -23,6 +24,7 @@ from compresslab.contract import (
     Smoother,
     Solver,
     SparsityAllocation,
+    TrainedPruner,
     Tuner,
     UnitRemover,
 )
@@ -31,7 +33,7 @@ from compresslab.deploy.layouts import Layout, check_formats, layout_for
 from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.plan import Plan, check_patterns, make_plan
-from compresslab.pruning import Unrounded, pruners_of
+from compresslab.pruning import Ungated, Unrounded, Unscored, pruners_of
 from compresslab.recipe import Recipe, differing_settings
 from compresslab.rewriting import rewritten
 from compresslab.rotating import rotated
@@ -61,7 +63,11 @@ NOT_TUNED = tuple(place for place, (kind, *_) in enumerate(_KINDS) if kind in (A
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The methods of a recipe, by what they do; `name` is the solver's, or the pruner's where nothing is rounded."""
+    """The methods of a recipe, by what they do; `name` is the solver's, or the pruner's where nothing is rounded.
+
+    Attributes:
+        recovers: whether the network is trained after neurons, heads or blocks were taken out, or with the zeros of a pruner.
+    """
 
     name: str
     rewriters: tuple[Folder | Equalizer, ...]
@@ -76,21 +82,46 @@ class Stages:
     refiner: Refiner | None
     correctors: tuple[Corrector, ...]
     tuner: Tuner | None
+    recovers: bool
 
     @property
     def trains(self) -> bool:
         return isinstance(self.solver, aware.Untrained)
 
     @property
+    def prunes_in_training(self) -> bool:
+        return isinstance(self.pruner, Ungated)
+
+    @property
     def needs_data(self) -> bool:
+        learns = self.recovers or (self.scorer is not None and self.scorer.needs_data)
+        return self.passes_need_data or learns
+
+    @property
+    def passes_need_data(self) -> bool:
+        """Whether anything walks through the network block by block on calibration data."""
         return self.solving_needs_data or any(needs_data(method) for method in self.removers)
 
     @property
+    def scorer(self) -> NetworkPruner | None:
+        """The method that prunes by what weights mean to the whole network."""
+        return self.pruner.method if isinstance(self.pruner, Unscored) else None
+
+    @property
     def solving_needs_data(self) -> bool:
-        """Whether what comes after the removal needs data."""
+        """Whether what comes after the removal, but for a training and for scores of all weights, needs data."""
         pruning = (self.allocation, self.pruner)
+        return (
+            bool(self.smoothers)
+            or self.rounding_needs_data
+            or any(needs_data(method) for method in pruning if method is not None)
+        )
+
+    @property
+    def rounding_needs_data(self) -> bool:
+        """Whether what comes after the pruning, but for a training, needs data."""
         rounding = (self.activations, self.cache, self.solver, self.refiner, *self.correctors, self.tuner)
-        return bool(self.smoothers) or any(needs_data(method) for method in (*pruning, *rounding) if method is not None)
+        return any(needs_data(method) for method in rounding if method is not None)
 
     @property
     def surveys(self) -> int:
@@ -104,9 +135,14 @@ class Stages:
         return sum(method.reruns(batches) for method in methods if isinstance(method, Rerunning))
 
     @property
+    def learns(self) -> bool:
+        """Whether anything is trained, by gradients."""
+        return self.trains or self.recovers or self.tuner is not None or self.refiner is not None
+
+    @property
     def can_spill(self) -> bool:
-        """Whether walks may wait on disk: not where something looks into many of them at a time, or trains."""
-        return not (self.trains or self.tuner or self.refiner or self.reruns(1))
+        """Whether walks may wait on disk: not where something looks into many of them at a time, or into the whole network."""
+        return not (self.learns or self.scorer or self.reruns(1))
 
     @property
     def rounds(self) -> bool:
@@ -151,6 +187,9 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
         _check_training(recipe.shaping.method, activations, has_budget)
     if tuners:
         _check_tuning([name for (name, _), kind in zip(built, kinds, strict=True) if kind in NOT_TUNED], solver, caches)
+    recovers = recipe.training is not None and not tuners and not isinstance(solver, aware.Untrained)
+    if recovers:
+        _check_recovery(recipe, [name for name, method in built if isinstance(method, Corrector)], has_budget)
     if solvers:
         check_formats(solver, activations)
     allocations += [pruner for pruner in pruners if getattr(pruner, "allocates", False)]
@@ -163,6 +202,7 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
         allocation=allocations[0] if allocations else None, pruner=pruners[0] if pruners else None,
         refiner=refiners[0] if refiners else None, correctors=tuple(correctors),
         tuner=tuners[0] if tuners else None,
+        recovers=recovers,
     )  # fmt: skip
 
 
@@ -176,7 +216,7 @@ def _check_pruning(recipe: Recipe, methods: list[Any], has_budget: bool) -> None
         raise CompressLabError(
             "owl says how sparse each layer shall be: add a step that prunes, such as wanda, after it"
         )
-    allocating = [named[id(method)] for method in methods if getattr(method, "allocates", False)]
+    allocating = [named[id(m)] for m in methods if getattr(m, "allocates", False) or isinstance(m, Unscored)]
     if len(allocating) > 1:
         raise CompressLabError(f"{' and '.join(allocating)} both say how sparse each layer shall be: leave one out")
     if has_budget:
@@ -188,11 +228,29 @@ def _check_pruning(recipe: Recipe, methods: list[Any], has_budget: bool) -> None
         raise CompressLabError(
             f"{named[id(undo[0])]} learns anew what {pruning.method} has set to zero: round with another method (such as gptq)"
         )
+    if any(isinstance(m, Ungated) for m in methods) and any(isinstance(m, SparsityAllocation) for m in methods):
+        raise CompressLabError(
+            f"owl says how sparse each layer shall be before a training, and {pruning.method} finds that in its course: leave "
+            "one of them out"
+        )
     idle = [m for m in methods if not isinstance(m, _WITHOUT_ROUNDING)] if recipe.rounding is None else []
     if idle:
         raise CompressLabError(
             f"{named[id(idle[0])]} prepares a network for rounding, and recipe '{recipe.name}' does not round: leave it out, or "
             "add a step that rounds"
+        )
+
+
+def _check_recovery(recipe: Recipe, correctors: list[str], has_budget: bool) -> None:
+    """CompressLabError for what a training of the pruned network would make pointless."""
+    if has_budget:
+        raise CompressLabError(
+            f"a budget shares out bits before recipe '{recipe.name}' has trained what is to be rounded: leave the budget out, or "
+            "the block 'training'"
+        )
+    if correctors and recipe.rounding is None:
+        raise CompressLabError(
+            f"{correctors[0]} would correct biases that are then trained: leave it out, or leave out the block 'training'"
         )
 
 
@@ -207,7 +265,11 @@ def _check_tuning(others: list[str], solver: Any, caches: list[Any]) -> None:
 
 
 def _to_plan(method: Any) -> Any:
-    """A method as it is planned with: one that trains knows its grids, and no more until it has trained."""
+    """A method as it is planned with: one that trains knows its grids or shapes, and no more until it has trained."""
+    if isinstance(method, TrainedPruner):
+        return Ungated(method)
+    if isinstance(method, NetworkPruner):
+        return Unscored(method)
     return aware.Untrained(method) if isinstance(method, AwareTraining) else method
 
 

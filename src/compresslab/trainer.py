@@ -25,6 +25,7 @@ from compresslab.recipe import Training
 from compresslab.training import Loss
 
 WEIGHTS = "model.safetensors"
+OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {}, "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"}}
 WRITTEN = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")  # of a whole checkpoint
 
 
@@ -39,6 +40,8 @@ def run_(
     loss: Loss | None,
     collate: Callable[[Sequence[Example]], dict[str, Tensor]],
     on_step: Callable[[float], None],
+    after_step: Callable[[], None],
+    best_from: float,
     device: torch.device,
 ) -> tuple[TrainerState, str]:
     """Train a network in place; the trainer's state afterwards, and what to tell if it did not end as it should."""
@@ -48,9 +51,9 @@ def run_(
         train_dataset=_Examples(examples),
         eval_dataset=_Examples(held_back),
         data_collator=collate,
-        callbacks=[_Steps(on_step)],
+        callbacks=[_Steps(on_step, after_step)],
     )
-    trainer.loss = loss
+    trainer.loss, trainer.best_from = loss, best_from
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     verbosity = transformers_logging.get_verbosity()
@@ -75,6 +78,7 @@ def _arguments(
         output_dir=str(folder),
         max_steps=steps,
         learning_rate=settings.learning_rate,
+        **OPTIMIZERS[settings.optimizer],
         lr_scheduler_type="cosine",
         warmup_steps=int(steps * settings.warmup),
         per_device_train_batch_size=settings.batch,
@@ -122,6 +126,7 @@ class _Trainer(transformers.Trainer):
     """Trainer with a loss of our own, that stops where it is not finite, and writes all parameters by the names they have."""
 
     loss: Loss | None = None
+    best_from: float = 0.0
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -150,6 +155,10 @@ class _Trainer(transformers.Trainer):
             )
         return found
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        counts = self.state.global_step - 1 >= self.best_from * self.state.max_steps  # where its last step began
+        return counts and super()._determine_best_metric(metrics, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # save_pretrained would rename what some architectures call otherwise on disk, and a resume reads these names.
         if not self.args.should_save:
@@ -162,11 +171,14 @@ class _Trainer(transformers.Trainer):
 
 
 class _Steps(transformers.TrainerCallback):
-    def __init__(self, on_step: Callable[[float], None]) -> None:
-        self.on_step = on_step
+    def __init__(self, on_step: Callable[[float], None], after_step: Callable[[], None]) -> None:
+        self.on_step, self.after_step = on_step, after_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.on_step(state.global_step / state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == state.max_steps:

@@ -60,6 +60,8 @@ def train_(
     held_back: Sequence[Example] | None = None,
     loss: Loss | None = None,
     on_step: Callable[[float], None] = lambda progress: None,
+    after_step: Callable[[], None] = lambda: None,
+    best_from: float = 0.0,
     device: torch.device | None = None,
 ) -> Record:
     """Train a network in place.
@@ -70,6 +72,9 @@ def train_(
         held_back: examples to judge the network by; by default a share of `examples`, picked by the seed.
         loss: of a batch; the network's own by default, for which the examples need "labels".
         on_step: told before every step how much of the training is over, from 0 to 1.
+        after_step: called as soon as the optimiser has changed the weights, before anything looks at them.
+        best_from: a network is only the best one if its last step began when this share of the training was over: while it is
+            being pruned it is another network that is judged.
         device: the CPU unless it is named.
 
     Raises:
@@ -83,7 +88,8 @@ def train_(
 
     state, notice = run_(
         model, examples, held_back, settings, folder,
-        seed=seed, loss=loss, collate=collate, on_step=on_step, device=device or torch.device("cpu"),
+        seed=seed, loss=loss, collate=collate, on_step=on_step, after_step=after_step, best_from=best_from,
+        device=device or torch.device("cpu"),
     )  # fmt: skip
     losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
     best = int(str(state.best_model_checkpoint).rpartition("-")[2])

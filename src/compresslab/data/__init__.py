@@ -16,8 +16,15 @@ from __future__ import annotations
 
 from compresslab.data.catalogue import DATASETS, SPLIT_NAMES, Dataset, Kind, Labels
 from compresslab.data.files import images
-from compresslab.data.labelled import Labelled, labelled_examples, labelled_test, labelled_texts
-from compresslab.data.labelled_images import Pictures, image_batches, image_calibration, label_ids, pictures
+from compresslab.data.labelled import Labelled, examples_sha256, labelled_examples, labelled_test, labelled_texts
+from compresslab.data.labelled_images import (
+    Pictures,
+    image_batches,
+    image_calibration,
+    label_ids,
+    labelled_pictures,
+    pictures,
+)
 from compresslab.data.offline import (
     LabelledImages,
     RatedDocuments,
@@ -53,12 +60,14 @@ __all__ = [
     "digits",
     "documents_with_similarity",
     "encoder_texts",
+    "examples_sha256",
     "image_batches",
     "image_calibration",
     "images",
     "is_cached",
     "label_ids",
     "labelled_examples",
+    "labelled_pictures",
     "labelled_test",
     "labelled_texts",
     "padded",

@@ -23,6 +23,7 @@ from torch import Tensor
 from compresslab.data.catalogue import SPLIT_NAMES
 from compresslab.data.files import images as folder_images
 from compresslab.data.files import one_line
+from compresslab.data.labelled import Example, Labelled, examples_sha256
 from compresslab.data.tokens import Calibration
 from compresslab.errors import CompressLabError, unknown
 from compresslab.wheels import file_sha256
@@ -165,16 +166,42 @@ def _opened(found: Pictures, index: int) -> Any:
         ) from None
 
 
-def image_calibration(
-    source: str, processor: Any, *, samples: int, seed: int = 0, batch_size: int = BATCH
-) -> Calibration:
-    """`samples` pictures of the calibration split, picked without repetition. CompressLabError if there are fewer."""
+def _chosen(source: str, samples: int, seed: int) -> tuple[Pictures, list[int]]:
+    """The calibration split, and `samples` of its pictures without repetition. CompressLabError if there are fewer."""
     found = pictures(source, "calibration")
     if len(found.labels) < samples:
         raise CompressLabError(
             f"the calibration split of {source} has {len(found.labels)} pictures: use at most --samples {len(found.labels)}"
         )
     order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    return found, order
+
+
+def labelled_pictures(
+    source: str, processor: Any, *, classes: tuple[Mapping[str, int], int], samples: int, seed: int = 0
+) -> Labelled:
+    """`samples` pictures of the calibration split to train on, with their classes' numbers; none to measure on, as top-1 accuracy
+    is measured on the whole test split.
+
+    Args:
+        classes: the model's, as `label_ids` takes them.
+    """
+    found, order = _chosen(source, samples, seed)
+    ids = label_ids(found, *classes)
+    batches = image_batches(found, processor, indices=order, size=BATCH)
+    rows = [row for batch in batches for row in batch]
+    made: list[Example] = [{"pixel_values": row, "labels": ids[i]} for row, i in zip(rows, order, strict=True)]
+    return Labelled(
+        source=source, revision=found.revision, samples=samples, test_split=f"{source}, test split",
+        sha256=examples_sha256(made), train=made, test=[],
+    )  # fmt: skip
+
+
+def image_calibration(
+    source: str, processor: Any, *, samples: int, seed: int = 0, batch_size: int = BATCH
+) -> Calibration:
+    """`samples` pictures of the calibration split, picked without repetition. CompressLabError if there are fewer."""
+    found, order = _chosen(source, samples, seed)
     made = list(image_batches(found, processor, indices=order, size=batch_size))
     digest = hashlib.sha256()
     for batch in made:

@@ -1,4 +1,4 @@
-"""Exact causal attention by stripes of queries."""
+"""Exact causal attention by stripes of queries, and attention without a softmax for numbers that are not negative."""
 
 from __future__ import annotations
 
@@ -37,3 +37,22 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
         mixed = scores.softmax(dim=-1) @ value[:, :stop]
         out[:, start:stop] = mixed.view(batch, heads, rows, -1).transpose(1, 2)
     return out
+
+
+def proportional_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Values mixed in proportion to Q K^T, which must not be negative, with no softmax and no mask.
+
+    The sums by which the shares are divided are held constant under differentiation, so that the result is of the first degree
+    in queries, keys and values each.
+
+    Args:
+        query, key, value: as above.
+
+    Returns:
+        [batch, tokens, heads, width of value].
+    """
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    scores = query @ key.transpose(2, 3)
+    shares = scores / scores.detach().sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    return (shares @ value).transpose(1, 2).contiguous()

@@ -12,6 +12,8 @@ is that of Mishra et al., arXiv 2104.08378. Oracle: tests/oracles/pruning.py, Py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numba
 import numpy as np
 import torch
@@ -150,3 +152,29 @@ def keep_n_of_m(weight: Tensor, scale: Tensor, n: int, m: int) -> Tensor:
     kept = torch.empty(weight.shape, dtype=torch.bool)
     keep_largest_of_neighbours(weight.numpy(), scale.contiguous().numpy(), n, m, kept.numpy())
     return kept
+
+
+def drop_lowest(scores: Sequence[Tensor], drop: int) -> list[Tensor]:
+    """bool, of the shapes of these scores (float32 of either sign, no NaN): False for the `drop` lowest of them all together.
+
+    Among equals the first ones go, as everywhere here.
+    """
+    if drop <= 0:
+        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    pattern = torch.cat([_in_order(score).view(-1) for score in scores])
+    upper = (pattern >> HALF) + BINS // 2
+    high, before = place_in(torch.bincount(upper, minlength=BINS), drop)
+    lower = pattern[upper == high] & (BINS - 1)
+    low, within = place_in(torch.bincount(lower, minlength=BINS), drop - before)
+    threshold = (high - BINS // 2) << HALF | low
+    kept = pattern >= threshold
+    equals = (pattern == threshold).nonzero()[: drop - before - within, 0]
+    kept[equals] = False
+    sizes = [score.numel() for score in scores]
+    return [mask.view(score.shape) for mask, score in zip(kept.split(sizes), scores, strict=True)]
+
+
+def _in_order(score: Tensor) -> Tensor:
+    """int32 patterns that order like the numbers, negative ones too; -0 is 0."""
+    bits = (score.cpu().float() + 0.0).contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
