@@ -29,7 +29,7 @@ ROWS: list[tuple[str, ...]] = [
     ("methods",),
     ("weights", "wheels", "architectures", "edits"),
     ("recipe", "zoo", "random_model", "data", "models", "deploy", "report"),
-    ("plan", "flow", "groups", "training", "trainer", "masked", "masks"),
+    ("plan", "flow", "groups", "training", "trainer", "masked", "masks", "lottery"),
     ("solving",),
     ("refining",),
     ("layerwise", "streamed", "tracing", "replaying", "smoothing", "rewriting", "aware"),

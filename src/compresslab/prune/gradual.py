@@ -92,9 +92,7 @@ class Gradual:
         Target(sparsity=self.sparsity)
         check_window(self.begin, self.end)
         if not 0 <= self.initial <= self.sparsity:
-            raise ValueError(
-                f"initial is from 0 to the sparsity at the end ({self.sparsity:g}), not {self.initial:g}"
-            )
+            raise ValueError(f"initial is from 0 to the sparsity at the end ({self.sparsity:g}), not {self.initial:g}")
         if self.updates < 1:
             raise ValueError(f"updates is at least 1, not {self.updates}")
         if self.scope not in SCOPES:
