@@ -12,7 +12,7 @@ For each seed a network is trained whole. Then, from that network and with the s
 - random: the control of all of them, masks drawn by lot, with and without training; and the whole network with more steps.
 
 All but the random masks go through compress(), and the artifact is opened by transformers. The figure is accuracy on examples
-that neither training nor the choice of the best step has seen; sparsity is that of the pruned layers, which are all in the blocks.
+that neither training nor the choice of the best step has seen; sparsity is that of the pruned layers, all of them in the blocks.
 """
 
 from __future__ import annotations
