@@ -29,7 +29,7 @@ ROWS: list[tuple[str, ...]] = [
     ("methods",),
     ("weights", "wheels", "architectures", "edits"),
     ("recipe", "zoo", "random_model", "data", "models", "deploy", "report"),
-    ("plan", "flow", "positive", "groups", "training", "trainer", "masked", "masks", "ranks", "spilling"),
+    ("plan", "flow", "positive", "groups", "training", "trainer", "masked", "masks", "lottery", "ranks", "spilling"),
     ("solving",),
     ("refining",),
     ("layerwise", "streamed", "tracing", "replaying", "smoothing", "rewriting", "aware"),

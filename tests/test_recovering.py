@@ -183,10 +183,9 @@ def test_zeros_are_found_in_the_training(name: str, tmp_path: Path) -> None:
     assert training["best_step"] - 1 >= 0.7 * 12 and "loss_before" not in training
 
 
-@pytest.mark.parametrize("step", [MAGNITUDE, *IN_TRAINING.values()], ids=["recovery", *IN_TRAINING])
-def test_killed_and_called_again_is_undisturbed(
-    step: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["recovery", "gradual, one threshold", "soft movement"])
+def test_killed_and_called_again_is_undisturbed(name: str, tmp_path: Path) -> None:
+    step = IN_TRAINING.get(name, MAGNITUDE)
     whole, _ = run(tmp_path / "whole", step)
 
     class Killed(Exception):
@@ -217,8 +216,11 @@ def test_killed_and_called_again_is_undisturbed(
 # --- chains --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [MAGNITUDE, IN_TRAINING["movement"]], ids=["recovery", "movement"])
-@pytest.mark.parametrize("solver", [GPTQ, {"method": "rtn", "bits": 8, "group_size": 16}], ids=["gptq", "rtn"])
+@pytest.mark.parametrize(
+    ("step", "solver"),
+    [(MAGNITUDE, GPTQ), (IN_TRAINING["movement"], {"method": "rtn", "bits": 8, "group_size": 16})],
+    ids=["recovery and gptq", "movement and rtn"],
+)
 def test_prune_recover_quantise_is_one_run_and_one_report(
     step: dict[str, Any], solver: dict[str, Any], tmp_path: Path
 ) -> None:

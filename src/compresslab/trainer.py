@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.recipe import Training
-from compresslab.training import Loss
+from compresslab.training import KEPT, Loss
 
 WEIGHTS = "model.safetensors"
 OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {}, "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"}}
@@ -42,6 +42,7 @@ def run_(
     on_step: Callable[[float], None],
     after_step: Callable[[], None],
     best_from: float,
+    keep_step: int,
     device: torch.device,
 ) -> tuple[TrainerState, str]:
     """Train a network in place; the trainer's state afterwards, and what to tell if it did not end as it should."""
@@ -51,11 +52,12 @@ def run_(
         train_dataset=_Examples(examples),
         eval_dataset=_Examples(held_back),
         data_collator=collate,
-        callbacks=[_Steps(on_step, after_step)],
+        callbacks=[_Steps(on_step, after_step, keep_step)],
     )
     trainer.loss, trainer.best_from = loss, best_from
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    _keep(folder, keep_step)  # where a kill came between the checkpoint and its copy
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # progress and results are ours to tell
     model.train()
@@ -171,8 +173,8 @@ class _Trainer(transformers.Trainer):
 
 
 class _Steps(transformers.TrainerCallback):
-    def __init__(self, on_step: Callable[[float], None], after_step: Callable[[], None]) -> None:
-        self.on_step, self.after_step = on_step, after_step
+    def __init__(self, on_step: Callable[[float], None], after_step: Callable[[], None], keep_step: int) -> None:
+        self.on_step, self.after_step, self.keep_step = on_step, after_step, keep_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.on_step(state.global_step / state.max_steps)
@@ -183,6 +185,12 @@ class _Steps(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == state.max_steps:
             control.should_evaluate = control.should_save = True
+        if state.global_step == self.keep_step:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == self.keep_step:
+            _keep(Path(args.output_dir), self.keep_step)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -193,6 +201,32 @@ def _last_checkpoint(folder: Path) -> str | None:
             return str(path)
         shutil.rmtree(path)
     return None
+
+
+def _keep(folder: Path, step: int) -> None:
+    """Copy the checkpoint of a step to where no later one takes its place, if it is whole and not there yet."""
+    made, kept = folder / f"checkpoint-{step}", folder / KEPT
+    if step and not kept.exists() and all((made / name).exists() for name in WRITTEN):
+        half = folder / f"{KEPT}.half"
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(made, half)
+        half.rename(kept)
+
+
+def go_on_from(kept: Path, folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Have a training in `folder` start where a kept checkpoint is: at its step of the schedule, with its order of examples and
+    the optimiser's means, but with changed tensors and with no network judged yet. Where such a training has begun, do nothing.
+    """
+    if any(folder.glob("checkpoint-*")):
+        return
+    state = TrainerState.load_from_json(str(kept / "trainer_state.json"))
+    half, made = folder / "starting", folder / f"checkpoint-{state.global_step}"
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(kept, half)
+    state.log_history, state.best_metric, state.best_global_step, state.best_model_checkpoint = [], None, None, None
+    state.save_to_json(str(half / "trainer_state.json"))
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(kept / WEIGHTS)).items()}, half / WEIGHTS)
+    half.rename(made)
 
 
 def _back_to_best_(trainer: _Trainer, stop: _NotFinite, settings: Training) -> str:

@@ -27,6 +27,7 @@ from compresslab.recipe import Training
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 IGNORED_LABEL = -100
+KEPT = "kept"  # of a training's folder: the checkpoint that was to be kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ def train_(
     on_step: Callable[[float], None] = lambda progress: None,
     after_step: Callable[[], None] = lambda: None,
     best_from: float = 0.0,
+    keep_step: int = 0,
     device: torch.device | None = None,
 ) -> Record:
     """Train a network in place.
@@ -75,6 +77,7 @@ def train_(
         after_step: called as soon as the optimiser has changed the weights, before anything looks at them.
         best_from: a network is only the best one if its last step began when this share of the training was over: while it is
             being pruned it is another network that is judged.
+        keep_step: the step whose checkpoint is copied to `folder / KEPT`, where no later one takes its place; 0 for none.
         device: the CPU unless it is named.
 
     Raises:
@@ -89,7 +92,7 @@ def train_(
     state, notice = run_(
         model, examples, held_back, settings, folder,
         seed=seed, loss=loss, collate=collate, on_step=on_step, after_step=after_step, best_from=best_from,
-        device=device or torch.device("cpu"),
+        keep_step=keep_step, device=device or torch.device("cpu"),
     )  # fmt: skip
     losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
     best = int(str(state.best_model_checkpoint).rpartition("-")[2])
