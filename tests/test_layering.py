@@ -34,6 +34,7 @@ ROWS: list[tuple[str, ...]] = [
     ("refining",),
     ("layerwise", "streamed", "tracing", "replaying", "smoothing", "rewriting", "aware"),
     ("pruning", "removing"),
+    ("distill",),
     ("artifact", "measure", "preflight", "budget", "damage"),
     ("rotating", "mixed", "tuning", "exporters"),
     ("stages",),

@@ -1,0 +1,1 @@
+"""Distillation: teaching a smaller network what a larger one knows."""
