@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tiny
 from compresslab import models
 from compresslab.distill.layer_maps import MAPS, chosen
-from compresslab.distill.students import Shape, student_of, write
+from compresslab.students import Shape, student_of, write
 from compresslab.errors import CompressLabError
 from compresslab.groups import groups_of
 from compresslab.plan import make_plan

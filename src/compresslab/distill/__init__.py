@@ -1,1 +1,0 @@
-"""Distillation: teaching a smaller network what a larger one knows."""
