@@ -517,6 +517,53 @@ class Corrector(Method, Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TopK:
+    """What a cache keeps of a teacher's distributions: the k most likely classes of every row. The others share the rest.
+
+    Attributes:
+        ids: int64 [rows, k], no class twice in a row.
+        log_probs: float32 [rows, k], natural logarithms at `temperature`; they may add up to less than 1.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    temperature: float
+
+
+@runtime_checkable
+class Distilling(Method, Protocol):
+    """A term of the loss that a student is taught by. Those of a recipe's steps are added up, each times its weight."""
+
+    weight: float
+
+
+@runtime_checkable
+class LogitLoss(Distilling, Protocol):
+    """A loss on logits, with its gradient in closed form, so that a language model's logits need never be whole in memory.
+
+    Attributes:
+        in_rows: whether each row is judged alone; if not, all rows of a batch must come in one call.
+        needs_teacher: False for one that looks at labels only.
+    """
+
+    in_rows: ClassVar[bool]
+    needs_teacher: ClassVar[bool]
+
+    def rows(self, logits: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss of every row, float [rows], and the gradient of their sum in the logits, [rows, classes].
+
+        Args:
+            logits: the student's, float32 or float64 [rows, classes]; must not be changed.
+            teacher: its logits [rows, classes], of the same dtype, at minus infinity for classes that it does not know.
+            labels: int64 [rows]; None where there are none, for methods that need none.
+
+        Raises:
+            ValueError: if it cannot be had from such a teacher.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord:
     """What happened to one layer. Lengths in bytes are those of the tensors on disk.
