@@ -54,7 +54,9 @@ class JensenShannon(Divergence):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.mixture < 1:
-            raise ValueError(f"mixture must be between 0 and 1, not {self.mixture}: its ends are soft-labels and reverse-kl")
+            raise ValueError(
+                f"mixture must be between 0 and 1, not {self.mixture}: its ends are soft-labels and reverse-kl"
+            )
 
     def between(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         b = self.mixture
