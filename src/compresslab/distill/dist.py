@@ -2,17 +2,17 @@
 
 Paper. Huang et al., "Knowledge Distillation from A Stronger Teacher", arXiv 2205.10536.
 
-Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T); r(a, b) Pearson's
-correlation of two vectors: the cosine of their deviations from their means.
+Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T); r(a,
+b) Pearson's correlation of two vectors: the cosine of their deviations from their means.
 
 Method. A much stronger teacher's probabilities cannot be met exactly, and trying to harms. Relations can (section 3):
 
     T^2 ( between (1 - mean over rows i of r(p[i, :], q[i, :])) + within (1 - mean over classes c of r(p[:, c], q[:, c])) )
 
 The first asks for the teacher's order of the classes in every row, the second for its order of the rows in every class: which
-picture of the batch is most a cat. r does not change when a vector is shifted or stretched, so any p that is right up to that is
-right. The gradient of r in a is (b^ - r a^) / |a - mean a| with ^ for deviations divided by their length; it then goes through
-the softmax.
+picture of the batch is most a cat. r does not change when a vector is shifted or stretched, so any p that is right up to that
+is right. The gradient of r in a is (b^ - r a^) / |a - mean a| with ^ for deviations divided by their length; it then goes
+through the softmax.
 
 Cost. As soft_labels.py, twice. All rows of a batch must come together: not for a language model's fused head.
 

@@ -2,27 +2,27 @@
 
 Paper. Zhao et al., "Decoupled Knowledge Distillation", arXiv 2203.08679.
 
-Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T); y the label; p', q' the same
-softmaxes over all classes but y.
+Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T); y the
+label; p', q' the same softmaxes over all classes but y.
 
 Method. The forward KL divides exactly (section 3.1) into
 
     KL(q || p) = KL([q_y, 1 - q_y] || [p_y, 1 - p_y]) + (1 - q_y) KL(q' || p')
                  target part, TCKD                       non-target part, NCKD
 
-so that the second, which holds what the teacher knows of the classes' likeness, counts least where the teacher is most sure, and
-that is nearly everywhere. DKD gives it a weight that does not depend on q: T^2 (alpha TCKD + beta NCKD). The gradient in z is
-T alpha (p_y - q_y) for y, and T (alpha (q_y - p_y) p'_j + beta (p'_j - q'_j)) for any other class j.
+so that the second, which holds what the teacher knows of the classes' likeness, counts least where the teacher is most sure,
+and that is nearly everywhere. DKD gives it a weight that does not depend on q: T^2 (alpha TCKD + beta NCKD). The gradient in
+z is T alpha (p_y - q_y) for y, and T (alpha (q_y - p_y) p'_j + beta (p'_j - q'_j)) for any other class j.
 
 Cost. As soft_labels.py, and needs labels.
 
-Differences from the paper. It raises the weight over the first 20 epochs; here the whole learning rate rises (`training.warmup`).
-The cross-entropy that it is added to is a step of its own, hard-labels.
+Differences from the paper. It raises the weight over the first 20 epochs; here the whole learning rate rises
+(`training.warmup`). The cross-entropy that it is added to is a step of its own, hard-labels.
 
 A cache of the teacher's k most likely classes may lack the label: refused.
 
-Oracle. tests/oracles/distillation.py: the definition, class by class in float64; with alpha = 1 and beta = 1 - q_y it is the forward KL.
-"""
+Oracle. tests/oracles/distillation.py: the definition, class by class in float64; with alpha = 1 and beta = 1 - q_y it is the
+forward KL."""
 
 from __future__ import annotations
 

@@ -1,24 +1,25 @@
 """A language model's head and its losses in one, some rows at a time: logits of a whole batch are never in memory.
 
-Symbols. h [n, d] what the head reads, one row a token that counts; W [V, d] and b [V] the head; z = h W^T + b [n, V] the logits;
-t [n, V'] the teacher's; L a loss that is a sum over rows (contract.LogitLoss).
+Symbols. h [n, d] what the head reads, one row a token that counts; W [V, d] and b [V] the head; z = h W^T + b [n, V] the
+logits; t [n, V'] the teacher's; L a loss that is a sum over rows (contract.LogitLoss).
 
-Method. Logits are by far the largest tensor of a training step: 1,024 tokens at V = 151,936 are 0.62 GB in float32, and the plain way
-holds six of them: z, t, both softmaxes, and the gradients of two. But the head is the last layer. Once dL/dz of some rows is known,
-and every loss here knows it in closed form, their part of the gradients is at hand, and the logits can be dropped:
+Method. Logits are by far the largest tensor of a training step: 1,024 tokens at V = 151,936 are 0.62 GB in float32, and the
+plain way holds six of them: z, t, both softmaxes, and the gradients of two. But the head is the last layer. Once dL/dz of
+some rows is known, and every loss here knows it in closed form, their part of the gradients is at hand, and the logits can be
+dropped:
 
     dL/dh = dL/dz W        dL/dW = sum over chunks of (dL/dz)^T h        dL/db = sum of dL/dz
 
-So the forward computes both, chunk by chunk, and the backward only multiplies by what comes from above. Rows that no loss counts
-(padding, prompts) are dropped before the head, and not after the loss. The teacher's logits come chunk by chunk too, from what its
-head reads; or there is no teacher, but its k most likely tokens from a cache.
+So the forward computes both, chunk by chunk, and the backward only multiplies by what comes from above. Rows that no loss
+counts (padding, prompts) are dropped before the head, and not after the loss. The teacher's logits come chunk by chunk too,
+from what its head reads; or there is no teacher, but its k most likely tokens from a cache.
 
-Vocabularies of different size (two of one family, padded to other multiples). The smaller is filled up with minus infinity, never
-with 0, which would be a likely token. Where the teacher has more tokens than the student that would make each loss infinite, for no
-student can say what it lacks; so there the teacher is cut to what both have, and its softmax is over that.
+Vocabularies of different size (two of one family, padded to other multiples). The smaller is filled up with minus infinity,
+never with 0, which would be a likely token. Where the teacher has more tokens than the student that would make each loss
+infinite, for no student can say what it lacks; so there the teacher is cut to what both have, and its softmax is over that.
 
-Cost. Per row 2 V d multiplications forward and 4 V d for the gradients, as the plain way, and 2 V d' for a live teacher. Memory: the
-gradient of W, which the plain way has too, and some buffers of CHUNK_BYTES.
+Cost. Per row 2 V d multiplications forward and 4 V d for the gradients, as the plain way, and 2 V d' for a live teacher.
+Memory: the gradient of W, which the plain way has too, and some buffers of CHUNK_BYTES.
 
 Source of the idea. Liger Kernel, arXiv 2410.10989, does the same for the cross-entropy and some divergences on GPUs.
 

@@ -4,9 +4,10 @@ Paper. Szegedy et al., "Rethinking the Inception Architecture for Computer Visio
 
 Symbols. z [rows, classes] the student's logits; y [rows] labels; C classes; e the smoothing; p = softmax(z).
 
-Method. Minimise the cross-entropy of p and r, r = (1 - e) onehot(y) + e / C. With e = 0 these are plain labels, which soft-labels is
-mixed with. With e > 0 some mass goes to all wrong classes alike: what a teacher without any knowledge of the classes would say. A
-teacher that does not beat it has taught nothing but to be less sure (Yuan et al., arXiv 1909.11723). The gradient in z is p - r.
+Method. Minimise the cross-entropy of p and r, r = (1 - e) onehot(y) + e / C. With e = 0 these are plain labels, which
+soft-labels is mixed with. With e > 0 some mass goes to all wrong classes alike: what a teacher without any knowledge of the
+classes would say. A teacher that does not beat it has taught nothing but to be less sure (Yuan et al., arXiv 1909.11723). The
+gradient in z is p - r.
 
 Cost. One softmax a row, no teacher.
 
