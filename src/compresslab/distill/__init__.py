@@ -1,1 +1,1 @@
-"""Distillation: a smaller network taught by a larger one. One loss a file; what puts them to work is compresslab/distilling.py."""
+"""Distillation: a smaller network taught by a larger one. One loss a file; compresslab/distilling.py puts them to work."""

@@ -2,16 +2,17 @@
 
 Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T).
 
-Gradient. Each divergence D is a function of p and q, and its file gives s = dD/d(z / T) in closed form; s adds up to 0 over a row.
+Gradient. Each divergence D is a function of p and q, and its file gives s = dD/d(z / T) in closed form; s adds up to 0 over a
+row.
 
-Scale. The gradient of a divergence in z has 1 / T from the division, and KL-like ones another 1 / T as p and q draw
-near each other, so that a softer target would also be a weaker one. Hinton et al. (arXiv 1503.02531, section 2) multiply by T^2 so
-that mixing with a loss on labels means the same at each T; `power` says which power of T a file multiplies by.
+Scale. The gradient of a divergence in z has 1 / T from the division, and KL-like ones another 1 / T as p and q draw near each
+other, so that a softer target would also be a weaker one. Hinton et al. (arXiv 1503.02531, section 2) multiply by T^2 so that
+mixing with a loss on labels means the same at each T; `power` says which power of T a file multiplies by.
 
-A cache keeps k classes of the teacher (contract.TopK). D is then taken between distributions over k + 1 outcomes: each of the k
-alone, and all others as one. By the data-processing inequality that is never more than D over all classes, and it is equal where
-the student divides the rest as the teacher does. As log p of the others together is a logsumexp of z, the gradient reaches each
-of them in proportion to its own p.
+A cache keeps k classes of the teacher (contract.TopK). D is then taken between distributions over k + 1 outcomes: each of the
+k alone, and all others as one. By the data-processing inequality that is never more than D over all classes, and it is equal
+where the student divides the rest as the teacher does. As log p of the others together is a logsumexp of z, the gradient
+reaches each of them in proportion to its own p.
 
 Oracle: tests/oracles/distillation.py.
 """

@@ -1,13 +1,15 @@
 """Generalised Jensen-Shannon divergence: between the forward and the reverse KL, and bounded.
 
-Paper. Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD), arXiv 2306.13649.
+Paper. Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD), arXiv
+2306.13649.
 
-Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T); b in (0, 1).
+Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T); b in
+(0, 1).
 
-Method. With the mixture m = b q + (1 - b) p, minimise T^2 JSD = T^2 (b KL(q || m) + (1 - b) KL(p || m)) (equation 1 there, q being the
-teacher). JSD / b tends to the forward KL as b goes to 0, and JSD / (1 - b) to the reverse one as b goes to 1. It is never more than
-the entropy of (b, 1 - b), so that one token which the student holds impossible cannot outweigh all others. The gradient
-in z is T p (g - sum of p g), g = (1 - b) log(p / m).
+Method. With the mixture m = b q + (1 - b) p, minimise T^2 JSD = T^2 (b KL(q || m) + (1 - b) KL(p || m)) (equation 1 there, q
+being the teacher). JSD / b tends to the forward KL as b goes to 0, and JSD / (1 - b) to the reverse one as b goes to 1. It is
+never more than the entropy of (b, 1 - b), so that one token which the student holds impossible cannot outweigh all others.
+The gradient in z is T p (g - sum of p g), g = (1 - b) log(p / m).
 
 Cost. As soft_labels.py, and one more pass for m.
 
@@ -54,7 +56,9 @@ class JensenShannon(Divergence):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.mixture < 1:
-            raise ValueError(f"mixture must be between 0 and 1, not {self.mixture}: its ends are soft-labels and reverse-kl")
+            raise ValueError(
+                f"mixture must be between 0 and 1, not {self.mixture}: its ends are soft-labels and reverse-kl"
+            )
 
     def between(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         b = self.mixture

@@ -4,9 +4,9 @@ Paper. Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ar
 
 Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T).
 
-Method. Minimise T^2 KL(p || q) = T^2 sum of p log(p / q). A small student cannot hold all modes of a large teacher; forward KL makes
-it spread between them, onto what the teacher would never say, while this one makes it choose some and leave the rest ("mode
-seeking", section 2.1 and figure 2). The gradient in z is T p (g - sum of p g), g = log(p / q).
+Method. Minimise T^2 KL(p || q) = T^2 sum of p log(p / q). A small student cannot hold all modes of a large teacher; forward
+KL makes it spread between them, onto what the teacher would never say, while this one makes it choose some and leave the rest
+("mode seeking", section 2.1 and figure 2). The gradient in z is T p (g - sum of p g), g = log(p / q).
 
 Cost. As soft_labels.py.
 

@@ -4,9 +4,9 @@ Paper. Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", ar
 
 Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T).
 
-Method. Minimise T^2 KL(q || p) = T^2 sum of q log(q / p) over the classes (section 2). What a label leaves out, that a cat looks
-more like a dog than like a truck, stands in the small entries of q; a higher T makes them count for more. As T grows the gradient
-T (p - q) tends to (z - t) / classes for logits of mean 0: matching logits is its limit (section 2.1).
+Method. Minimise T^2 KL(q || p) = T^2 sum of q log(q / p) over the classes (section 2). What a label leaves out, that a cat
+looks more like a dog than like a truck, stands in the small entries of q; a higher T makes them count for more. As T grows
+the gradient T (p - q) tends to (z - t) / classes for logits of mean 0: matching logits is its limit (section 2.1).
 
 The paper mixes this with the cross-entropy of the labels at T = 1, with a smaller weight. Here that is a step of its own:
 
@@ -16,8 +16,8 @@ The paper mixes this with the cross-entropy of the labels at T = 1, with a small
 
 T^2 is what makes such weights mean the same at every T: without it the soft part fades as 1 / T^2.
 
-Forward KL is infinite where the student gives nothing to what the teacher gives something to, so the student spreads over all that
-the teacher holds possible ("mode covering"); reverse_kl.py does the opposite.
+Forward KL is infinite where the student gives nothing to what the teacher gives something to, so the student spreads over all
+that the teacher holds possible ("mode covering"); reverse_kl.py does the opposite.
 
 Cost. Two softmaxes a row; no teacher at all from a cache (teacher_cache.py).
 

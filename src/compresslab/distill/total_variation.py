@@ -4,9 +4,10 @@ Paper. Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Disti
 
 Symbols. z, t [rows, classes] logits of student and teacher; T the temperature; p = softmax(z / T), q = softmax(t / T).
 
-Method. Minimise T TV = T / 2 sum of |p - q|: the largest difference that student and teacher can have on the probability of any set
-of tokens. The gradient in z is p (g - sum of p g), g = sign(p - q) / 2. It is no larger for a token far off than for one nearly
-right, so it neither covers all modes nor picks one, and does not fall off near the goal: the last steps need a falling learning rate.
+Method. Minimise T TV = T / 2 sum of |p - q|: the largest difference that student and teacher can have on the probability of
+any set of tokens. The gradient in z is p (g - sum of p g), g = sign(p - q) / 2. It is no larger for a token far off than for
+one nearly right, so it neither covers all modes nor picks one, and does not fall off near the goal: the last steps need a
+falling learning rate.
 
 Scale. One T, not two: |p - q| falls as 1 / T only.
 
