@@ -44,7 +44,7 @@ class AttentionTransfer(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "uniform", "skip", "first", "last", "end", or pairs "student:teacher" with commas between.
+        blocks: which: "uniform", "skip", "first", "last", "end", or pairs "student:teacher" with commas between.
         power: p; a larger one looks at the strongest channels alone.
     """
 
@@ -53,7 +53,7 @@ class AttentionTransfer(Pairs):
         authors="Zagoruyko, Komodakis",
         year=2016,
         arxiv="1612.03928",
-        claim="CIFAR-10 error of WRN-16-1 from WRN-16-2: 8.77 % alone, 7.93 % with attention [table 1]",
+        claim="CIFAR-100, ResNet-20 from ResNet-110: 69.06 % alone, 70.22 % with attention transfer [CRD, table 1]",
     )
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False

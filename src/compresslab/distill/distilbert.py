@@ -43,7 +43,7 @@ class DistilBERT(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -56,7 +56,7 @@ class DistilBERT(Pairs):
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
-    layers: str = "end"
+    blocks: str = "end"
 
     def judge(self, student: Sequence[Feature], teacher: Sequence[Feature], examples: int) -> nn.Module:
         if channels(student) != channels(teacher):

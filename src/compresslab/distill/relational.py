@@ -41,7 +41,7 @@ class Relational(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
         distance: what distances count for.
         angle: what angles count for.
     """
@@ -51,12 +51,12 @@ class Relational(Pairs):
         authors="Park et al.",
         year=2019,
         arxiv="1904.05068",
-        claim="CIFAR-100, VGG-11 from ResNet-50: 71.26 % alone, 73.88 % with distances and angles beside soft labels [table 3]",
+        claim="CIFAR-100, ResNet-20 from ResNet-110: 69.06 % alone, 69.25 % with RKD [CRD, table 1]",
     )
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
-    layers: str = "end"
+    blocks: str = "end"
     distance: float = 1.0
     angle: float = 2.0
 

@@ -47,7 +47,7 @@ class TinyBERT(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "skip", "uniform", "first", "last", "end", or pairs "student:teacher" with commas between.
+        blocks: which: "skip", "uniform", "first", "last", "end", or pairs "student:teacher" with commas between.
         embedding: what the embeddings count for; 0 leaves them out.
         hidden: what hidden states count for.
         attention: what attention scores count for; with other heads than the teacher's, 0.
@@ -64,7 +64,7 @@ class TinyBERT(Pairs):
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
-    layers: str = "skip"
+    blocks: str = "skip"
     embedding: float = 1.0
     hidden: float = 1.0
     attention: float = 1.0
