@@ -10,17 +10,17 @@ ones. For each example, with N other ones in the place of the teacher's vector a
 
     loss = - log h(t, s) - sum over negatives t' of log(1 - h(t', s))      and the same with the roles changed; added up
 
-which bounds the mutual information of both networks' representations from below. Negatives come from a memory of the last `negatives`
-examples' vectors g_T(t) and g_S(s), as they were when they were seen; the memory is in the checkpoint.
+which bounds the mutual information of both networks' representations from below. Negatives come from a memory of the last
+`negatives` examples' vectors g_T(t) and g_S(s), as they were when they were seen; the memory is in the checkpoint.
 
 e is divided by its mean over the first batch's negatives, once for each role: the normalisers Z of the authors' code.
 
 Cost. A product of the batch with the memory: examples negatives dimension. Memory: 2 negatives dimension numbers.
 
-Differences from the paper. There the memory has a vector for each example of the training set, moved a little each time that it is
-seen, and negatives are drawn from it, with labels from other classes only; here it is a queue of the latest, so that examples need
-no numbers, and labels are not used. An example can meet itself in the queue when an epoch is shorter than it: make `negatives`
-smaller than the training set.
+Differences from the paper. There the memory has a vector for each example of the training set, moved a little each time that it
+is seen, and negatives are drawn from it, with labels from other classes only; here it is a queue of the latest, so that
+examples need no numbers, and labels are not used. An example can meet itself in the queue when an epoch is shorter than it:
+make `negatives` smaller than the training set.
 
 Oracle. tests/oracles/features.py: loops over examples and negatives in float64.
 """

@@ -13,12 +13,13 @@ code:
       - {method: hard-labels, weight: 2.0}
       - {method: distilbert, weight: 1.0}
 
-The student is every other block of the teacher (`--take skip --layers 6` of 12), of the same width, without which there is no cosine.
+The student is every other block of the teacher (`--take skip --layers 6` of 12), of the same width, without which there is no
+cosine.
 
 Cost. One pass over the hidden states; no parameters.
 
-Differences from the paper. None in the term. The paper's student starts from blocks 0, 2, 4, 7, 9, 11 and has neither pooler nor token
-types; here it is of the teacher's architecture, and its blocks are a layer map.
+Differences from the paper. None in the term. The paper's student starts from blocks 0, 2, 4, 7, 9, 11 and has neither pooler
+nor token types; here it is of the teacher's architecture, and its blocks are a layer map.
 
 Oracle. tests/oracles/features.py: loops over examples, positions and channels in float64.
 """

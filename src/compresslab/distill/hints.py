@@ -4,8 +4,8 @@ Paper. Romero et al., "FitNets: Hints for Thin Deep Nets", arXiv 1412.6550, sect
 
 Symbols. S [positions, c] a hidden state of the student at one example, T [positions, d] one of the teacher; R [d, c].
 
-Method. The teacher's hidden state is a hint to the student's, which may have fewer channels: the regressor R, trained along, makes
-up for that. For each pair of places
+Method. The teacher's hidden state is a hint to the student's, which may have fewer channels: the regressor R, trained along,
+makes up for that. For each pair of places
 
     loss = 1 / (positions d) sum |S R^T - T|^2
 
@@ -14,16 +14,16 @@ over all positions that count, added up over the pairs. Of pictures the larger i
 R is thrown away afterwards. So that it cannot do the student's work, it is one matrix; `project: needed` leaves it out where the
 widths are equal, which is the stricter loss.
 
-Which block stands for which is a layer map, or `blocks: learned`: then the target of each block of the student is a mixture of all
-of the teacher's, sum_j a_j T_j with a = softmax of numbers that are trained along. A map that is learned may settle on
-what is easy to reach rather than on what is worth knowing; the report has no opinion on that.
+Which block stands for which is a layer map, or `blocks: learned`: then the target of each block of the student is a mixture of
+all of the teacher's, sum_j a_j T_j with a = softmax of numbers that are trained along. A map that is learned may settle on what
+is easy to reach rather than on what is worth knowing; the report has no opinion on that.
 
 Cost. A matrix product per pair; memory: the hidden states of the pairs.
 
-Differences from the paper. There one pair in the middle, the regressor convolutional with the kernel of a guided layer, and a first
-stage of training of its own before soft labels; here any pairs, a matrix at each position, and the term stands beside the others of
-a recipe (a stage of its own is a recipe of its own, see progressive.py). The mean over channels in the place of their sum
-divides the weight by d / 2.
+Differences from the paper. There one pair in the middle, the regressor convolutional with the kernel of a guided layer, and a
+first stage of training of its own before soft labels; here any pairs, a matrix at each position, and the term stands beside the
+others of a recipe (a stage of its own is a recipe of its own, see progressive.py). The mean over channels in the place of their
+sum divides the weight by d / 2.
 
 Oracle. tests/oracles/features.py: loops over examples, positions and channels in float64.
 """

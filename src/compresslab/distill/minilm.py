@@ -10,9 +10,10 @@ Method. For each relation named, with those of the teacher and of the student,
 
     loss = mean over heads and positions that count of KL(teacher's row || student's row)
 
-added up. MiniLM's are "qk" (the attention itself) and "vv"; MiniLMv2's "qq, kk, vv". Only the last block is matched, so the student
-may have any number of blocks; and rows are distributions over positions, so it may have any width. For relations among equals
-the heads' channels can be put side by side and cut anew into `heads` heads, which the student may then have in any number.
+added up. MiniLM's are "qk" (the attention itself) and "vv"; MiniLMv2's "qq, kk, vv". Only the last block is matched, so the
+student may have any number of blocks; and rows are distributions over positions, so it may have any width. For relations among
+equals the heads' channels can be put side by side and cut anew into `heads` heads, which the student may then have in any
+number.
 
 Cost. heads positions^2 numbers for each relation and example, in both networks.
 

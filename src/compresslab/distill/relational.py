@@ -10,13 +10,13 @@ Method. With the distances of each network over their own mean, and with l the H
     angles      psi_ijk = cos of the angle at x_j between x_i and x_k
     loss        distance * mean over i, j of l(psi_ij of s, of t) + angle * mean over i, j, k of l(psi_ijk of s, of t)
 
-Neither knows how many channels there are, nor any rotation or scale: no projection. A batch is what it learns from, so it must not
-be small.
+Neither knows how many channels there are, nor any rotation or scale: no projection. A batch is what it learns from, so it must
+not be small.
 
 Cost. examples^2 distances, examples^3 cosines: 64 examples make 262,144 numbers.
 
-Differences from the paper. None in the loss: means are over all pairs and triples, those with themselves included, as in the authors'
-code. The vectors there are of the last layer; here of any places, each with a loss of its own.
+Differences from the paper. None in the loss: means are over all pairs and triples, those with themselves included, as in the
+authors' code. The vectors there are of the last layer; here of any places, each with a loss of its own.
 
 Oracle. tests/oracles/features.py: loops over pairs and triples in float64.
 """

@@ -21,8 +21,9 @@ and its two stages (general text without soft labels, then the task) are two rec
 
 Cost. Hidden states and queries and keys of all pairs; heads positions^2 scores for each pair and example.
 
-Differences from the paper. The scores of the position pairs that are masked away are left out of the mean, where the authors' code sets
-them to 0. No data augmentation. Where the network rotates queries and keys by position, the scores are those after it.
+Differences from the paper. The scores of the position pairs that are masked away are left out of the mean, where the authors'
+code sets them to 0. No data augmentation. Where the network rotates queries and keys by position, the scores are those after
+it.
 
 Oracle. tests/oracles/features.py: loops over examples, heads, positions and channels in float64.
 """
@@ -96,8 +97,8 @@ class TinyBERT(Pairs):
         for mine, its in zip(student, teacher, strict=True):
             if isinstance(mine, Heads) and mine.queries.shape[1] != its.queries.shape[1]:
                 raise ValueError(
-                    f"the student has {mine.queries.shape[1]} heads and the teacher {its.queries.shape[1]}, so that their scores do "
-                    "not match: set attention to 0, or use minilm with heads"
+                    f"the student has {mine.queries.shape[1]} heads and the teacher {its.queries.shape[1]}, so that their scores "
+                    "do not match: set attention to 0, or use minilm with heads"
                 )
             if isinstance(mine, Feature):
                 sizes.add((int(mine.values.shape[2]), int(its.values.shape[2])))
