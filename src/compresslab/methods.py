@@ -12,6 +12,13 @@ from typing import Any
 from compresslab.activations.dynamic import Dynamic
 from compresslab.activations.static import Static
 from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
+from compresslab.distill.dist import DIST
+from compresslab.distill.dkd import DKD
+from compresslab.distill.hard_labels import HardLabels
+from compresslab.distill.jensen_shannon import JensenShannon
+from compresslab.distill.reverse_kl import ReverseKL
+from compresslab.distill.soft_labels import SoftLabels
+from compresslab.distill.total_variation import TotalVariation
 from compresslab.errors import CompressLabError, unknown
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
@@ -67,6 +74,13 @@ METHODS: dict[str, type] = {
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,
+    "soft-labels": SoftLabels,
+    "hard-labels": HardLabels,
+    "reverse-kl": ReverseKL,
+    "jensen-shannon": JensenShannon,
+    "total-variation": TotalVariation,
+    "dkd": DKD,
+    "dist": DIST,
 }
 
 
