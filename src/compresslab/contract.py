@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compresslab.numerics.fake_quantize import FakeQuantizer
 from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
@@ -560,6 +560,72 @@ class LogitLoss(Distilling, Protocol):
 
         Raises:
             ValueError: if it cannot be had from such a teacher.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Feature:
+    """What one place of a network made of a batch.
+
+    Attributes:
+        values: [examples, positions, channels]; a position is a token, or a pixel, row by row.
+        counted: bool [examples, positions], False where a token is padding.
+        pixels: rows and columns, where positions are pixels.
+    """
+
+    values: Tensor
+    counted: Tensor
+    pixels: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Heads:
+    """What the attention of one block read: with rotary positions, after the rotation.
+
+    Attributes:
+        queries, keys, values: [examples, heads, positions, width]; keys that several heads share are repeated.
+        counted: as of a Feature.
+        is_causal: whether a position sees itself and those before it alone.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    counted: Tensor
+    is_causal: bool
+
+
+@runtime_checkable
+class FeatureLoss(Distilling, Protocol):
+    """A loss on what happens inside student and teacher. features.py watches the places and adds the terms up.
+
+    A place is a module's path, for what it hands on (a Feature); with "@input" behind it, for what it is given; with
+    "@attention", for the Heads of the attention in it.
+    """
+
+    def places(self, student: Sequence[str], teacher: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The places to watch in the student and in the teacher, in the order in which the judge gets them.
+
+        Args:
+            student, teacher: paths of their blocks, in order.
+
+        Raises:
+            ValueError: if the settings name what there is not.
+        """
+        ...
+
+    def judge(self, student: Sequence[Any], teacher: Sequence[Any], examples: int) -> nn.Module:
+        """A module whose forward(student, teacher) is the loss, a number, of what was seen at these places: without `weight`,
+        a mean over the examples, and blind to what is not counted. Its parameters are trained along with the student; its
+        buffers are part of a checkpoint.
+
+        Args:
+            student, teacher: what was seen at the places on a first batch, for the shapes.
+            examples: how many the training has.
+
+        Raises:
+            ValueError: if these shapes cannot be compared so.
         """
         ...
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import tiny
 from compresslab import models
 from compresslab.distill.layer_maps import MAPS, chosen
-from compresslab.students import Shape, student_of, write
 from compresslab.errors import CompressLabError
 from compresslab.groups import groups_of
 from compresslab.plan import make_plan
 from compresslab.prune.ziplm import ZipLM
 from compresslab.solving import Pass
+from compresslab.students import Shape, student_of, write
 
 KINDS = ("llama-tied", "qwen2", "gpt2", "bert", "vit")
 DEEP: dict[str, dict[str, Any]] = {"gpt2": {"n_layer": 4}}
