@@ -196,7 +196,7 @@ def train(
         model, examples, settings, folder, seed=seed, held_back=held_back, loss=loss, on_step=step, device=device
     )
     return Outcome(
-        source=dataclasses.replace(source, weights=MemoryWeights(_trained_tensors(model, source))),
+        source=dataclasses.replace(source, weights=MemoryWeights(trained_tensors(model, source))),
         layers={
             name: Trained(layer.weight_as_codes(), layer.input_as_grid(), record.notice)
             for name, layer in layers.items()
@@ -238,7 +238,7 @@ def watch_(model: nn.Module, layers: Mapping[str, QuantLinear], examples: Sequen
             quantizer.start_()
 
 
-def _trained_tensors(model: nn.Module, source: Source) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module, source: Source) -> dict[str, Tensor]:
     """The network's tensors without those of the fake quantisers, in the dtypes that they are stored in."""
     values = model.state_dict()
     return {

@@ -22,10 +22,15 @@ BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the cach
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What a run learns from; both for a classifier that is smoothed first and then trained."""
+    """What a run learns from; both for a classifier that is smoothed first and then trained.
+
+    Attributes:
+        named: the source of texts, where it has a name.
+    """
 
     calibration: datasets.Calibration | None
     labelled: datasets.Labelled | None
+    named: str | None = None
 
     @classmethod
     def of(cls, source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int) -> Material:
@@ -89,6 +94,11 @@ def _labelled(source: models.Source, stages: Stages, data: Any, seed: int) -> da
     """What a classifier is trained on and measured with; None for a language model that predicts its own text."""
     if not stages.trains or data is None or isinstance(data, datasets.Calibration):
         return None
+    return labelled(source, data, seed)
+
+
+def labelled(source: models.Source, data: Any, seed: int) -> datasets.Labelled | None:
+    """Labelled examples from an object or a table; None for a language model, which learns from text."""
     if not isinstance(data, str):
         return datasets.labelled_examples(data, seed)
     if models.is_language_model(source.skeleton()):
@@ -120,6 +130,11 @@ def _calibration(
         return datasets.image_calibration(
             data, source.image_processor(), samples=recipe.calibration.samples, seed=seed, batch_size=batch_size(None)
         )
+    return windows_of(source, recipe, data, seed)
+
+
+def windows_of(source: models.Source, recipe: Recipe, data: str, seed: int) -> datasets.Calibration:
+    """Windows of a text that the network can read."""
     length = recipe.calibration.sequence_length
     gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
     found = gather(

@@ -19,8 +19,10 @@
 in which these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
-A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp) has a block `training: {epochs: 3, learning_rate: 1.0e-4}`, see
-Training.
+A recipe whose steps are losses (soft-labels, hard-labels and so on) teaches a student, by `compresslab distill`.
+
+A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp, or a loss) has a block
+`training: {epochs: 3, learning_rate: 1.0e-4}`, see Training.
 
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
 else can be constructed from it.
@@ -44,6 +46,7 @@ from compresslab.contract import (
     ActivationQuantizer,
     AwareTraining,
     BlockRemover,
+    Distilling,
     Method,
     Pruner,
     Rounding,
@@ -180,7 +183,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _trains(self) -> Recipe:
-        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner)]
+        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner | Distilling)]
         if self.training is not None and not trains:
             raise CompressLabError(
                 "'training' belongs to a recipe with a method that trains, such as lsq; this one has none"
@@ -211,6 +214,11 @@ class Recipe(Strict):
         if step is None:
             raise CompressLabError(f"recipe '{self.name}' has no step that rounds or prunes")
         return step
+
+    @property
+    def teaching(self) -> tuple[Step, ...]:
+        """The steps that are losses of a student."""
+        return tuple(step for step in self.steps if isinstance(step.build(), Distilling))
 
     @property
     def activations(self) -> Step | None:

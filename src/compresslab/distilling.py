@@ -1,0 +1,257 @@
+"""distill(): the whole data flow of teaching on one page.
+
+    read teacher -> read the student, or build it from the teacher -> gather examples -> check that they fit, and what it takes
+         -> train (teaching.py, training.py) -> write -> RELOAD in a fresh process -> compare bit by bit -> measure -> report
+         -> publish
+
+The artifact is a plain transformers folder. Its report has the teacher before and the student after, reloaded from disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresslab import models, preflight, teaching
+from compresslab.artifact import Artifact, Writer, check_output, weight_sha256
+from compresslab.aware import trained_tensors
+from compresslab.caching import opened
+from compresslab.contract import LogitLoss
+from compresslab.damage import whole_model
+from compresslab.data.labelled import Example
+from compresslab.distill.teacher_cache import TeacherCache
+from compresslab.learning import Material
+from compresslab.measure import environment, gpu, size
+from compresslab.models import Source
+from compresslab.pairing import DEFAULT, Pair, losses_of, material_of
+from compresslab.pipeline import (
+    Clock,
+    Progress,
+    as_folder,
+    described,
+    measured,
+    pick_device,
+    recipe_of,
+    tables_of,
+    told_of,
+)
+from compresslab.plan import Unit
+from compresslab.questions import Questions
+from compresslab.recipe import Recipe
+from compresslab.report import render
+from compresslab.report.schema import Parity, Report
+from compresslab.students import Shape
+from compresslab.teaching import Lesson
+from compresslab.training import Record, collate, split, train_
+
+
+def distill(
+    teacher: str | Path | nn.Module,
+    student: str | Path | nn.Module | Shape,
+    recipe: str | Path | Recipe = DEFAULT,
+    data: Any = "wiki",
+    *,
+    out: str | Path,
+    cache: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    measure: bool = True,
+    evaluation_windows: int = 24,
+    progress: Progress | None = None,
+) -> tuple[Artifact, Report]:
+    """Teach a student, write it into a folder, and measure it beside its teacher.
+
+    Args:
+        teacher: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed.
+        student: the same, or a Shape, by which it is built from the teacher.
+        recipe: one whose steps are losses: a shipped recipe's name, a YAML file, or a Recipe.
+        data: text, texts with labels, or any data set object whose items are dicts of what the networks take, with "labels".
+        out: the folder to make. A run that was killed goes on where it stopped when it is called again.
+        cache: a folder of teach_cache(), in place of the teacher at work.
+        settings: overrides of the recipe's settings, as `--set` gives them.
+
+    Returns:
+        The finished artifact and its report.
+
+    Raises:
+        CompressLabError: whatever the user can mend, before any training where possible.
+    """
+    progress, out, clock, where = progress or Progress(), Path(out), Clock(), pick_device(device)
+    with clock("read"):
+        check_output(out, force)
+        chosen = recipe_of(recipe, settings)
+        losses = losses_of(chosen)
+        pair = Pair.of(teacher, student)
+        for source in (pair.teacher, pair.student):
+            check_output(out, force, source.folder)
+        material = material_of(pair.student, chosen, data, seed)
+        pair.check(material)
+        kept = None if cache is None else opened(Path(cache), pair.teacher, chosen, material, losses)
+        asked = (
+            Questions.of(pair.student, data, evaluation_windows, False, material.labelled) if measure else Questions()
+        )
+        preflight.check(_needs(pair, kept is not None, chosen, material, where), out)
+
+    key = _key(pair, chosen, material, seed, where, kept)
+    with Writer(out, key, as_opened=_as_opened, force=force) as writer, gpu.watch(where) as seen:
+        with clock("train"):
+            taught = _taught(pair, losses, kept, chosen, material, writer.scratch("training"), seed, where, progress)
+        with clock("write"):
+            tensors = {name: taught.source.weights.get(name) for name in taught.source.weights.names()}
+            if not writer.is_done(""):
+                writer.write(Unit(name="", tensors=tuple(tensors), layers=()), {}, tensors, None)
+            folder = writer.assemble(taught.source, {})
+        hashes = _hashes(taught.source)
+        with clock("measure"), as_folder(pair.teacher, teacher) as original:
+            progress.stage("measure", 2 if measure else 1)
+            before, after = measured(
+                original, folder, hashes, asked, measure, False, where, progress,
+                streamed=not preflight.fits_whole(pair.teacher),
+            )  # fmt: skip
+            sizes = size.measure(original), size.measure(folder)
+            kinds = size.compare(original, folder, tables_of(pair.teacher) | tables_of(pair.student))
+        report = Report(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            title=f"{pair.student.name} taught by {pair.teacher.name}, {chosen.name}",
+            recipe=chosen.model_dump(mode="json"),
+            model=described(pair.teacher) | {"changed": f"{pair.told}, taught by {_teacher_said(kept)}"},
+            data=material.fields({"training": taught.told()}),
+            environment=environment.describe(where) | seen.facts(),
+            seconds=clock.seconds,
+            before=(*sizes[0], *(before.measurements if before else ())),
+            after=(*sizes[1], *after.measurements),
+            layers=(),
+            skipped={},
+            bytes=kinds,
+            parity=Parity(runtime="transformers", tensors=after.weights_compared, max_abs_difference=0.0),
+        )
+        report.save(folder)
+        (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
+        (folder / "report.html").write_text(render.to_html(report), encoding="utf-8")
+        return writer.publish(folder), report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """The student as it left the training, and what to report of that.
+
+    Attributes:
+        before: its loss on the examples held back when it began.
+        doubts: what a user should know of the teacher.
+        rest: the share of the teacher's mass that its cache left out; None where the teacher itself was there.
+    """
+
+    source: Source
+    record: Record
+    before: float
+    doubts: Sequence[str]
+    rest: float | None
+
+    def told(self) -> dict[str, Any]:
+        notices = "; ".join(filter(None, (self.record.notice, *self.doubts)))
+        found = told_of(self.record) | {"loss_before": f"{self.before:.4f}", "notice": notices}
+        return (
+            found if self.rest is None else found | {"left_out_by_the_cache": f"{self.rest:.4f} of the teacher's mass"}
+        )
+
+
+def _taught(
+    pair: Pair, losses: Sequence[LogitLoss], kept: TeacherCache | None, recipe: Recipe, material: Material, scratch: Path,
+    seed: int, where: torch.device, progress: Progress,
+) -> Taught:  # fmt: skip
+    assert recipe.training is not None
+    settings = recipe.training
+    examples, held_back = split(material.examples, settings.held_back, seed)
+    network = models.materialise(pair.student).to(where)
+    teacher = kept or whole_model(pair.teacher, where, torch.float32)
+    lesson = Lesson.of(losses, network, teacher, examples[0])
+    batch = 4 * settings.batch
+    with torch.no_grad():
+        before = _mean([float(lesson(network, part)) for part in _batches(held_back, batch, where)])
+    doubts = _doubts(network, teacher, examples, held_back, batch)
+    progress.stage("train", settings.steps_for(len(examples)))
+    record = train_(
+        network, examples, settings, scratch, seed=seed, held_back=held_back, loss=lesson, device=where,
+        on_step=lambda done: progress.step("a step of the training"),
+    )  # fmt: skip
+    source = dataclasses.replace(pair.student, weights=models.MemoryWeights(trained_tensors(network, pair.student)))
+    rest = None if kept is None else float(kept.manifest["rest_mean"])
+    return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest)
+
+
+def _doubts(
+    student: nn.Module,
+    teacher: nn.Module | TeacherCache,
+    examples: Sequence[Example],
+    held_back: Sequence[Example],
+    batch: int,
+) -> list[str]:
+    chance = teaching.entropy_of_labels([*examples, *held_back], models.is_language_model(student))
+    own = teaching.cross_entropy(student, held_back, batch)
+    if isinstance(teacher, TeacherCache):
+        return teaching.doubts(teacher.manifest["facts"]["cross_entropy"], None, chance)
+    return teaching.doubts(teaching.cross_entropy(teacher, held_back, batch), own, chance)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _batches(examples: Sequence[Example], batch: int, where: torch.device) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(examples), batch):
+        yield {key: value.to(where) for key, value in collate(examples[start : start + batch]).items()}
+
+
+def _needs(pair: Pair, cached: bool, recipe: Recipe, material: Material, where: torch.device) -> preflight.Estimate:
+    assert recipe.training is not None
+    examples = material.examples
+    length = max(len(example.get("input_ids", ())) for example in examples)
+    tokens = recipe.training.seen(len(examples)) * length
+    return preflight.of_teaching(pair.student, None if cached else pair.teacher, tokens, where)
+
+
+def _key(
+    pair: Pair, recipe: Recipe, material: Material, seed: int, where: torch.device, kept: TeacherCache | None
+) -> dict[str, Any]:
+    """All that the student depends on: a run is only continued by the same one."""
+    assert material.found is not None
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "teacher": pair.teacher.weights.sha256,
+        "student": pair.student.weights.sha256,
+        "config": pair.student.config.to_json_string(use_diff=True),
+        "data": material.found.sha256,
+        "cache": None if kept is None else kept.manifest["sha256"],
+        "seed": seed,
+        "version": environment.version(),
+        "device": where.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _teacher_said(kept: TeacherCache | None) -> str:
+    return (
+        "the model above"
+        if kept is None
+        else f"a cache of the model above, top {kept.k} at temperature {kept.temperature:g}"
+    )
+
+
+def _as_opened(weight: Any, transposed: bool) -> Tensor:
+    raise AssertionError("a student has no codes")
+
+
+def _hashes(source: Source) -> dict[str, str]:
+    """Of every linear layer as it is stored, to be found again in the artifact."""
+    stored = set(source.weights.names())
+    layers = models.linear_layers(source.skeleton())
+    return {name: weight_sha256(source.weights.get(f"{name}.weight")) for name in layers if f"{name}.weight" in stored}

@@ -1,0 +1,106 @@
+"""Pairs: a teacher, a student, and what one learns from the other on; found, and checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compresslab import data as datasets
+from compresslab import learning, models
+from compresslab.contract import LogitLoss
+from compresslab.errors import CompressLabError
+from compresslab.learning import Material
+from compresslab.models import Source
+from compresslab.recipe import Recipe
+from compresslab.students import Shape, student_of
+
+DEFAULT = "distill-soft-labels"
+TEXTS_COMPARED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A teacher and a student, found and not in memory; and how the student was made, in words."""
+
+    teacher: Source
+    student: Source
+    told: str
+
+    @classmethod
+    def of(cls, teacher: Any, student: Any) -> Pair:
+        found = models.find(teacher)
+        if isinstance(student, Shape):
+            built, told = student_of(found, student)
+            return cls(teacher=found, student=dataclasses.replace(built, name=f"a student of {found.name}"), told=told)
+        return cls(
+            teacher=found,
+            student=models.find(student),
+            told=f"the student {student if isinstance(student, str) else 'given'}",
+        )
+
+    def check(self, material: Material) -> None:
+        """CompressLabError if what one says means something else to the other."""
+        kinds = [models.is_language_model(source.skeleton()) for source in (self.teacher, self.student)]
+        if kinds[0] != kinds[1]:
+            raise CompressLabError(
+                f"'{self.teacher.name}' ({self.teacher.architecture}) and '{self.student.name}' ({self.student.architecture}) "
+                "do not answer the same question: take two language models, or two classifiers"
+            )
+        if not kinds[0]:
+            _check_classes(self.teacher.config, self.student.config)
+        if self.teacher.folder != self.student.folder and not self.student.reads_images and material.named is not None:
+            texts = datasets.texts(material.named).documents[:TEXTS_COMPARED]
+            _check_tokenizers(self.teacher, self.student, [text[:2000] for text in texts])
+
+
+def losses_of(recipe: Recipe) -> list[LogitLoss]:
+    """CompressLabError unless all steps are losses."""
+    built = [(step.method, step.build()) for step in recipe.steps]
+    others = [name for name, method in built if not isinstance(method, LogitLoss)]
+    if others:
+        raise CompressLabError(
+            f"recipe '{recipe.name}' has the step {others[0]}, which is no loss to teach by: run it with "
+            f"'compresslab compress', or take a recipe of losses, such as {DEFAULT}"
+        )
+    return [method for _, method in built if isinstance(method, LogitLoss)]
+
+
+def material_of(student: Source, recipe: Recipe, data: Any, seed: int) -> Material:
+    if data is None:
+        raise CompressLabError("a student learns from data: name it with --data, e.g. wiki")
+    if isinstance(data, datasets.Calibration):
+        return Material(calibration=data, labelled=None)
+    named = data if isinstance(data, str) else None
+    if models.is_language_model(student.skeleton()) and named is not None:
+        return Material(calibration=learning.windows_of(student, recipe, data, seed), labelled=None, named=named)
+    return Material(calibration=None, labelled=learning.labelled(student, data, seed), named=named)
+
+
+def _check_tokenizers(teacher: models.Source, student: models.Source, texts: Sequence[str]) -> None:
+    """CompressLabError if the same text makes other tokens, so that the distributions are not over the same things."""
+    ours, theirs = (source.tokenizer() for source in (student, teacher))
+    names: list[dict[str, int]] = [tokenizer.get_vocab() for tokenizer in (ours, theirs)]
+    other = next((word for word, number in names[0].items() if names[1].get(word, number) != number), None)
+    what = f"the token {other!r} is {names[0][other]} in one and {names[1][other]} in the other" if other else ""
+    for text in texts if not what else ():
+        both = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (ours, theirs)]
+        if both[0] != both[1]:
+            what = f"the text {text[:30]!r} is {len(both[0])} tokens in one and {len(both[1])} in the other"
+            break
+    if what:
+        raise CompressLabError(
+            f"'{student.name}' and '{teacher.name}' have tokenizers that differ ({what}): take a student of the teacher's "
+            "family, or build one from the teacher with --layers"
+        )
+
+
+def _check_classes(teacher: Any, student: Any) -> None:
+    """CompressLabError if two classifiers sort into other classes."""
+    names = [list(map(str, (config.id2label or {}).values())) for config in (teacher, student)]
+    if names[0] != names[1]:
+        both = " and ".join(f"{len(known)} ({', '.join(known[:4])} ...)" for known in names)
+        raise CompressLabError(
+            f"teacher and student sort into other classes, {both}: name them alike in both config.json, in the same order"
+        )
