@@ -33,6 +33,7 @@ ROWS: list[tuple[str, ...]] = [
     ("solving",),
     ("refining",),
     ("layerwise", "streamed", "tracing", "replaying", "smoothing", "rewriting", "aware"),
+    ("endpoint",),
     ("pruning", "removing", "students", "features"),
     ("artifact", "measure", "preflight", "budget", "damage"),
     ("rotating", "mixed", "tuning", "exporters"),
