@@ -254,7 +254,7 @@ class Asking:
                     self.bill.repeated += 1
                 self.sleep(pause)
         raise CompressLabError(
-            f"{self.endpoint.url} did not answer in {self.endpoint.retries + 1} tries ({trouble}): what it said so far is kept, so "
+            f"{self.endpoint.url} did not answer in {self.endpoint.retries + 1} tries ({trouble}): what it said so far is kept: "
             "run the same command again later, with fewer requests a minute or a longer timeout"
         )
 
@@ -323,13 +323,13 @@ class Asking:
             )  # fmt: skip
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise CompressLabError(
-                f"{self.endpoint.url} answered with JSON that is no {self.endpoint.kind} answer of OpenAI's API: is the url right, "
-                "and the kind?"
+                f"{self.endpoint.url} answered with JSON that is no {self.endpoint.kind} answer of OpenAI's API: is the url "
+                "right, and the kind?"
             ) from None
         if self.endpoint.top and answer.text and not answer.tokens:
             raise CompressLabError(
-                f"{self.endpoint.url} gives no log-probabilities, of which {self.endpoint.top} were asked: leave them out, and "
-                "learn from its words alone"
+                f"{self.endpoint.url} gives no log-probabilities, of which {self.endpoint.top} were asked: leave them "
+                "out, and learn from its words alone"
             )
         if (self.endpoint.price_in or self.endpoint.price_out) and not usage:
             raise CompressLabError(
