@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import learning, models, teaching
-from compresslab.contract import LogitLoss
 from compresslab.damage import whole_model
 from compresslab.data.labelled import Example, examples_sha256
 from compresslab.distill import teacher_cache
@@ -24,7 +23,7 @@ from compresslab.heads import is_plain
 from compresslab.learning import Material
 from compresslab.measure import environment
 from compresslab.models import Source
-from compresslab.pairing import DEFAULT, losses_of, material_of
+from compresslab.pairing import DEFAULT, Losses, losses_of, material_of
 from compresslab.pipeline import Progress, pick_device, recipe_of
 from compresslab.recipe import Recipe
 from compresslab.training import IGNORED_LABEL, collate
@@ -61,7 +60,7 @@ def teach_cache(
             "classifier's few logits are had faster from the teacher itself"
         )
     material = material_of(source, chosen, data, seed)
-    key = _cache_key(source, chosen, material, losses)
+    key = _cache_key(source, material, losses)
     teacher_cache.check_k(k, models.vocabulary_size(source.skeleton()))
     writer = teacher_cache.Writer(Path(out), key | {"k": k}, k, force)
     network = whole_model(source, where, torch.float32)
@@ -99,12 +98,8 @@ def _said(
     return named, ids, log_probs
 
 
-def _cache_key(teacher: Source, recipe: Recipe, material: Material, losses: Sequence[LogitLoss]) -> dict[str, Any]:
-    """What a cache must be of. CompressLabError for losses that differ in temperature, or need no teacher."""
-    temperatures = sorted({float(getattr(loss, "temperature", 1.0)) for loss in losses if loss.needs_teacher})
-    if len(temperatures) != 1:
-        said = " and ".join(f"{t:g}" for t in temperatures) or "no"
-        raise CompressLabError(f"recipe '{recipe.name}' has {said} temperatures of a teacher: a cache is made at one")
+def _cache_key(teacher: Source, material: Material, losses: Losses) -> dict[str, Any]:
+    """What a cache must be of."""
     found = material.found
     assert found is not None
     fields = {"source": found.source, "sha256": examples_sha256(material.examples)}
@@ -113,14 +108,12 @@ def _cache_key(teacher: Source, recipe: Recipe, material: Material, losses: Sequ
     return {
         "teacher": {"name": teacher.name, "sha256": teacher.weights.sha256},
         "data": fields,
-        "temperature": temperatures[0],
+        "temperature": losses.temperature,
     }
 
 
-def opened(
-    folder: Path, teacher: Source, recipe: Recipe, material: Material, losses: Sequence[LogitLoss]
-) -> TeacherCache:
+def opened(folder: Path, teacher: Source, material: Material, losses: Losses) -> TeacherCache:
     kept = TeacherCache.open(folder)
-    kept.check(_cache_key(teacher, recipe, material, losses))
+    kept.check(_cache_key(teacher, material, losses))
     kept.verify()
     return kept

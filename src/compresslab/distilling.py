@@ -9,6 +9,7 @@ The artifact is a plain transformers folder. Its report has the teacher before a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,14 @@ from compresslab import models, preflight, teaching
 from compresslab.artifact import Artifact, Writer, check_output, weight_sha256
 from compresslab.aware import trained_tensors
 from compresslab.caching import opened
-from compresslab.contract import LogitLoss
 from compresslab.damage import whole_model
 from compresslab.data.labelled import Example
 from compresslab.distill.teacher_cache import TeacherCache
+from compresslab.features import FeatureTerms
 from compresslab.learning import Material
 from compresslab.measure import environment, gpu, size
 from compresslab.models import Source
-from compresslab.pairing import DEFAULT, Pair, losses_of, material_of
+from compresslab.pairing import DEFAULT, Losses, Pair, losses_of, material_of
 from compresslab.pipeline import (
     Clock,
     Progress,
@@ -94,8 +95,8 @@ def distill(
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
         material = material_of(pair.student, chosen, data, seed)
-        pair.check(material)
-        kept = None if cache is None else opened(Path(cache), pair.teacher, chosen, material, losses)
+        pair.check(material, losses)
+        kept = None if cache is None else opened(Path(cache), pair.teacher, material, losses)
         asked = (
             Questions.of(pair.student, data, evaluation_windows, False, material.labelled) if measure else Questions()
         )
@@ -165,7 +166,7 @@ class Taught:
 
 
 def _taught(
-    pair: Pair, losses: Sequence[LogitLoss], kept: TeacherCache | None, recipe: Recipe, material: Material, scratch: Path,
+    pair: Pair, losses: Losses, kept: TeacherCache | None, recipe: Recipe, material: Material, scratch: Path,
     seed: int, where: torch.device, progress: Progress,
 ) -> Taught:  # fmt: skip
     assert recipe.training is not None
@@ -173,19 +174,32 @@ def _taught(
     examples, held_back = split(material.examples, settings.held_back, seed)
     network = models.materialise(pair.student).to(where)
     teacher = kept or whole_model(pair.teacher, where, torch.float32)
-    lesson = Lesson.of(losses, network, teacher, examples[0])
     batch = 4 * settings.batch
-    with torch.no_grad():
-        before = _mean([float(lesson(network, part)) for part in _batches(held_back, batch, where)])
     doubts = _doubts(network, teacher, examples, held_back, batch)
-    progress.stage("train", settings.steps_for(len(examples)))
-    record = train_(
-        network, examples, settings, scratch, seed=seed, held_back=held_back, loss=lesson, device=where,
-        on_step=lambda done: progress.step("a step of the training"),
-    )  # fmt: skip
+    terms = _terms(losses, network, teacher, examples, seed)
+    with contextlib.nullcontext() if terms is None else terms.at_work(network):
+        lesson = Lesson.of(losses.on_logits, network, teacher, examples[0], terms)
+        with torch.no_grad():
+            before = _mean([float(lesson(network, part)) for part in _batches(held_back, batch, where)])
+        progress.stage("train", settings.steps_for(len(examples)))
+        record = train_(
+            network, examples, settings, scratch, seed=seed, held_back=held_back, loss=lesson, device=where,
+            on_step=lambda done: progress.step("a step of the training"),
+        )  # fmt: skip
     source = dataclasses.replace(pair.student, weights=models.MemoryWeights(trained_tensors(network, pair.student)))
     rest = None if kept is None else float(kept.manifest["rest_mean"])
     return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest)
+
+
+def _terms(
+    losses: Losses, student: nn.Module, teacher: nn.Module | TeacherCache, examples: Sequence[Example], seed: int
+) -> FeatureTerms | None:
+    if not losses.on_features:
+        return None
+    assert isinstance(teacher, nn.Module)
+    batch = next(_batches(examples[:2], 2, next(student.parameters()).device))
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return FeatureTerms(student, teacher, losses.on_features, inputs, examples=len(examples), seed=seed)
 
 
 def _doubts(
@@ -195,6 +209,8 @@ def _doubts(
     held_back: Sequence[Example],
     batch: int,
 ) -> list[str]:
+    if "labels" not in examples[0]:
+        return []
     chance = teaching.entropy_of_labels([*examples, *held_back], models.is_language_model(student))
     own = teaching.cross_entropy(student, held_back, batch)
     if isinstance(teacher, TeacherCache):

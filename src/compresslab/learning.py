@@ -54,8 +54,12 @@ class Material:
         """What is trained on: labelled examples, or else every window of text, towards its own next tokens."""
         if self.labelled is not None:
             return self.labelled.train
-        rows = [row for batch in self.calibration.batches for row in batch["input_ids"]] if self.calibration else []
-        return [{"input_ids": row, "labels": row} for row in rows]
+        batches = self.calibration.batches if self.calibration else []
+        rows = [row for batch in batches for row in batch["input_ids"]]
+        if not any("attention_mask" in batch for batch in batches):
+            return [{"input_ids": row, "labels": row} for row in rows]
+        masks = [row.bool() for batch in batches for row in batch["attention_mask"]]  # an encoder predicts no token
+        return [{"input_ids": row[mask]} for row, mask in zip(rows, masks, strict=True)]
 
     def fields(self, training: dict[str, Any]) -> dict[str, Any] | None:
         """What the report says of it, and of the training on it."""

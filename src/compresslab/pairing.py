@@ -9,7 +9,7 @@ from typing import Any
 
 from compresslab import data as datasets
 from compresslab import learning, models
-from compresslab.contract import LogitLoss
+from compresslab.contract import FeatureLoss, LogitLoss
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
 from compresslab.models import Source
@@ -18,6 +18,28 @@ from compresslab.students import Shape, student_of
 
 DEFAULT = "distill-soft-labels"
 TEXTS_COMPARED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The losses of a recipe, by what they look at."""
+
+    on_logits: Sequence[LogitLoss]
+    on_features: Sequence[FeatureLoss]
+
+    @property
+    def temperature(self) -> float:
+        """That of a teacher's logits. CompressLabError where a cache of it could not be made."""
+        if self.on_features:
+            raise CompressLabError(
+                f"{type(self.on_features[0]).__name__} looks inside the teacher, of which a cache has logits only: leave the "
+                "cache out"
+            )
+        found = sorted({float(getattr(loss, "temperature", 1.0)) for loss in self.on_logits if loss.needs_teacher})
+        if len(found) != 1:
+            said = " and ".join(f"{t:g}" for t in found) or "no"
+            raise CompressLabError(f"the recipe has {said} temperatures of a teacher: a cache is made at one")
+        return found[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,31 +62,45 @@ class Pair:
             told=f"the student {student if isinstance(student, str) else 'given'}",
         )
 
-    def check(self, material: Material) -> None:
+    def check(self, material: Material, losses: Losses) -> None:
         """CompressLabError if what one says means something else to the other."""
-        kinds = [models.is_language_model(source.skeleton()) for source in (self.teacher, self.student)]
+        kinds = [_kind(source) for source in (self.teacher, self.student)]
         if kinds[0] != kinds[1]:
             raise CompressLabError(
                 f"'{self.teacher.name}' ({self.teacher.architecture}) and '{self.student.name}' ({self.student.architecture}) "
-                "do not answer the same question: take two language models, or two classifiers"
+                "do not answer the same question: take two language models, two encoders or two classifiers"
             )
-        if not kinds[0]:
+        if kinds[0] == "encoder" and losses.on_logits:
+            raise CompressLabError(
+                f"'{self.student.name}' is an encoder without a head, so it has no logits to teach: take a recipe of losses on "
+                "features"
+            )
+        if kinds[0] == "classifier":
             _check_classes(self.teacher.config, self.student.config)
         if self.teacher.folder != self.student.folder and not self.student.reads_images and material.named is not None:
             texts = datasets.texts(material.named).documents[:TEXTS_COMPARED]
             _check_tokenizers(self.teacher, self.student, [text[:2000] for text in texts])
 
 
-def losses_of(recipe: Recipe) -> list[LogitLoss]:
+def losses_of(recipe: Recipe) -> Losses:
     """CompressLabError unless all steps are losses."""
     built = [(step.method, step.build()) for step in recipe.steps]
-    others = [name for name, method in built if not isinstance(method, LogitLoss)]
+    others = [name for name, method in built if not isinstance(method, LogitLoss | FeatureLoss)]
     if others:
         raise CompressLabError(
             f"recipe '{recipe.name}' has the step {others[0]}, which is no loss to teach by: run it with "
             f"'compresslab compress', or take a recipe of losses, such as {DEFAULT}"
         )
-    return [method for _, method in built if isinstance(method, LogitLoss)]
+    return Losses(
+        on_logits=[method for _, method in built if isinstance(method, LogitLoss)],
+        on_features=[method for _, method in built if isinstance(method, FeatureLoss)],
+    )
+
+
+def _kind(source: Source) -> str:
+    if models.is_language_model(source.skeleton()):
+        return "language model"
+    return "encoder" if models.is_encoder(source.config) else "classifier"
 
 
 def material_of(student: Source, recipe: Recipe, data: Any, seed: int) -> Material:
@@ -73,7 +109,7 @@ def material_of(student: Source, recipe: Recipe, data: Any, seed: int) -> Materi
     if isinstance(data, datasets.Calibration):
         return Material(calibration=data, labelled=None)
     named = data if isinstance(data, str) else None
-    if models.is_language_model(student.skeleton()) and named is not None:
+    if named is not None and _kind(student) != "classifier":
         return Material(calibration=learning.windows_of(student, recipe, data, seed), labelled=None, named=named)
     return Material(calibration=None, labelled=learning.labelled(student, data, seed), named=named)
 

@@ -22,6 +22,7 @@ from compresslab.distill.fused import Teacher, TeacherHead, head_loss, logit_los
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
+from compresslab.features import FeatureTerms
 from compresslab.heads import head_input, head_of, is_plain
 from compresslab.training import IGNORED_LABEL, collate
 
@@ -34,32 +35,50 @@ class Lesson:
 
     Attributes:
         teacher: None where no loss asks for one.
+        features: losses on hidden states, at work, where there are any.
         plain_student, plain_teacher: whether their logits are what a linear head makes of hidden states.
     """
 
     losses: Sequence[LogitLoss]
     teacher: nn.Module | TeacherCache | None
+    features: FeatureTerms | None
     plain_student: bool
     plain_teacher: bool
 
     @classmethod
     def of(
-        cls, losses: Sequence[LogitLoss], student: nn.Module, teacher: nn.Module | TeacherCache | None, example: Example
-    ) -> Lesson:
+        cls, losses: Sequence[LogitLoss], student: nn.Module, teacher: nn.Module | TeacherCache | None, example: Example,
+        features: FeatureTerms | None = None,
+    ) -> Lesson:  # fmt: skip
         """With what one example tells of the networks. CompressLabError if they do not fit each other."""
         batch = _on(student, collate([example]))
-        inputs = _inputs(batch)
         by_row = models.is_language_model(student) and all(loss.in_rows for loss in losses)
         plain = [
-            by_row and isinstance(network, nn.Module) and is_plain(network, inputs) for network in (student, teacher)
+            by_row and isinstance(network, nn.Module) and is_plain(network, _inputs(batch))
+            for network in (student, teacher)
         ]
-        lesson = cls(losses=losses, teacher=teacher, plain_student=plain[0], plain_teacher=all(plain))
+        lesson = cls(
+            losses=losses, teacher=teacher, features=features, plain_student=plain[0], plain_teacher=all(plain)
+        )
         with torch.no_grad():
             lesson(student, batch)  # so that what does not fit is told before the first step
         return lesson
 
     def __call__(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        inputs, labels = _inputs(batch), batch.get("labels")
+        inputs, found = _inputs(batch), []
+        if self.losses:
+            found.append(self._on_logits(network, inputs, batch.get("labels")))
+        else:
+            _run(network, inputs)
+        if self.features is not None:
+            if not any(loss.needs_teacher for loss in self.losses):
+                assert isinstance(self.teacher, nn.Module)
+                with torch.no_grad():
+                    _run(self.teacher, inputs)
+            found.append(self.features.loss())
+        return torch.stack(found).sum()
+
+    def _on_logits(self, network: nn.Module, inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         counted = None
         if models.is_language_model(network):
             assert labels is not None
@@ -106,6 +125,14 @@ def rows_of(inputs: Mapping[str, Tensor], counted: Tensor) -> list[tuple[Tensor,
 def _logits(network: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor | None) -> Tensor:
     logits: Tensor = network(**inputs).logits
     return logits if counted is None else logits[:, :-1][counted]
+
+
+def _run(network: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """As far as hidden states go."""
+    if models.is_language_model(network):
+        head_input(network, inputs)
+    else:
+        network(**inputs)
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
