@@ -43,7 +43,7 @@ class Answered:
     Attributes:
         name: of the model and where it was asked.
         cache: its distributions, a row for each counted token of each example.
-        labelled: the examples, some of them held back to measure on.
+        labelled: the examples.
         told: what the report says of the asking and of the rows.
     """
 
@@ -54,14 +54,12 @@ class Answered:
 
 
 def answered(
-    asking: Asking, questions: Sequence[str], student: Source, *, out: Path, longest: int, test_share: float = 0.1,
-    force: bool = False,
+    asking: Asking, questions: Sequence[str], student: Source, *, out: Path, longest: int, force: bool = False,
 ) -> Answered:  # fmt: skip
     """Ask, and make of the answers what a student of this make can learn from. `out` becomes a teacher cache.
 
     Args:
         longest: tokens of question and answer together; longer ones are cut at their end.
-        test_share: of the answers that are only measured on.
 
     Raises:
         CompressLabError: as endpoint.py has it; too few answers with anything in them.
@@ -87,11 +85,9 @@ def answered(
     if len(examples) < 4:
         raise CompressLabError(f"{len(examples)} answers begin within {longest} tokens: ask shorter questions")
     cache = _written(examples, rows, out, k, endpoint.name_of(""), f"{endpoint.model} at {endpoint.url}", force)
-    held = max(1, round(test_share * len(examples)))
     labelled = Labelled(
-        source=f"answers of {endpoint.model}", revision=examples_sha256(examples)[:12], samples=len(examples) - held,
-        test_split=f"{held} answers of {endpoint.model}", sha256=examples_sha256(examples[held:]),
-        train=examples[held:], test=examples[:held],
+        source=f"answers of {endpoint.model}", revision="", samples=len(examples), test_split="none",
+        sha256=examples_sha256(examples), train=examples, test=[],
     )  # fmt: skip
     bill = {key: value for key, value in vars(asking.bill).items() if value is not None}
     told = bill | {"rows_with_log_probabilities": kinds["soft"], "rows_of_one_token": kinds["hard"]}
@@ -113,7 +109,9 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:
-            raise CompressLabError("the student's tokenizer does not tell where its tokens lie: it needs a tokenizer.json")
+            raise CompressLabError(
+                "the student's tokenizer does not tell where its tokens lie: it needs a tokenizer.json"
+            )
         self.tokenizer = tokenizer
         self._known: dict[str, int | None] = {}
 
@@ -191,7 +189,12 @@ def _entries(
 def _written(
     examples: Sequence[Example], rows: Sequence[Rows], out: Path, k: int, asked: str, name: str, force: bool
 ) -> TeacherCache:
-    key = {"teacher": {"name": name, "sha256": asked}, "data": {"sha256": examples_sha256(examples)}, "temperature": 1.0, "k": k}
+    key = {
+        "teacher": {"name": name, "sha256": asked},
+        "data": {"sha256": examples_sha256(examples)},
+        "temperature": 1.0,
+        "k": k,
+    }
     writer = Writer(out, key, k, force)
     done = {name for name, *_ in writer.entries}
     for example, said in zip(examples, rows, strict=True):

@@ -318,7 +318,8 @@ class Asking:
             text = choice["message"]["content"] if self.endpoint.kind == "chat" else choice["text"]
             usage = reply.get("usage") or {}
             answer = Answer(
-                text=str(text or ""), finish=str(choice.get("finish_reason") or "stop"), tokens=self._tokens(choice.get("logprobs")),
+                text=str(text or ""), finish=str(choice.get("finish_reason") or "stop"),
+                tokens=self._tokens(choice.get("logprobs")),
                 prompt_tokens=int(usage.get("prompt_tokens") or 0), answer_tokens=int(usage.get("completion_tokens") or 0),
             )  # fmt: skip
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
