@@ -24,6 +24,7 @@ from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
+from compresslab.measure import fresh
 from compresslab.recipe import Recipe
 from compresslab.students import Shape
 from compresslab.teaching import Lesson
@@ -33,8 +34,12 @@ SOFT = [{"method": "soft-labels", "temperature": 2.0, "weight": 0.9}, {"method":
 TRAINING = {"epochs": 6, "learning_rate": 3e-3, "batch": 4, "held_back": 0.2, "checks": 3}
 
 
+MEASURE = fresh.measure
+
+
 @pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(fresh, "measure", tiny.fake_measure)
     with tiny.quick():
         yield
 
@@ -52,7 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     text = tiny.write_text(folder / "text.txt")
     tiny.save("llama", folder / "untaught", num_hidden_layers=4)
-    with tiny.quick():
+    with tiny.quick(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh, "measure", tiny.fake_measure)
         control = chosen({"method": "hard-labels"}, samples=64, epochs=8)
         distill(folder / "untaught", folder / "untaught", control, str(text), out=folder / "teacher", measure=False)
     return folder
@@ -95,7 +101,10 @@ def test_a_student_learns_and_is_a_plain_folder_that_says_where_it_comes_from(pl
     assert "soft-labels" in text
 
 
-def test_before_is_the_teacher_and_after_the_student_measured_from_disk(place: Path, tmp_path: Path) -> None:
+def test_before_is_the_teacher_and_after_the_student_measured_from_disk(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fresh, "measure", MEASURE)
     artifact, report = taught(place, tmp_path / "out", chosen(epochs=1), measure=True, evaluation_windows=4)
     pairs = {before.name: (before.value, after.value) for before, after in report.pairs()}
     assert pairs["weight_bytes"][1] < pairs["weight_bytes"][0]
@@ -144,7 +153,7 @@ def test_another_recipe_does_not_go_on_with_a_killed_run(place: Path, tmp_path: 
     assert (plain.folder / "model.safetensors").read_bytes() == (other.folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied"])
 def test_other_architectures(kind: str, place: Path, tmp_path: Path) -> None:
     teacher = tiny.save(kind, tmp_path / "teacher")
     artifact, report = distill(
@@ -163,7 +172,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_student(
     def broken(self: SoftLabels, logits: Tensor, *more: Any) -> Any:
         calls.append(logits.requires_grad)
         value, slope = rows(self, logits, *more)
-        return value * (float("nan") if len(calls) > 40 else 1), slope
+        return value * (float("nan") if len(calls) > 25 else 1), slope
 
     monkeypatch.setattr(SoftLabels, "rows", broken)
     _, report = taught(place, tmp_path / "out")

@@ -94,8 +94,8 @@ def distill(
         pair = Pair.of(teacher, student)
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
+        pair.check(losses, data)
         material = material_of(pair.student, chosen, data, seed)
-        pair.check(material, losses)
         kept = None if cache is None else opened(Path(cache), pair.teacher, material, losses)
         asked = (
             Questions.of(pair.student, data, evaluation_windows, False, material.labelled) if measure else Questions()
