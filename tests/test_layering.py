@@ -33,7 +33,7 @@ ROWS: list[tuple[str, ...]] = [
     ("solving",),
     ("refining",),
     ("layerwise", "streamed", "tracing", "replaying", "smoothing", "rewriting", "aware"),
-    ("pruning", "removing", "students", "features"),
+    ("pruning", "removing", "students", "features", "endpoint", "answers"),
     ("artifact", "measure", "preflight", "budget", "damage"),
     ("rotating", "mixed", "tuning", "exporters"),
     ("stages",),

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import models, preflight, teaching
+from compresslab.answers import Answered
 from compresslab.artifact import Artifact, Writer, check_output, weight_sha256
 from compresslab.aware import trained_tensors
 from compresslab.caching import opened
 from compresslab.damage import whole_model
 from compresslab.data.labelled import Example
 from compresslab.distill.teacher_cache import TeacherCache
+from compresslab.errors import CompressLabError
 from compresslab.features import FeatureTerms
 from compresslab.learning import Material
 from compresslab.measure import environment, gpu, size
@@ -54,7 +56,7 @@ from compresslab.training import Record, collate, split, train_
 
 
 def distill(
-    teacher: str | Path | nn.Module,
+    teacher: str | Path | nn.Module | Answered,
     student: str | Path | nn.Module | Shape,
     recipe: str | Path | Recipe = DEFAULT,
     data: Any = "wiki",
@@ -72,7 +74,8 @@ def distill(
     """Teach a student, write it into a folder, and measure it beside its teacher.
 
     Args:
-        teacher: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed.
+        teacher: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed; or the answers of a
+            black box, which are then what is learnt from. The student as it was is measured in its place.
         student: the same, or a Shape, by which it is built from the teacher.
         recipe: one whose steps are losses: a shipped recipe's name, a YAML file, or a Recipe.
         data: text, texts with labels, or any data set object whose items are dicts of what the networks take, with "labels".
@@ -95,11 +98,18 @@ def distill(
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
         pair.check(losses, data)
-        material = material_of(pair.student, chosen, data, seed)
-        kept = None if cache is None else opened(Path(cache), pair.teacher, material, losses)
-        asked = (
-            Questions.of(pair.student, data, evaluation_windows, False, material.labelled) if measure else Questions()
-        )
+        if isinstance(teacher, Answered):
+            material, kept, measured_on = Material(calibration=None, labelled=teacher.labelled), teacher.cache, None
+            if losses.temperature != kept.temperature:
+                raise CompressLabError(
+                    f"what a black box says is at temperature {kept.temperature:g}, and the recipe's losses are at "
+                    f"{losses.temperature:g}: take distill-answers"
+                )
+        else:
+            material = material_of(pair.student, chosen, data, seed)
+            kept = None if cache is None else opened(Path(cache), pair.teacher, material, losses)
+            measured_on = material.labelled
+        asked = Questions.of(pair.student, data, evaluation_windows, False, measured_on) if measure else Questions()
         preflight.check(_needs(pair, kept is not None, chosen, material, where), out)
 
     key = _key(pair, chosen, material, seed, where, kept)
@@ -112,7 +122,8 @@ def distill(
                 writer.write(Unit(name="", tensors=tuple(tensors), layers=()), {}, tensors, None)
             folder = writer.assemble(taught.source, {})
         hashes = _hashes(taught.source)
-        with clock("measure"), as_folder(pair.teacher, teacher) as original:
+        was = student if isinstance(teacher, Answered) else teacher
+        with clock("measure"), as_folder(pair.teacher, was) as original:
             progress.stage("measure", 2 if measure else 1)
             before, after = measured(
                 original, folder, hashes, asked, measure, False, where, progress,
@@ -122,10 +133,10 @@ def distill(
             kinds = size.compare(original, folder, tables_of(pair.teacher) | tables_of(pair.student))
         report = Report(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            title=f"{pair.student.name} taught by {pair.teacher.name}, {chosen.name}",
+            title=f"{pair.student.name} taught by {_name_of(teacher, pair)}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
-            model=described(pair.teacher) | {"changed": f"{pair.told}, taught by {_teacher_said(kept)}"},
-            data=material.fields({"training": taught.told()}),
+            model=described(pair.teacher) | {"changed": f"{pair.told}, taught by {_teacher_said(teacher, kept)}"},
+            data=material.fields({"training": taught.told()} | _asked(teacher)),
             environment=environment.describe(where) | seen.facts(),
             seconds=clock.seconds,
             before=(*sizes[0], *(before.measurements if before else ())),
@@ -254,7 +265,18 @@ def _key(
     }
 
 
-def _teacher_said(kept: TeacherCache | None) -> str:
+def _name_of(teacher: Any, pair: Pair) -> str:
+    return teacher.name if isinstance(teacher, Answered) else pair.teacher.name
+
+
+def _asked(teacher: Any) -> dict[str, Any]:
+    """What the report says of the asking of a black box."""
+    return {"asked": teacher.told} if isinstance(teacher, Answered) else {}
+
+
+def _teacher_said(teacher: Any, kept: TeacherCache | None) -> str:
+    if isinstance(teacher, Answered):
+        return f"the answers of {teacher.name}"
     return (
         "the model above"
         if kept is None

@@ -9,6 +9,7 @@ from typing import Any
 
 from compresslab import data as datasets
 from compresslab import learning, models
+from compresslab.answers import Answered
 from compresslab.contract import FeatureLoss, LogitLoss
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
@@ -52,7 +53,9 @@ class Pair:
 
     @classmethod
     def of(cls, teacher: Any, student: Any) -> Pair:
-        found = models.find(teacher)
+        if isinstance(teacher, Answered) and isinstance(student, Shape):
+            raise CompressLabError("a black box has no blocks to build a student from: name a student")
+        found = models.find(student if isinstance(teacher, Answered) else teacher)
         if isinstance(student, Shape):
             built, told = student_of(found, student)
             return cls(teacher=found, student=dataclasses.replace(built, name=f"a student of {found.name}"), told=told)

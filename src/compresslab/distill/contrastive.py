@@ -10,17 +10,17 @@ ones. For each example, with N other ones in the place of the teacher's vector a
 
     loss = - log h(t, s) - sum over negatives t' of log(1 - h(t', s))      and the same with the roles changed; added up
 
-which bounds the mutual information of both networks' representations from below. Negatives come from a memory of the last `negatives`
-examples' vectors g_T(t) and g_S(s), as they were when they were seen; the memory is in the checkpoint.
+which bounds the mutual information of both networks' representations from below. Negatives come from a memory of the last
+`negatives` examples' vectors g_T(t) and g_S(s), as they were when they were seen; the memory is in the checkpoint.
 
 e is divided by its mean over the first batch's negatives, once for each role: the normalisers Z of the authors' code.
 
 Cost. A product of the batch with the memory: examples negatives dimension. Memory: 2 negatives dimension numbers.
 
-Differences from the paper. There the memory has a vector for each example of the training set, moved a little each time that it is
-seen, and negatives are drawn from it, with labels from other classes only; here it is a queue of the latest, so that examples need
-no numbers, and labels are not used. An example can meet itself in the queue when an epoch is shorter than it: make `negatives`
-smaller than the training set.
+Differences from the paper. There the memory has a vector for each example of the training set, moved a little each time that it
+is seen, and negatives are drawn from it, with labels from other classes only; here it is a queue of the latest, so that
+examples need no numbers, and labels are not used. An example can meet itself in the queue when an epoch is shorter than it:
+make `negatives` smaller than the training set.
 
 Oracle. tests/oracles/features.py: loops over examples and negatives in float64.
 """
@@ -46,7 +46,7 @@ class Contrastive(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
         dimension: of the space in which both are compared.
         negatives: how many examples the memory has; at most as many as the training set has, less one, are used.
         temperature: tau.
@@ -62,7 +62,7 @@ class Contrastive(Pairs):
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
-    layers: str = "end"
+    blocks: str = "end"
     dimension: int = 128
     negatives: int = 4096
     temperature: float = 0.07

@@ -13,12 +13,13 @@ code:
       - {method: hard-labels, weight: 2.0}
       - {method: distilbert, weight: 1.0}
 
-The student is every other block of the teacher (`--take skip --layers 6` of 12), of the same width, without which there is no cosine.
+The student is every other block of the teacher (`--take skip --layers 6` of 12), of the same width, without which there is no
+cosine.
 
 Cost. One pass over the hidden states; no parameters.
 
-Differences from the paper. None in the term. The paper's student starts from blocks 0, 2, 4, 7, 9, 11 and has neither pooler nor token
-types; here it is of the teacher's architecture, and its blocks are a layer map.
+Differences from the paper. None in the term. The paper's student starts from blocks 0, 2, 4, 7, 9, 11 and has neither pooler
+nor token types; here it is of the teacher's architecture, and its blocks are a layer map.
 
 Oracle. tests/oracles/features.py: loops over examples, positions and channels in float64.
 """
@@ -43,7 +44,7 @@ class DistilBERT(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -56,7 +57,7 @@ class DistilBERT(Pairs):
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
-    layers: str = "end"
+    blocks: str = "end"
 
     def judge(self, student: Sequence[Feature], teacher: Sequence[Feature], examples: int) -> nn.Module:
         if channels(student) != channels(teacher):

@@ -4,8 +4,8 @@ Paper. Romero et al., "FitNets: Hints for Thin Deep Nets", arXiv 1412.6550, sect
 
 Symbols. S [positions, c] a hidden state of the student at one example, T [positions, d] one of the teacher; R [d, c].
 
-Method. The teacher's hidden state is a hint to the student's, which may have fewer channels: the regressor R, trained along, makes
-up for that. For each pair of places
+Method. The teacher's hidden state is a hint to the student's, which may have fewer channels: the regressor R, trained along,
+makes up for that. For each pair of places
 
     loss = 1 / (positions d) sum |S R^T - T|^2
 
@@ -14,16 +14,16 @@ over all positions that count, added up over the pairs. Of pictures the larger i
 R is thrown away afterwards. So that it cannot do the student's work, it is one matrix; `project: needed` leaves it out where the
 widths are equal, which is the stricter loss.
 
-Which block stands for which is a layer map, or `layers: learned`: then the target of each block of the student is a mixture of all
-of the teacher's, sum_j a_j T_j with a = softmax of numbers that are trained along. A map that is learned may settle on
-what is easy to reach rather than on what is worth knowing; the report has no opinion on that.
+Which block stands for which is a layer map, or `blocks: learned`: then the target of each block of the student is a mixture of
+all of the teacher's, sum_j a_j T_j with a = softmax of numbers that are trained along. A map that is learned may settle on what
+is easy to reach rather than on what is worth knowing; the report has no opinion on that.
 
 Cost. A matrix product per pair; memory: the hidden states of the pairs.
 
-Differences from the paper. There one pair in the middle, the regressor convolutional with the kernel of a guided layer, and a first
-stage of training of its own before soft labels; here any pairs, a matrix at each position, and the term stands beside the others of
-a recipe (a stage of its own is a recipe of its own, see progressive.py). The mean over channels in the place of their sum
-divides the weight by d / 2.
+Differences from the paper. There one pair in the middle, the regressor convolutional with the kernel of a guided layer, and a
+first stage of training of its own before soft labels; here any pairs, a matrix at each position, and the term stands beside the
+others of a recipe (a stage of its own is a recipe of its own, see progressive.py). The mean over channels in the place of their
+sum divides the weight by d / 2.
 
 Oracle. tests/oracles/features.py: loops over examples, positions and channels in float64.
 """
@@ -50,7 +50,7 @@ class Hints(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "uniform", "skip", "first", "last", "end", "learned", or pairs "student:teacher" with commas between.
+        blocks: which: "uniform", "skip", "first", "last", "end", "learned", or pairs "student:teacher" with commas between.
         project: a learned matrix "always", or only where it is "needed", as the widths differ.
     """
 
@@ -67,7 +67,7 @@ class Hints(Pairs):
     project: str = "always"
 
     def __post_init__(self) -> None:
-        if self.layers == LEARNED:
+        if self.blocks == LEARNED:
             check_weight(self.weight)
         else:
             super().__post_init__()
@@ -75,18 +75,18 @@ class Hints(Pairs):
             raise ValueError(f"project is {' or '.join(PROJECT)}, not {self.project!r}")
 
     def places(self, student: Sequence[str], teacher: Sequence[str]) -> tuple[list[str], list[str]]:
-        if self.layers != LEARNED:
+        if self.blocks != LEARNED:
             return self.pairs(student, teacher)
         if not student or not teacher:
             raise ValueError("a network has no list of blocks to learn a map of")
         return list(student), list(teacher)
 
     def judge(self, student: Sequence[Feature], teacher: Sequence[Feature], examples: int) -> nn.Module:
-        if self.layers == LEARNED and len(set(channels(teacher))) > 1:
+        if self.blocks == LEARNED and len(set(channels(teacher))) > 1:
             raise ValueError("the teacher's blocks differ in width, so that no mixture of them can be learned")
-        wanted = channels(teacher)[:1] * len(student) if self.layers == LEARNED else channels(teacher)
+        wanted = channels(teacher)[:1] * len(student) if self.blocks == LEARNED else channels(teacher)
         projections = Linears(list(zip(channels(student), wanted, strict=True)), always=self.project == "always")
-        return Judge(projections, of=len(teacher) if self.layers == LEARNED else None)
+        return Judge(projections, of=len(teacher) if self.blocks == LEARNED else None)
 
 
 class Judge(nn.Module):

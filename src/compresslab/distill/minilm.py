@@ -10,13 +10,14 @@ Method. For each relation named, with those of the teacher and of the student,
 
     loss = mean over heads and positions that count of KL(teacher's row || student's row)
 
-added up. MiniLM's are "qk" (the attention itself) and "vv"; MiniLMv2's "qq, kk, vv". Only the last block is matched, so the student
-may have any number of blocks; and rows are distributions over positions, so it may have any width. For relations among equals
-the heads' channels can be put side by side and cut anew into `heads` heads, which the student may then have in any number.
+added up. MiniLM's are "qk" (the attention itself) and "vv"; MiniLMv2's "qq, kk, vv". Only the last block is matched, so the
+student may have any number of blocks; and rows are distributions over positions, so it may have any width. For relations among
+equals the heads' channels can be put side by side and cut anew into `heads` heads, which the student may then have in any
+number.
 
 Cost. heads positions^2 numbers for each relation and example, in both networks.
 
-Differences from the papers. v2's other block than the last (`layers`) is possible. Where the network rotates queries and keys by
+Differences from the papers. v2's other block than the last (`blocks`) is possible. Where the network rotates queries and keys by
 position, they are taken as the attention reads them, rotated.
 
 Oracle. tests/oracles/features.py: loops over examples, heads and positions in float64.
@@ -43,7 +44,7 @@ class MiniLM(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
         relations: pairs of q, k and v with commas between: "qk, vv" is MiniLM, "qq, kk, vv" is MiniLMv2.
         heads: into how many heads the channels are cut; None for those of the networks, which must then agree.
     """
@@ -58,7 +59,7 @@ class MiniLM(Pairs):
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
-    layers: str = "end"
+    blocks: str = "end"
     relations: str = "qk, vv"
     heads: int | None = None
 

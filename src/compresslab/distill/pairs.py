@@ -1,6 +1,6 @@
 """Pairs: which places of student and teacher a feature loss compares, and what all these losses need to compare them.
 
-`layers` of a loss is a layer map (layer_maps.py: "uniform", "skip", "first", "last"), by which every block of the student has a
+`blocks` of a loss is a layer map (layer_maps.py: "uniform", "skip", "first", "last"), by which every block of the student has a
 block of the teacher; or "end", the last of each alone; or pairs of numbers or of module paths, such as "0:2, 1:5" or
 "encoder.stages.1:encoder.stages.1". A network without blocks in a list takes paths only.
 """
@@ -28,29 +28,29 @@ class Pairs:
 
     Args:
         weight: of this term in the sum of a recipe's losses.
-        layers: which blocks: "uniform", "skip", "first", "last", "end", or pairs "student:teacher" with commas between.
+        blocks: which: "uniform", "skip", "first", "last", "end", or pairs "student:teacher" with commas between.
     """
 
     weight: float = 1.0
-    layers: str = "uniform"
+    blocks: str = "uniform"
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
-        if ":" not in self.layers and self.layers not in (*MAPS, "end"):
-            raise ValueError(f"layers is {', '.join(MAPS)}, end, or pairs such as '0:2, 1:5', not {self.layers!r}")
+        if ":" not in self.blocks and self.blocks not in (*MAPS, "end"):
+            raise ValueError(f"blocks is {', '.join(MAPS)}, end, or pairs such as '0:2, 1:5', not {self.blocks!r}")
 
     def pairs(self, student: Sequence[str], teacher: Sequence[str]) -> tuple[list[str], list[str]]:
         """Places of the student, and of the teacher beside them."""
-        if ":" in self.layers:
-            both = [pair.strip().split(":") for pair in self.layers.split(",")]
+        if ":" in self.blocks:
+            both = [pair.strip().split(":") for pair in self.blocks.split(",")]
             if any(len(pair) != 2 or not all(pair) for pair in both):
-                raise ValueError(f"layers {self.layers!r} are no pairs 'student:teacher' with commas between")
+                raise ValueError(f"blocks {self.blocks!r} are no pairs 'student:teacher' with commas between")
             return [_place(one, student) for one, _ in both], [_place(other, teacher) for _, other in both]
         if not student or not teacher:
-            raise ValueError("a network has no list of blocks: set layers to pairs of module paths 'student:teacher'")
-        if self.layers == "end":
+            raise ValueError("a network has no list of blocks: set blocks to pairs of module paths 'student:teacher'")
+        if self.blocks == "end":
             return [student[-1]], [teacher[-1]]
-        return list(student), [teacher[i] for i in chosen(self.layers, len(student), len(teacher))]
+        return list(student), [teacher[i] for i in chosen(self.blocks, len(student), len(teacher))]
 
     def places(self, student: Sequence[str], teacher: Sequence[str]) -> tuple[list[str], list[str]]:
         return self.pairs(student, teacher)

@@ -21,8 +21,9 @@ and its two stages (general text without soft labels, then the task) are two rec
 
 Cost. Hidden states and queries and keys of all pairs; heads positions^2 scores for each pair and example.
 
-Differences from the paper. The scores of the position pairs that are masked away are left out of the mean, where the authors' code sets
-them to 0. No data augmentation. Where the network rotates queries and keys by position, the scores are those after it.
+Differences from the paper. The scores of the position pairs that are masked away are left out of the mean, where the authors'
+code sets them to 0. No data augmentation. Where the network rotates queries and keys by position, the scores are those after
+it.
 
 Oracle. tests/oracles/features.py: loops over examples, heads, positions and channels in float64.
 """
@@ -47,7 +48,7 @@ class TinyBERT(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        layers: which blocks: "skip", "uniform", "first", "last", "end", or pairs "student:teacher" with commas between.
+        blocks: which: "skip", "uniform", "first", "last", "end", or pairs "student:teacher" with commas between.
         embedding: what the embeddings count for; 0 leaves them out.
         hidden: what hidden states count for.
         attention: what attention scores count for; with other heads than the teacher's, 0.
@@ -64,7 +65,7 @@ class TinyBERT(Pairs):
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
-    layers: str = "skip"
+    blocks: str = "skip"
     embedding: float = 1.0
     hidden: float = 1.0
     attention: float = 1.0
@@ -96,8 +97,8 @@ class TinyBERT(Pairs):
         for mine, its in zip(student, teacher, strict=True):
             if isinstance(mine, Heads) and mine.queries.shape[1] != its.queries.shape[1]:
                 raise ValueError(
-                    f"the student has {mine.queries.shape[1]} heads and the teacher {its.queries.shape[1]}, so that their scores do "
-                    "not match: set attention to 0, or use minilm with heads"
+                    f"the student has {mine.queries.shape[1]} heads and the teacher {its.queries.shape[1]}, so that their scores "
+                    "do not match: set attention to 0, or use minilm with heads"
                 )
             if isinstance(mine, Feature):
                 sizes.add((int(mine.values.shape[2]), int(its.values.shape[2])))
