@@ -91,7 +91,7 @@ def digest(ids: Tensor, counted: Tensor) -> bytes:
 
 
 class Writer:
-    """Rows in, a folder out. Use as a context manager. A run that was killed is gone on with by the same key; another key is refused.
+    """Rows in, a folder out. Use as a context manager. A run that was killed is gone on with by the same key alone.
 
     Args:
         key: what the cache is of; it becomes part of the manifest.
