@@ -62,21 +62,21 @@ def teach_cache(
     material = material_of(source, chosen, data, seed)
     key = _cache_key(source, material, losses)
     teacher_cache.check_k(k, models.vocabulary_size(source.skeleton()))
-    writer = teacher_cache.Writer(Path(out), key | {"k": k}, k, force)
     network = whole_model(source, where, torch.float32)
     examples, size_of_batch = material.examples, learning.batch_size(len(material.examples[0]["input_ids"]))
     if not is_plain(network, {"input_ids": examples[0]["input_ids"][None].to(where)}):
         raise CompressLabError(f"{source.name} changes its logits after its head, which a cache cannot be made of yet")
     batches = [examples[i : i + size_of_batch] for i in range(0, len(examples), size_of_batch)]
     progress.stage("ask", len(batches))
-    done = len(writer.entries)
-    for place, part in enumerate(batches):
-        if place * size_of_batch >= done:
-            writer.add(*_said(network, part, key["temperature"], k, where))
-        progress.step("a batch of examples")
-    nats = teaching.cross_entropy(network, examples[: 4 * size_of_batch], size_of_batch)
-    facts = {"cross_entropy": nats, "examples": len(examples), "version": environment.version()}
-    return writer.publish(facts)
+    with teacher_cache.Writer(Path(out), key | {"k": k}, k, force) as writer:
+        done = len(writer.entries)
+        for place, part in enumerate(batches):
+            if place * size_of_batch >= done:
+                writer.add(*_said(network, part, key["temperature"], k, where))
+            progress.step("a batch of examples")
+        nats = teaching.cross_entropy(network, examples[: 4 * size_of_batch], size_of_batch)
+        facts = {"cross_entropy": nats, "examples": len(examples), "version": environment.version()}
+        return writer.publish(facts)
 
 
 @torch.no_grad()

@@ -97,6 +97,7 @@ def distill(
         pair = Pair.of(teacher, student)
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
+        pair.check(losses, data)
         if isinstance(teacher, Answered):
             material, kept, measured_on = Material(calibration=None, labelled=teacher.labelled), teacher.cache, None
             if losses.temperature != kept.temperature:
@@ -108,7 +109,6 @@ def distill(
             material = material_of(pair.student, chosen, data, seed)
             kept = None if cache is None else opened(Path(cache), pair.teacher, material, losses)
             measured_on = material.labelled
-        pair.check(material, losses)
         asked = Questions.of(pair.student, data, evaluation_windows, False, measured_on) if measure else Questions()
         preflight.check(_needs(pair, kept is not None, chosen, material, where), out)
 

@@ -22,15 +22,10 @@ BATCH_TOKENS = 2048  # calibration tokens in one walk: small enough for the cach
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What a run learns from; both for a classifier that is smoothed first and then trained.
-
-    Attributes:
-        named: the source of texts, where it has a name.
-    """
+    """What a run learns from; both for a classifier that is smoothed first and then trained."""
 
     calibration: datasets.Calibration | None
     labelled: datasets.Labelled | None
-    named: str | None = None
 
     @classmethod
     def of(cls, source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int) -> Material:

@@ -65,8 +65,8 @@ class Pair:
             told=f"the student {student if isinstance(student, str) else 'given'}",
         )
 
-    def check(self, material: Material, losses: Losses) -> None:
-        """CompressLabError if what one says means something else to the other."""
+    def check(self, losses: Losses, data: Any) -> None:
+        """CompressLabError if what one says means something else to the other; tokenizers are compared on the data too."""
         kinds = [_kind(source) for source in (self.teacher, self.student)]
         if kinds[0] != kinds[1]:
             raise CompressLabError(
@@ -80,8 +80,8 @@ class Pair:
             )
         if kinds[0] == "classifier":
             _check_classes(self.teacher.config, self.student.config)
-        if self.teacher.folder != self.student.folder and not self.student.reads_images and material.named is not None:
-            texts = datasets.texts(material.named).documents[:TEXTS_COMPARED]
+        if self.teacher.folder != self.student.folder and not self.student.reads_images and isinstance(data, str):
+            texts = datasets.texts(data).documents[:TEXTS_COMPARED]
             _check_tokenizers(self.teacher, self.student, [text[:2000] for text in texts])
 
 
@@ -107,14 +107,14 @@ def _kind(source: Source) -> str:
 
 
 def material_of(student: Source, recipe: Recipe, data: Any, seed: int) -> Material:
+    """What a student learns from. CompressLabError if there is nothing, or nothing that it can read."""
     if data is None:
         raise CompressLabError("a student learns from data: name it with --data, e.g. wiki")
     if isinstance(data, datasets.Calibration):
         return Material(calibration=data, labelled=None)
-    named = data if isinstance(data, str) else None
-    if named is not None and _kind(student) != "classifier":
-        return Material(calibration=learning.windows_of(student, recipe, data, seed), labelled=None, named=named)
-    return Material(calibration=None, labelled=learning.labelled(student, data, seed), named=named)
+    if isinstance(data, str) and _kind(student) != "classifier":
+        return Material(calibration=learning.windows_of(student, recipe, data, seed), labelled=None)
+    return Material(calibration=None, labelled=learning.labelled(student, data, seed))
 
 
 def _check_tokenizers(teacher: models.Source, student: models.Source, texts: Sequence[str]) -> None:

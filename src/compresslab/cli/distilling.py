@@ -16,8 +16,12 @@ Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, or a name from
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Samples = Annotated[int | None, typer.Option(help="Windows of text to learn from.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in such a window.")]
-LossRecipe = Annotated[str, typer.Option(help="A recipe whose steps are losses (see `compresslab recipes`), or a YAML file.")]
-Data = Annotated[str, typer.Option(help="Text, or texts with labels: a name from `compresslab datasets`, a file, a hub id.")]
+LossRecipe = Annotated[
+    str, typer.Option(help="A recipe whose steps are losses (see `compresslab recipes`), or a YAML file.")
+]
+Data = Annotated[
+    str, typer.Option(help="Text, or texts with labels: a name from `compresslab datasets`, a file, a hub id.")
+]
 
 
 @app.command()
@@ -27,8 +31,12 @@ def distill(
     student: Annotated[
         str | None, typer.Argument(help="Another model; left out where it is built from the teacher.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Build the student from this many of the teacher's blocks.")] = None,
-    take: Annotated[str, typer.Option(help="Which of them: uniform, skip, first, last, or numbers with commas.")] = "uniform",
+    layers: Annotated[
+        int | None, typer.Option(help="Build the student from this many of the teacher's blocks.")
+    ] = None,
+    take: Annotated[
+        str, typer.Option(help="Which of them: uniform, skip, first, last, or numbers with commas.")
+    ] = "uniform",
     width: Annotated[float, typer.Option(help="Share of every block's neurons and heads.")] = 1.0,
     hidden: Annotated[float, typer.Option(help="Share of the residual stream; below 1 with --fresh.")] = 1.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="New weights instead of the teacher's.")] = False,
@@ -60,10 +68,10 @@ def distill(
         )
     if not (quiet or as_json):
         announce_fetch(teacher)
+    settings = settings_of(set_ or [], samples, sequence_length)
     with bars(silent=quiet or as_json) as progress:
         artifact, report = distilling.distill(
-            teacher, student or shape, recipe, data, out=out, cache=cache, settings=settings_of(set_ or [], samples, sequence_length),
-            seed=seed, device=device, force=force, measure=measure, evaluation_windows=windows, progress=progress,
+            teacher, student or shape, recipe, data, out=out, cache=cache, settings=settings, seed=seed, device=device, force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     notice = (report.data or {})["training"]["notice"]
     if notice:
@@ -101,17 +109,32 @@ def teach_cache(
         announce_fetch(teacher)
     with bars(silent=as_json) as progress:
         kept = caching.teach_cache(
-            teacher, recipe, data, out=out, k=k, settings=settings, seed=seed, device=device, force=force, progress=progress
+            teacher,
+            recipe,
+            data,
+            out=out,
+            k=k,
+            settings=settings,
+            seed=seed,
+            device=device,
+            force=force,
+            progress=progress,
         )
     rows, rest = kept.manifest["rows"], kept.manifest["rest_mean"]
-    facts: dict[str, Any] = {"folder": str(kept.folder), "rows": rows, "bytes": rows * record_bytes(k), "left_out": rest}
+    facts: dict[str, Any] = {
+        "folder": str(kept.folder),
+        "rows": rows,
+        "bytes": rows * record_bytes(k),
+        "left_out": rest,
+    }
     if as_json:
         print(json.dumps(facts, indent=1))  # noqa: T201
         return
     size = human(facts["bytes"], "bytes")
-    out_console.print(
-        f"{rows:,} tokens, {record_bytes(k)} bytes each, {size}; {100 * rest:.2f} % of the teacher's mass is left out", highlight=False
+    said = (
+        f"{rows:,} tokens, {record_bytes(k)} bytes each, {size}; {100 * rest:.2f} % of the teacher's mass is left out"
     )
+    out_console.print(said, highlight=False)
     out_console.print(f"cache     {kept.folder}", highlight=False, soft_wrap=True)
 
 

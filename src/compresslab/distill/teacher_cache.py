@@ -91,7 +91,7 @@ def digest(ids: Tensor, counted: Tensor) -> bytes:
 
 
 class Writer:
-    """Rows in, a folder out. A run that was killed is gone on with by the same key; another key is refused.
+    """Rows in, a folder out. Use as a context manager. A run that was killed is gone on with by the same key alone.
 
     Args:
         key: what the cache is of; it becomes part of the manifest.
@@ -112,6 +112,12 @@ class Writer:
         self._file = (self.partial / ROWS).open("r+b" if (self.partial / ROWS).exists() else "w+b")
         self._file.truncate(self.rows * record_bytes(k))  # what a kill left of a batch that was not finished
         self._file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
 
     @property
     def rows(self) -> int:
