@@ -41,6 +41,7 @@ ROWS: list[tuple[str, ...]] = [
     ("teaching", "pairing"),
     ("pipeline", "evaluation", "warm", "doctor", "mobile", "serving"),
     ("caching", "distilling"),
+    ("staging",),
     ("peers", "sweep"),
     ("course",),
     ("cli",),

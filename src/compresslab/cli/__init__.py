@@ -14,6 +14,7 @@ from compresslab.cli import (  # noqa: F401  (they add their commands)
     peers,
     reporting,
     shelves,
+    staging,
 )
 from compresslab.cli.console import app, error_console, escape
 from compresslab.errors import CompressLabError
