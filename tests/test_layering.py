@@ -38,7 +38,7 @@ ROWS: list[tuple[str, ...]] = [
     ("rotating", "mixed", "tuning", "exporters"),
     ("stages",),
     ("questions", "learning"),
-    ("teaching", "pairing"),
+    ("teaching", "pairing", "teachers"),
     ("pipeline", "evaluation", "warm", "doctor", "mobile", "serving"),
     ("caching", "distilling"),
     ("staging",),

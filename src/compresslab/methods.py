@@ -28,6 +28,7 @@ from compresslab.distill.reverse_kl import ReverseKL
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distill.tinybert import TinyBERT
 from compresslab.distill.total_variation import TotalVariation
+from compresslab.distill.uld import ULD
 from compresslab.errors import CompressLabError, unknown
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
@@ -83,6 +84,7 @@ METHODS: dict[str, type] = {
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,
+    "uld": ULD,
     "hints": Hints,
     "attention-transfer": AttentionTransfer,
     "neuron-selectivity": NeuronSelectivity,

@@ -29,6 +29,15 @@ class Losses:
     on_features: Sequence[FeatureLoss]
 
     @property
+    def cross_tokenizers(self) -> bool:
+        """Whether all that asks the teacher can do with one of other tokens. CompressLabError if only some of it can."""
+        asking = [loss for loss in self.on_logits if loss.needs_teacher]
+        can = [getattr(loss, "crosses_tokenizers", False) for loss in (*asking, *self.on_features)]
+        if any(can) and not all(can):
+            raise CompressLabError("uld is for teachers with other tokens, and other losses on a teacher are not: keep one kind")
+        return any(can)
+
+    @property
     def temperature(self) -> float:
         """That of a teacher's logits. CompressLabError where a cache of it could not be made."""
         if self.on_features:
@@ -50,9 +59,19 @@ class Pair:
     teacher: Source
     student: Source
     told: str
+    others: tuple[Source, ...] = ()
+    ensemble: str | tuple[float, ...] = "mean"
 
     @classmethod
-    def of(cls, teacher: Any, student: Any) -> Pair:
+    def of(
+        cls, teacher: Any, student: Any, others: Sequence[Any] = (), ensemble: str | Sequence[float] = "mean"
+    ) -> Pair:
+        weights = ensemble if isinstance(ensemble, str) else tuple(float(weight) for weight in ensemble)
+        pair = cls._of_two(teacher, student)
+        return dataclasses.replace(pair, others=tuple(models.find(other) for other in others), ensemble=weights)
+
+    @classmethod
+    def _of_two(cls, teacher: Any, student: Any) -> Pair:
         if isinstance(teacher, Answered) and isinstance(student, Shape):
             raise CompressLabError("a black box has no blocks to build a student from: name a student")
         found = models.find(student if isinstance(teacher, Answered) else teacher)
@@ -78,11 +97,26 @@ class Pair:
                 f"'{self.student.name}' is an encoder without a head, so it has no logits to teach: take a recipe of losses on "
                 "features"
             )
+        for other in self.others:
+            dataclasses.replace(self, teacher=other, others=()).check(losses, data)
+        if self.others and losses.on_features:
+            raise CompressLabError("losses on features look inside one teacher: leave the others out, or those losses")
         if kinds[0] == "classifier":
             _check_classes(self.teacher.config, self.student.config)
+        if losses.cross_tokenizers:
+            return
         if self.teacher.folder != self.student.folder and not self.student.reads_images and isinstance(data, str):
             texts = datasets.texts(data).documents[:TEXTS_COMPARED]
             _check_tokenizers(self.teacher, self.student, [text[:2000] for text in texts])
+
+
+    @property
+    def has_other_tokens(self) -> bool:
+        """Whether the teacher's tokenizer is another than the student's."""
+        if self.teacher.folder == self.student.folder:
+            return False
+        vocabularies: list[dict[str, int]] = [source.tokenizer().get_vocab() for source in (self.teacher, self.student)]
+        return vocabularies[0] != vocabularies[1]
 
 
 def losses_of(recipe: Recipe) -> Losses:
