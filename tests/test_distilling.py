@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 import tiny
-from compresslab import caching, distilling, models, pairing, pipeline, recipe, teaching
+from compresslab import caching, models, pairing, pipeline, recipe, teaching
 from compresslab.caching import teach_cache
 from compresslab.contract import TopK
 from compresslab.data.labelled import Example

@@ -71,7 +71,8 @@ def distill(
     settings = settings_of(set_ or [], samples, sequence_length)
     with bars(silent=quiet or as_json) as progress:
         artifact, report = distilling.distill(
-            teacher, student or shape, recipe, data, out=out, cache=cache, settings=settings, seed=seed, device=device, force=force, measure=measure, evaluation_windows=windows, progress=progress,
+            teacher, student or shape, recipe, data, out=out, cache=cache, settings=settings, seed=seed, device=device,
+            force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     notice = (report.data or {})["training"]["notice"]
     if notice:
