@@ -102,7 +102,7 @@ def _cache_key(teacher: Source, material: Material, losses: Losses) -> dict[str,
     """What a cache must be of."""
     found = material.found
     assert found is not None
-    fields = {"source": found.source, "sha256": examples_sha256(material.examples)}
+    fields: dict[str, Any] = {"source": found.source, "sha256": examples_sha256(material.examples)}
     if material.calibration is not None:
         fields |= {"samples": found.samples, "sequence_length": material.calibration.sequence_length}
     return {

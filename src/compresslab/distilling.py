@@ -98,6 +98,7 @@ def distill(
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
         pair.check(losses, data)
+        kept: TeacherCache | None
         if isinstance(teacher, Answered):
             material, kept, measured_on = Material(calibration=None, labelled=teacher.labelled), teacher.cache, None
             if losses.temperature != kept.temperature:
