@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import socket
 import threading
@@ -174,6 +175,24 @@ def test_a_student_learns_what_a_server_says(
     again = ask(served, student, tmp_path, "again")
     assert again.told["from_cache"] == 20 and again.told["asked"] == 0
     assert (tmp_path / "again" / "rows.bin").read_bytes() == (tmp_path / "cache" / "rows.bin").read_bytes()
+
+
+def test_the_command(
+    served: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fresh, "measure", tiny.fake_measure)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": " ".join(WORDS[i : i + 3])}) + "\n" for i in range(6)))
+    command = ("distill-answers", served, "box", student, "--questions", questions, "--kind", "completions", "--max-tokens", 4,
+               "--out", tmp_path / "out", "--set", "training.steps=2", "--price-out", 1e6)  # fmt: skip
+    code, said, complaint = tiny.run_cli(monkeypatch, capsys, *command)
+    assert code == 0, complaint
+    assert "6 answers asked for, 0 kept from before" in said and "cost 2" in said
+    code, said, complaint = tiny.run_cli(monkeypatch, capsys, *command, "--force")
+    assert code == 0 and "0 answers asked for, 6 kept from before" in said and "cost 0.0000" in said, complaint
+    questions.write_text("no json\n")
+    code, _, complaint = tiny.run_cli(monkeypatch, capsys, *command, "--force")
+    assert code == 2 and "line 1" in complaint and "is no JSON with a 'prompt'" in complaint
 
 
 def test_what_a_black_box_cannot_give_is_said(served: str, student: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ Oracle. tests/test_answers.py: rows spelt out by hand for a tokenizer of whole w
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Answered:
 
 def answered(
     asking: Asking, questions: Sequence[str], student: Source, *, out: Path, longest: int, force: bool = False,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> Answered:  # fmt: skip
     """Ask, and make of the answers what a student of this make can learn from. `out` becomes a teacher cache.
 
@@ -64,7 +66,7 @@ def answered(
     Raises:
         CompressLabError: as endpoint.py has it; too few answers with anything in them.
     """
-    answers = asking.all(questions)
+    answers = asking.all(questions, on_answer)
     tokenizer, endpoint = student.tokenizer(), asking.endpoint
     pairs = [(q, a) for q, a in dict(zip(questions, answers, strict=True)).items() if a.text.strip()]
     if len(pairs) < 4:
@@ -92,6 +94,27 @@ def answered(
     bill = {key: value for key, value in vars(asking.bill).items() if value is not None}
     told = bill | {"rows_with_log_probabilities": kinds["soft"], "rows_of_one_token": kinds["hard"]}
     return Answered(name=f"{endpoint.model} at {endpoint.url}", cache=cache, labelled=labelled, told=told)
+
+
+def questions_of(path: Path) -> list[str]:
+    """One a line of a text file, or the "prompt" of every line of a .jsonl file.
+
+    Raises:
+        CompressLabError: if it cannot be read, or has no questions.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompressLabError(f"cannot read questions from {path} ({error})") from None
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(lines):
+            try:
+                lines[number] = str(json.loads(line)["prompt"])
+            except (ValueError, KeyError, TypeError):
+                raise CompressLabError(f"line {number + 1} of {path} is no JSON with a 'prompt'") from None
+    if not lines:
+        raise CompressLabError(f"{path} has no questions")
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)

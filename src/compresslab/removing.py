@@ -70,7 +70,7 @@ def without_units(calibration: Pass, method: UnitRemover) -> tuple[Source, list[
         config = with_units(config, kind, found[0].count, keep[kind])
         told.append(f"{found[0].count - keep[kind]} of {found[0].count} {kind} of every block taken out")
     everything = [group for found in wanted.values() for group in found]
-    _check_shapes(source, config, everything, keep)
+    check_shapes(source, config, everything, keep)
     chosen = _choose(calibration, method, everything, keep)
     return dataclasses.replace(cut_out(source, everything, chosen), config=config), told
 
@@ -139,7 +139,7 @@ def _stored(source: Source, name: str, value: Tensor) -> Tensor:
     return cast
 
 
-def _check_shapes(source: Source, config: Any, groups: Sequence[Group], keep: dict[str, int]) -> None:
+def check_shapes(source: Source, config: Any, groups: Sequence[Group], keep: dict[str, int]) -> None:
     """CompressLabError unless the architecture with this config has just the shapes that the cut weights will have."""
     wanted: dict[str, tuple[int, int]] = {}
     for group in groups:
