@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 import tiny
-from compresslab import caching, distilling, models, pairing, pipeline, recipe, teaching
+from compresslab import caching, models, pairing, pipeline, recipe, teaching
 from compresslab.caching import teach_cache
 from compresslab.contract import TopK
 from compresslab.data.labelled import Example
@@ -401,6 +401,8 @@ def test_a_cache_says_what_the_teacher_says(place: Path, tmp_path: Path) -> None
     torch.testing.assert_close(near, top.values, rtol=1e-4, atol=1e-4)  # the same ones, but for ties
     torch.testing.assert_close(found.log_probs, near, rtol=0.05, atol=0.02)
     assert kept.manifest["rest_mean"] == pytest.approx(_left_out(teacher, material.examples), rel=1e-3)
+    nats = teaching.cross_entropy(teacher, material.examples, 8)
+    assert kept.manifest["facts"]["cross_entropy"] == pytest.approx(nats, rel=1e-4)
 
 
 def _left_out(teacher: Any, rows: list[Example]) -> float:

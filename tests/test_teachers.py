@@ -185,3 +185,18 @@ def test_a_student_learns_from_two_teachers(place: Path, tmp_path: Path) -> None
         taught(place, tmp_path / "no", "teacher-0", recipe({"method": "hints"}), others=others)
     with pytest.raises(CompressLabError, match="have tokenizers that differ"):
         taught(place, tmp_path / "no", "teacher-0", soft, others=[str(place / "foreign")])
+
+
+def test_the_command_takes_more_teachers(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = tmp_path / "tiny.yaml"
+    chosen.write_text(recipe({"method": "soft-labels"}).to_yaml())
+    command = ("distill", place / "teacher-0", place / "student", "--recipe", chosen, "--data", place / "text.txt",
+               "--also", place / "teacher-1")  # fmt: skip
+    code, told, complaint = tiny.run_cli(
+        monkeypatch, capsys, *command, "--ensemble", "1,3", "--out", tmp_path / "out", "--quiet"
+    )
+    assert code == 0, complaint
+    code, _, complaint = tiny.run_cli(monkeypatch, capsys, *command, "--ensemble", "loud", "--out", tmp_path / "no")
+    assert code == 2 and "mean, adaptive or a number for each" in " ".join(complaint.split())

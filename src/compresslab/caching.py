@@ -74,35 +74,43 @@ def teach_cache(
             if place * size_of_batch >= done:
                 writer.add(*_said(network, part, key["temperature"], k, where))
             progress.step("a batch of examples")
-        nats = teaching.cross_entropy(network, examples[: 4 * size_of_batch], size_of_batch)
-        facts = {"cross_entropy": nats, "examples": len(examples), "version": environment.version()}
+        facts = {
+            "cross_entropy": writer.nats / max(writer.rows, 1),
+            "examples": len(examples),
+            "version": environment.version(),
+        }
         return writer.publish(facts)
 
 
 @torch.no_grad()
 def _said(
     network: nn.Module, examples: Sequence[Example], temperature: float, k: int, where: torch.device
-) -> tuple[list[tuple[bytes, int]], Tensor, Tensor]:
-    """The digest and rows of every example, and the k most likely tokens of all rows with their log-probabilities."""
+) -> tuple[list[tuple[bytes, int]], Tensor, Tensor, float]:
+    """The digest and rows of every example, the k most likely tokens of all rows with their log-probabilities, and the sum of the
+    labels' nats."""
     batch = {key: value.to(where) for key, value in collate(examples).items()}
-    counted = batch.pop("labels")[:, 1:] != IGNORED_LABEL
+    labels = batch.pop("labels")[:, 1:]
+    counted = labels != IGNORED_LABEL
     rows = teaching.rows_of(batch, counted)
     named = [(teacher_cache.digest(ids, mask), int(mask.sum())) for ids, mask in rows]
     head = teaching.hidden_rows(network, batch, counted)
     found: list[tuple[Tensor, Tensor]] = []
-    for hidden in head.hidden.split(max(1, CHUNK_BYTES // (4 * len(head.weight)))):
-        logits = nn.functional.linear(hidden, head.weight, head.bias).float() / temperature
+    rows_at_once, nats = max(1, CHUNK_BYTES // (4 * len(head.weight))), 0.0
+    for hidden, own in zip(head.hidden.split(rows_at_once), labels[counted].split(rows_at_once), strict=True):
+        logits = nn.functional.linear(hidden, head.weight, head.bias).float()
+        nats += float(nn.functional.cross_entropy(logits, own, reduction="sum"))
+        logits /= temperature
         top = logits.topk(k, dim=1)
         found.append((top.indices, top.values - logits.logsumexp(1, keepdim=True)))
     ids, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return named, ids, log_probs
+    return named, ids, log_probs, nats
 
 
 def _cache_key(teacher: Source, material: Material, losses: Losses) -> dict[str, Any]:
     """What a cache must be of."""
     found = material.found
     assert found is not None
-    fields = {"source": found.source, "sha256": examples_sha256(material.examples)}
+    fields: dict[str, Any] = {"source": found.source, "sha256": examples_sha256(material.examples)}
     if material.calibration is not None:
         fields |= {"samples": found.samples, "sequence_length": material.calibration.sequence_length}
     return {

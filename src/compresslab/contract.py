@@ -535,7 +535,8 @@ class TopK:
 class Distilling(Method, Protocol):
     """A term of the loss that a student is taught by. Those of a recipe's steps are added up, each times its weight."""
 
-    weight: float
+    @property
+    def weight(self) -> float: ...
 
 
 @runtime_checkable

@@ -104,6 +104,7 @@ def distill(
         pair.check(losses, data)
         if pair.others and (cache is not None or isinstance(teacher, Answered)):
             raise CompressLabError("a cache holds what one teacher says: leave it out, or the other teachers")
+        kept: TeacherCache | None
         if isinstance(teacher, Answered):
             material, kept, measured_on = Material(calibration=None, labelled=teacher.labelled), teacher.cache, None
             if losses.temperature != kept.temperature:

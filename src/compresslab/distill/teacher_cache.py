@@ -107,7 +107,7 @@ class Writer:
         self.partial = out.parent / f"{out.name}.partial"
         self.partial.mkdir(parents=True, exist_ok=True)
         self.entries: list[tuple[bytes, int, int]] = []
-        self.rest = 0.0
+        self.rest, self.nats = 0.0, 0.0
         self._resume(force)
         self._file = (self.partial / ROWS).open("r+b" if (self.partial / ROWS).exists() else "w+b")
         self._file.truncate(self.rows * record_bytes(k))  # what a kill left of a batch that was not finished
@@ -136,10 +136,10 @@ class Writer:
             )
         if not changed:
             self.entries = [(name.encode(), first, rows) for name, first, rows in found["entries"]]
-            self.rest = found["rest"]
+            self.rest, self.nats = found["rest"], found["nats"]
 
-    def add(self, examples: Sequence[tuple[bytes, int]], ids: Tensor, log_probs: Tensor) -> None:
-        """The rows of some examples, each named by its digest and how many of the rows are its own."""
+    def add(self, examples: Sequence[tuple[bytes, int]], ids: Tensor, log_probs: Tensor, nats: float = 0.0) -> None:
+        """The rows of some examples, each named by its digest and how many of the rows are its own; `nats` are added up."""
         assert sum(rows for _, rows in examples) == len(ids)
         first = self.rows
         try:
@@ -154,7 +154,13 @@ class Writer:
             self.entries.append((name, first, rows))
             first += rows
         self.rest += float((1 - log_probs.double().exp().sum(1)).clamp(min=0).sum())
-        state = {"key": self.key, "rest": self.rest, "entries": [(n.decode(), f, r) for n, f, r in self.entries]}
+        self.nats += nats
+        state = {
+            "key": self.key,
+            "rest": self.rest,
+            "nats": self.nats,
+            "entries": [(n.decode(), f, r) for n, f, r in self.entries],
+        }
         _replace(self.partial / PROGRESS, json.dumps(state).encode())
 
     def publish(self, facts: Mapping[str, Any]) -> TeacherCache:
