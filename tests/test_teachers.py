@@ -194,7 +194,7 @@ def test_the_command_takes_more_teachers(
     chosen.write_text(recipe({"method": "soft-labels"}).to_yaml())
     command = ("distill", place / "teacher-0", place / "student", "--recipe", chosen, "--data", place / "text.txt",
                "--also", place / "teacher-1")  # fmt: skip
-    code, told, complaint = tiny.run_cli(
+    code, _, complaint = tiny.run_cli(
         monkeypatch, capsys, *command, "--ensemble", "1,3", "--out", tmp_path / "out", "--quiet"
     )
     assert code == 0, complaint

@@ -52,7 +52,7 @@ from compresslab.report.schema import Parity, Report
 from compresslab.students import Shape
 from compresslab.teachers import MEAN, Ensemble, Translated, network_of
 from compresslab.teaching import Lesson
-from compresslab.training import Record, collate, split, train_
+from compresslab.training import Loss, Record, collate, split, train_
 
 
 def distill(
@@ -201,12 +201,30 @@ def _taught(
             before = _mean([float(lesson(network, part)) for part in _batches(held_back, batch, where)])
         progress.stage("train", settings.steps_for(len(examples)))
         record = train_(
-            network, examples, settings, scratch, seed=seed, held_back=held_back, loss=lesson, device=where,
+            network, examples, settings, scratch, seed=seed, held_back=held_back,
+            loss=_with_own_texts(lesson, losses), device=where,
             on_step=lambda done: progress.step("a step of the training"),
         )  # fmt: skip
     source = dataclasses.replace(pair.student, weights=models.MemoryWeights(trained_tensors(network, pair.student)))
     rest = None if kept is None else float(kept.manifest["rest_mean"])
     return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest)
+
+
+def _with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
+    """The lesson, on texts that the student writes itself in some of the steps, where the recipe asks for that."""
+    writing = losses.writing
+    if writing is None:
+        return lesson
+
+    def taught(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if network.training and writing.drawn():
+            try:
+                batch = writing.written(network, batch)
+            except ValueError as error:
+                raise CompressLabError(str(error)) from None
+        return lesson(network, batch)
+
+    return taught
 
 
 def _terms(

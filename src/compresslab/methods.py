@@ -23,6 +23,7 @@ from compresslab.distill.hints import Hints
 from compresslab.distill.jensen_shannon import JensenShannon
 from compresslab.distill.minilm import MiniLM
 from compresslab.distill.neuron_selectivity import NeuronSelectivity
+from compresslab.distill.on_policy import OnPolicy
 from compresslab.distill.relational import Relational
 from compresslab.distill.reverse_kl import ReverseKL
 from compresslab.distill.soft_labels import SoftLabels
@@ -84,6 +85,7 @@ METHODS: dict[str, type] = {
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,
+    "on-policy": OnPolicy,
     "uld": ULD,
     "hints": Hints,
     "attention-transfer": AttentionTransfer,

@@ -10,7 +10,7 @@ from typing import Any
 from compresslab import data as datasets
 from compresslab import learning, models
 from compresslab.answers import Answered
-from compresslab.contract import FeatureLoss, LogitLoss
+from compresslab.contract import FeatureLoss, LogitLoss, TextWriting
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
 from compresslab.models import Source
@@ -27,6 +27,7 @@ class Losses:
 
     on_logits: Sequence[LogitLoss]
     on_features: Sequence[FeatureLoss]
+    writing: TextWriting | None = None
 
     @property
     def cross_tokenizers(self) -> bool:
@@ -45,6 +46,8 @@ class Losses:
                 f"{type(self.on_features[0]).__name__} looks inside the teacher, of which a cache has logits only: leave the "
                 "cache out"
             )
+        if self.writing is not None:
+            raise CompressLabError("what a student will write is in no cache: leave the cache out, or on-policy")
         found = sorted({float(getattr(loss, "temperature", 1.0)) for loss in self.on_logits if loss.needs_teacher})
         if len(found) != 1:
             said = " and ".join(f"{t:g}" for t in found) or "no"
@@ -92,6 +95,8 @@ class Pair:
                 f"'{self.teacher.name}' ({self.teacher.architecture}) and '{self.student.name}' ({self.student.architecture}) "
                 "do not answer the same question: take two language models, two encoders or two classifiers"
             )
+        if losses.writing is not None and kinds[0] != "language model":
+            raise CompressLabError(f"'{self.student.name}' writes no text, so it has none of its own: leave on-policy out")
         if kinds[0] == "encoder" and losses.on_logits:
             raise CompressLabError(
                 f"'{self.student.name}' is an encoder without a head, so it has no logits to teach: take a recipe of losses on "
@@ -122,16 +127,23 @@ class Pair:
 def losses_of(recipe: Recipe) -> Losses:
     """CompressLabError unless all steps are losses."""
     built = [(step.method, step.build()) for step in recipe.steps]
-    others = [name for name, method in built if not isinstance(method, LogitLoss | FeatureLoss)]
+    others = [name for name, method in built if not isinstance(method, LogitLoss | FeatureLoss | TextWriting)]
     if others:
         raise CompressLabError(
             f"recipe '{recipe.name}' has the step {others[0]}, which is no loss to teach by: run it with "
             f"'compresslab compress', or take a recipe of losses, such as {DEFAULT}"
         )
-    return Losses(
+    writing = [method for _, method in built if isinstance(method, TextWriting)]
+    found = Losses(
         on_logits=[method for _, method in built if isinstance(method, LogitLoss)],
         on_features=[method for _, method in built if isinstance(method, FeatureLoss)],
+        writing=writing[0] if writing else None,
     )
+    if len(writing) > 1 or not (found.on_logits or found.on_features):
+        raise CompressLabError(f"recipe '{recipe.name}' needs a step that is a loss, and on-policy at most once")
+    if writing and any(not loss.needs_teacher for loss in found.on_logits):
+        raise CompressLabError("what a student has written itself is no label: leave hard-labels out, or on-policy")
+    return found
 
 
 def _kind(source: Source) -> str:
