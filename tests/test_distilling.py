@@ -97,6 +97,8 @@ def test_a_student_learns_and_is_a_plain_folder_that_says_where_it_comes_from(pl
     assert "taught by the model above" in report.model["changed"]
     assert report.parity.tensors == 2 * 7 + 1
     assert {m.name for m in report.after} >= {"disk_bytes", "weight_bytes"}
+    page = (artifact.folder / "report.html").read_text(encoding="utf-8")
+    assert f"step {training['best_step']}: {min(losses):g}" in page
     text = (artifact.folder / "README.md").read_text(encoding="utf-8")
     assert "soft-labels" in text
 

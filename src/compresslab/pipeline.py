@@ -338,7 +338,8 @@ def _tuned(
 
 def told_of(record: Record) -> dict[str, Any]:
     """A training as the report has it."""
-    return dataclasses.asdict(record) | {"losses": [f"{loss:.4f}" for _, loss in record.losses]}
+    checks = {"losses": [f"{loss:.4f}" for _, loss in record.losses], "checked_at": [step for step, _ in record.losses]}
+    return dataclasses.asdict(record) | checks
 
 
 def _key(source: models.Source, recipe: Recipe, material: Material, seed: int, device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from compresslab.report import plots, sparsity
+from compresslab.report.curve import curve_plot
 from compresslab.report.front import front_plot
 from compresslab.report.pieces import markdown_table, md, page_template, terminal_table
 from compresslab.report.plots import decibel, human, plain
@@ -191,6 +192,7 @@ def to_html(report: Report) -> str:
         icons=[(role, plots.icon(colour)) for role, colour in plots.roles(report.layers).items()],
         plots=[plots.layer_plot(report.layers, width=w, height=h, labelled=n) for w, h, n in _SIZES],
         search=report.search,
+        curves=[curve_plot(report.data, width=w, height=h) for w, h, _ in _SIZES],
         fronts=[front_plot(report.search, width=w, height=h) for w, h, _ in _SIZES],
         notes=[(note, listed(names, 8)) for note, names in notes(report)],
         parity=parity_line(report),
