@@ -40,7 +40,7 @@ ROWS: list[tuple[str, ...]] = [
     ("questions", "learning"),
     ("teaching", "pairing", "teachers"),
     ("pipeline", "evaluation", "warm", "doctor", "mobile", "serving"),
-    ("caching", "distilling"),
+    ("caching", "distilling", "mutual"),
     ("staging",),
     ("peers", "sweep"),
     ("course",),
