@@ -28,7 +28,7 @@ from compresslab.errors import CompressLabError
 from compresslab.models import attention_watched, blocks
 
 JUDGES = "compresslab_judges"
-INPUT, ATTENTION = "@input", "@attention"
+INPUT, ATTENTION, LOGITS = "@input", "@attention", "@logits"
 
 
 class Watched:
@@ -53,7 +53,9 @@ class Watched:
             for place in self.places:
                 path, _, kind = place.partition("@")
                 module = self._model.get_submodule(path)
-                if not kind:
+                if place == LOGITS:
+                    stack.callback(self._model.register_forward_hook(self._logits).remove)
+                elif not kind:
                     stack.callback(module.register_forward_hook(self._output(place)).remove)
                 elif "@" + kind == INPUT:
                     stack.callback(module.register_forward_pre_hook(self._input(place), with_kwargs=True).remove)
@@ -89,6 +91,9 @@ class Watched:
             self.seen[place] = output[0] if isinstance(output, tuple) else output
 
         return see
+
+    def _logits(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.seen[LOGITS] = getattr(output, "logits", None)
 
     def _input(self, place: str) -> Callable[..., None]:
         def see(module: nn.Module, arguments: Any, named: Mapping[str, Any]) -> None:
@@ -188,12 +193,12 @@ class FeatureTerms:
         finally:
             delattr(student, JUDGES)
 
-    def loss(self) -> Tensor:
-        """Sum of weight x loss, of the batch that both networks have just been run on."""
+    def loss(self, labels: Tensor | None = None) -> Tensor:
+        """Sum of weight x loss, of the batch that both networks have just been run on; with its labels, for losses that ask."""
         found = []
         for loss, judge, (ours, theirs) in zip(self.losses, self.judges, self._seen(), strict=True):
             try:
-                found.append(loss.weight * judge(ours, theirs))
+                found.append(loss.weight * (judge(ours, theirs, labels) if loss.needs_labels else judge(ours, theirs)))
             except ValueError as error:
                 raise CompressLabError(f"{type(loss).__name__}: {error}") from None
         return torch.stack(found).sum()
