@@ -226,7 +226,9 @@ def _doubts(
     chance = teaching.entropy_of_labels([*examples, *held_back], models.is_language_model(student))
     own = teaching.cross_entropy(student, held_back, batch)
     if isinstance(teacher, TeacherCache):
-        return teaching.doubts(teacher.manifest["facts"]["cross_entropy"], None, chance)
+        return teaching.doubts(
+            teacher.manifest["facts"]["cross_entropy"], None, chance, rest=float(teacher.manifest["rest_mean"])
+        )
     return teaching.doubts(teaching.cross_entropy(teacher, held_back, batch), own, chance)
 
 
