@@ -565,6 +565,19 @@ class LogitLoss(Distilling, Protocol):
         ...
 
 
+@runtime_checkable
+class TextWriting(Method, Protocol):
+    """A method that has the student write some of the texts that it is then taught on."""
+
+    def drawn(self) -> bool:
+        """Whether this step is one on such texts, by torch's own generator."""
+        ...
+
+    def written(self, network: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the network's own continuations, and labels that count them. ValueError if it cannot be continued."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Feature:
     """What one place of a network made of a batch.

@@ -25,7 +25,6 @@ from compresslab.answers import Answered
 from compresslab.artifact import Artifact, Writer, check_output, weight_sha256
 from compresslab.aware import trained_tensors
 from compresslab.caching import opened
-from compresslab.damage import whole_model
 from compresslab.data.labelled import Example
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
@@ -51,8 +50,9 @@ from compresslab.recipe import Recipe
 from compresslab.report import render
 from compresslab.report.schema import Parity, Report
 from compresslab.students import Shape
+from compresslab.teachers import MEAN, Ensemble, Translated, network_of
 from compresslab.teaching import Lesson
-from compresslab.training import Record, collate, split, train_
+from compresslab.training import Loss, Record, collate, split, train_
 
 
 def distill(
@@ -63,6 +63,8 @@ def distill(
     *,
     out: str | Path,
     cache: str | Path | None = None,
+    others: Sequence[str | Path] = (),
+    ensemble: str | Sequence[float] = MEAN,
     settings: dict[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -81,6 +83,8 @@ def distill(
         data: text, texts with labels, or any data set object whose items are dicts of what the networks take, with "labels".
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         cache: a folder of teach_cache(), in place of the teacher at work.
+        others: more teachers, who speak together with the first, which the student is measured beside.
+        ensemble: how loud each is: "mean", "adaptive", or a number for each; see teachers.py.
         settings: overrides of the recipe's settings, as `--set` gives them.
 
     Returns:
@@ -94,10 +98,12 @@ def distill(
         check_output(out, force)
         chosen = recipe_of(recipe, settings)
         losses = losses_of(chosen)
-        pair = Pair.of(teacher, student)
+        pair = Pair.of(teacher, student, others, ensemble)
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
         pair.check(losses, data)
+        if pair.others and (cache is not None or isinstance(teacher, Answered)):
+            raise CompressLabError("a cache holds what one teacher says: leave it out, or the other teachers")
         kept: TeacherCache | None
         if isinstance(teacher, Answered):
             material, kept, measured_on = Material(calibration=None, labelled=teacher.labelled), teacher.cache, None
@@ -136,7 +142,7 @@ def distill(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             title=f"{pair.student.name} taught by {_name_of(teacher, pair)}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
-            model=described(pair.teacher) | {"changed": f"{pair.told}, taught by {_teacher_said(teacher, kept)}"},
+            model=described(pair.teacher) | {"changed": f"{pair.told}, taught by {_teacher_said(teacher, pair, kept)}"},
             data=material.fields({"training": taught.told()} | _asked(teacher)),
             environment=environment.describe(where) | seen.facts(),
             seconds=clock.seconds,
@@ -185,7 +191,7 @@ def _taught(
     settings = recipe.training
     examples, held_back = split(material.examples, settings.held_back, seed)
     network = models.materialise(pair.student).to(where)
-    teacher = kept or whole_model(pair.teacher, where, torch.float32)
+    teacher = kept or network_of(pair, losses, where)
     batch = 4 * settings.batch
     doubts = _doubts(network, teacher, examples, held_back, batch)
     terms = _terms(losses, network, teacher, examples, seed)
@@ -195,12 +201,30 @@ def _taught(
             before = _mean([float(lesson(network, part)) for part in _batches(held_back, batch, where)])
         progress.stage("train", settings.steps_for(len(examples)))
         record = train_(
-            network, examples, settings, scratch, seed=seed, held_back=held_back, loss=lesson, device=where,
+            network, examples, settings, scratch, seed=seed, held_back=held_back,
+            loss=_with_own_texts(lesson, losses), device=where,
             on_step=lambda done: progress.step("a step of the training"),
         )  # fmt: skip
     source = dataclasses.replace(pair.student, weights=models.MemoryWeights(trained_tensors(network, pair.student)))
     rest = None if kept is None else float(kept.manifest["rest_mean"])
     return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest)
+
+
+def _with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
+    """The lesson, on texts that the student writes itself in some of the steps, where the recipe asks for that."""
+    writing = losses.writing
+    if writing is None:
+        return lesson
+
+    def taught(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if network.training and writing.drawn():
+            try:
+                batch = writing.written(network, batch)
+            except ValueError as error:
+                raise CompressLabError(str(error)) from None
+        return lesson(network, batch)
+
+    return taught
 
 
 def _terms(
@@ -221,7 +245,7 @@ def _doubts(
     held_back: Sequence[Example],
     batch: int,
 ) -> list[str]:
-    if "labels" not in examples[0]:
+    if "labels" not in examples[0] or isinstance(teacher, Translated):
         return []
     chance = teaching.entropy_of_labels([*examples, *held_back], models.is_language_model(student))
     own = teaching.cross_entropy(student, held_back, batch)
@@ -229,7 +253,9 @@ def _doubts(
         return teaching.doubts(
             teacher.manifest["facts"]["cross_entropy"], None, chance, rest=float(teacher.manifest["rest_mean"])
         )
-    return teaching.doubts(teaching.cross_entropy(teacher, held_back, batch), own, chance)
+    each = list(teacher.networks) if isinstance(teacher, Ensemble) else [teacher]
+    best = min(teaching.cross_entropy(network, held_back, batch) for network in each)
+    return teaching.doubts(best, own, chance)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -256,7 +282,8 @@ def _key(
     assert material.found is not None
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "teacher": pair.teacher.weights.sha256,
+        "teacher": [source.weights.sha256 for source in (pair.teacher, *pair.others)],
+        "ensemble": pair.ensemble,
         "student": pair.student.weights.sha256,
         "config": pair.student.config.to_json_string(use_diff=True),
         "data": material.found.sha256,
@@ -277,9 +304,11 @@ def _asked(teacher: Any) -> dict[str, Any]:
     return {"asked": teacher.told} if isinstance(teacher, Answered) else {}
 
 
-def _teacher_said(teacher: Any, kept: TeacherCache | None) -> str:
+def _teacher_said(teacher: Any, pair: Pair, kept: TeacherCache | None) -> str:
     if isinstance(teacher, Answered):
         return f"the answers of {teacher.name}"
+    if pair.others:
+        return f"the model above with {', '.join(source.name for source in pair.others)} ({pair.ensemble})"
     return (
         "the model above"
         if kept is None

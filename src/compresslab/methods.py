@@ -23,11 +23,13 @@ from compresslab.distill.hints import Hints
 from compresslab.distill.jensen_shannon import JensenShannon
 from compresslab.distill.minilm import MiniLM
 from compresslab.distill.neuron_selectivity import NeuronSelectivity
+from compresslab.distill.on_policy import OnPolicy
 from compresslab.distill.relational import Relational
 from compresslab.distill.reverse_kl import ReverseKL
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distill.tinybert import TinyBERT
 from compresslab.distill.total_variation import TotalVariation
+from compresslab.distill.uld import ULD
 from compresslab.errors import CompressLabError, unknown
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
@@ -83,6 +85,8 @@ METHODS: dict[str, type] = {
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,
+    "on-policy": OnPolicy,
+    "uld": ULD,
     "hints": Hints,
     "attention-transfer": AttentionTransfer,
     "neuron-selectivity": NeuronSelectivity,

@@ -10,7 +10,7 @@ from typing import Any
 from compresslab import data as datasets
 from compresslab import learning, models
 from compresslab.answers import Answered
-from compresslab.contract import FeatureLoss, LogitLoss
+from compresslab.contract import FeatureLoss, LogitLoss, TextWriting
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
 from compresslab.models import Source
@@ -27,6 +27,16 @@ class Losses:
 
     on_logits: Sequence[LogitLoss]
     on_features: Sequence[FeatureLoss]
+    writing: TextWriting | None = None
+
+    @property
+    def cross_tokenizers(self) -> bool:
+        """Whether all that asks the teacher can do with one of other tokens. CompressLabError if only some of it can."""
+        asking = [loss for loss in self.on_logits if loss.needs_teacher]
+        can = [getattr(loss, "crosses_tokenizers", False) for loss in (*asking, *self.on_features)]
+        if any(can) and not all(can):
+            raise CompressLabError("uld is for teachers with other tokens, and other losses on a teacher are not: keep one kind")
+        return any(can)
 
     @property
     def temperature(self) -> float:
@@ -36,6 +46,8 @@ class Losses:
                 f"{type(self.on_features[0]).__name__} looks inside the teacher, of which a cache has logits only: leave the "
                 "cache out"
             )
+        if self.writing is not None:
+            raise CompressLabError("what a student will write is in no cache: leave the cache out, or on-policy")
         found = sorted({float(getattr(loss, "temperature", 1.0)) for loss in self.on_logits if loss.needs_teacher})
         if len(found) != 1:
             said = " and ".join(f"{t:g}" for t in found) or "no"
@@ -50,9 +62,19 @@ class Pair:
     teacher: Source
     student: Source
     told: str
+    others: tuple[Source, ...] = ()
+    ensemble: str | tuple[float, ...] = "mean"
 
     @classmethod
-    def of(cls, teacher: Any, student: Any) -> Pair:
+    def of(
+        cls, teacher: Any, student: Any, others: Sequence[Any] = (), ensemble: str | Sequence[float] = "mean"
+    ) -> Pair:
+        weights = ensemble if isinstance(ensemble, str) else tuple(float(weight) for weight in ensemble)
+        pair = cls._of_two(teacher, student)
+        return dataclasses.replace(pair, others=tuple(models.find(other) for other in others), ensemble=weights)
+
+    @classmethod
+    def _of_two(cls, teacher: Any, student: Any) -> Pair:
         if isinstance(teacher, Answered) and isinstance(student, Shape):
             raise CompressLabError("a black box has no blocks to build a student from: name a student")
         found = models.find(student if isinstance(teacher, Answered) else teacher)
@@ -70,31 +92,55 @@ class Pair:
                 f"'{self.teacher.name}' ({self.teacher.architecture}) and '{self.student.name}' ({self.student.architecture}) "
                 "do not answer the same question: take two language models, two encoders or two classifiers"
             )
+        if losses.writing is not None and kinds[0] != "language model":
+            raise CompressLabError(f"'{self.student.name}' writes no text, so it has none of its own: leave on-policy out")
         if kinds[0] == "encoder" and losses.on_logits:
             raise CompressLabError(
                 f"'{self.student.name}' is an encoder without a head, so it has no logits to teach: take a recipe of losses on "
                 "features"
             )
+        for other in self.others:
+            dataclasses.replace(self, teacher=other, others=()).check(losses, data)
+        if self.others and losses.on_features:
+            raise CompressLabError("losses on features look inside one teacher: leave the others out, or those losses")
         if kinds[0] == "classifier":
             _check_classes(self.teacher.config, self.student.config)
+        if losses.cross_tokenizers:
+            return
         if self.teacher.folder != self.student.folder and not self.student.reads_images and isinstance(data, str):
             texts = datasets.texts(data).documents[:TEXTS_COMPARED]
             _check_tokenizers(self.teacher, self.student, [text[:2000] for text in texts])
 
 
+    @property
+    def has_other_tokens(self) -> bool:
+        """Whether the teacher's tokenizer is another than the student's."""
+        if self.teacher.folder == self.student.folder:
+            return False
+        vocabularies: list[dict[str, int]] = [source.tokenizer().get_vocab() for source in (self.teacher, self.student)]
+        return vocabularies[0] != vocabularies[1]
+
+
 def losses_of(recipe: Recipe) -> Losses:
     """CompressLabError unless all steps are losses."""
     built = [(step.method, step.build()) for step in recipe.steps]
-    others = [name for name, method in built if not isinstance(method, LogitLoss | FeatureLoss)]
+    others = [name for name, method in built if not isinstance(method, LogitLoss | FeatureLoss | TextWriting)]
     if others:
         raise CompressLabError(
             f"recipe '{recipe.name}' has the step {others[0]}, which is no loss to teach by: run it with "
             f"'compresslab compress', or take a recipe of losses, such as {DEFAULT}"
         )
-    return Losses(
+    writing = [method for _, method in built if isinstance(method, TextWriting)]
+    found = Losses(
         on_logits=[method for _, method in built if isinstance(method, LogitLoss)],
         on_features=[method for _, method in built if isinstance(method, FeatureLoss)],
+        writing=writing[0] if writing else None,
     )
+    if len(writing) > 1 or not (found.on_logits or found.on_features):
+        raise CompressLabError(f"recipe '{recipe.name}' needs a step that is a loss, and on-policy at most once")
+    if writing and any(not loss.needs_teacher for loss in found.on_logits):
+        raise CompressLabError("what a student has written itself is no label: leave hard-labels out, or on-policy")
+    return found
 
 
 def _kind(source: Source) -> str:

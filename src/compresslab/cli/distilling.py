@@ -45,6 +45,8 @@ def distill(
     cache: Annotated[
         Path | None, typer.Option(help="A folder of `compresslab teach-cache`, in place of the teacher.")
     ] = None,
+    also: Annotated[list[str] | None, typer.Option(help="One more teacher; repeatable.")] = None,
+    ensemble: Annotated[str, typer.Option(help="How loud each is: mean, adaptive, or numbers with commas.")] = "mean",
     set_: Set = None,
     samples: Samples = None,
     sequence_length: Length = None,
@@ -71,7 +73,8 @@ def distill(
     settings = settings_of(set_ or [], samples, sequence_length)
     with bars(silent=quiet or as_json) as progress:
         artifact, report = distilling.distill(
-            teacher, student or shape, recipe, data, out=out, cache=cache, settings=settings, seed=seed, device=device,
+            teacher, student or shape, recipe, data, out=out, cache=cache, others=also or (),
+            ensemble=_loud(ensemble), settings=settings, seed=seed, device=device,
             force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     notice = (report.data or {})["training"]["notice"]
@@ -137,6 +140,14 @@ def teach_cache(
     )
     out_console.print(said, highlight=False)
     out_console.print(f"cache     {kept.folder}", highlight=False, soft_wrap=True)
+
+
+def _loud(said: str) -> str | list[float]:
+    """'1,2' is a weight for each teacher."""
+    try:
+        return [float(part) for part in said.split(",")]
+    except ValueError:
+        return said
 
 
 def _take(said: str) -> str | list[int]:
