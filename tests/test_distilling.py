@@ -222,6 +222,39 @@ def test_an_encoder_learns_from_features_and_has_no_logits(place: Path, tmp_path
         distill(teacher, Shape(layers=1), chosen(), text, out=tmp_path / "no", measure=False)
 
 
+def sorter(folder: Path, layers: int, seed: int) -> Path:
+    """Of texts, dull or bright."""
+    config = transformers.BertConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=64, id2label={0: "dull", 1: "bright"}, label2id={"dull": 0, "bright": 1},
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tiny.save_tokenizer(folder)
+    return folder
+
+
+def test_a_classifier_of_texts_by_name(tmp_path: Path) -> None:
+    """Of different lengths, so batches are padded; the teacher is taught first, without a teacher."""
+    known = tiny.words()
+    rows = [f"{' '.join(known[i % 2 * 50 + i * k % 40] for k in range(1, 4 + i % 5))}\t{i % 2}" for i in range(60)]
+    table = tmp_path / "table.tsv"
+    table.write_text("text\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    raw, student = sorter(tmp_path / "raw", 2, seed=1), sorter(tmp_path / "student", 1, seed=2)
+    teacher, _ = distill(
+        raw, raw, chosen({"method": "hard-labels"}, epochs=8), str(table), out=tmp_path / "teacher", measure=False
+    )
+    artifact, report = distill(
+        teacher.folder, student, chosen(epochs=8), str(table), out=tmp_path / "out", measure=False
+    )
+    training = report.data["training"]
+    assert training["notice"] == ""
+    assert min(float(loss) for loss in training["losses"]) < 0.3 * float(training["loss_before"])
+    assert models.load(artifact.folder).config.id2label == {0: "dull", 1: "bright"}
+
+
 def test_classes_that_differ(tmp_path: Path) -> None:
     folders = [tiny.save("vit", tmp_path / str(n), num_labels=n) for n in (5, 4)]
     with pytest.raises(CompressLabError, match=r"sort into other classes, 5 .* and 4 "):
@@ -248,6 +281,7 @@ def test_a_teacher_worse_than_its_student(place: Path, tmp_path: Path) -> None:
 def test_doubts_are_of_numbers() -> None:
     assert teaching.doubts(1.0, 1.5, 3.0) == []
     assert "worse than the student" in teaching.doubts(1.6, 1.5, 3.0)[0]
+    assert "leaves out 30 %" in teaching.doubts(1.0, None, 3.0, rest=0.3)[0]
     assert "ever trained" in teaching.doubts(3.0, 3.1, 3.0)[0]
     rows: list[Example] = [{"labels": torch.tensor([9, 0, 0, 1, -100])}, {"labels": torch.tensor([9, 1])}]
     assert teaching.entropy_of_labels(rows, True) == pytest.approx(float(np.log(2)))

@@ -250,7 +250,9 @@ def _doubts(
     chance = teaching.entropy_of_labels([*examples, *held_back], models.is_language_model(student))
     own = teaching.cross_entropy(student, held_back, batch)
     if isinstance(teacher, TeacherCache):
-        return teaching.doubts(teacher.manifest["facts"]["cross_entropy"], None, chance)
+        return teaching.doubts(
+            teacher.manifest["facts"]["cross_entropy"], None, chance, rest=float(teacher.manifest["rest_mean"])
+        )
     each = list(teacher.networks) if isinstance(teacher, Ensemble) else [teacher]
     best = min(teaching.cross_entropy(network, held_back, batch) for network in each)
     return teaching.doubts(best, own, chance)

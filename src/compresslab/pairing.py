@@ -81,11 +81,8 @@ class Pair:
         if isinstance(student, Shape):
             built, told = student_of(found, student)
             return cls(teacher=found, student=dataclasses.replace(built, name=f"a student of {found.name}"), told=told)
-        return cls(
-            teacher=found,
-            student=models.find(student),
-            told=f"the student {student if isinstance(student, str) else 'given'}",
-        )
+        named = models.find(student)
+        return cls(teacher=found, student=named, told=f"the student {named.name}")
 
     def check(self, losses: Losses, data: Any) -> None:
         """CompressLabError if what one says means something else to the other; tokenizers are compared on the data too."""

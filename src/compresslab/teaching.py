@@ -26,6 +26,7 @@ from compresslab.features import FeatureTerms
 from compresslab.heads import head_input, head_of, is_plain
 from compresslab.training import IGNORED_LABEL, collate
 
+MUCH_LEFT_OUT = 0.25  # of a teacher's mass
 KNOWS_NOTHING = 0.98  # of the entropy of labels: whoever knows how frequent they are has all of it
 
 
@@ -174,9 +175,18 @@ def entropy_of_labels(examples: Sequence[Example], is_language_model: bool) -> f
     return float(-(share * share.log()).sum())
 
 
-def doubts(teacher: float, student: float | None, chance: float) -> list[str]:
-    """What a user should know of a teacher, from cross-entropies in nats; the student's None where it has not been asked."""
+def doubts(teacher: float, student: float | None, chance: float, rest: float = 0.0) -> list[str]:
+    """What a user should know of a teacher, from cross-entropies in nats; the student's None where it has not been asked.
+
+    Args:
+        rest: the share of the teacher's mass that a cache left out.
+    """
     found = []
+    if rest > MUCH_LEFT_OUT:
+        found.append(
+            f"the cache leaves out {100 * rest:.0f} % of the teacher's mass: lower the temperature, raise --k, or take the "
+            "teacher itself"
+        )
     if teacher > KNOWS_NOTHING * chance:
         found.append(
             f"the teacher knows no more than how frequent each label is ({teacher:.3f} nats, {chance:.3f} by frequency alone): "

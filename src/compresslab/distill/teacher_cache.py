@@ -1,7 +1,8 @@
 """The teacher's k most likely tokens, kept on disk, so that a student learns without the teacher in memory.
 
-Why. A teacher's forward costs more than the student's, and every epoch, every run and every setting would pay it again. Most
-of what it says of a token is in a few entries: of SmolLM2-135M's 49,152 the first 64 hold about 95 % at temperature 1.
+Why. A teacher's forward costs more than the student's, and every epoch, every run and every setting would pay it again. Most of
+what it says of a token is in a few entries: of SmolLM2-135M's 49,152 the first 64 hold 87 % on Wikipedia at temperature 1. But
+only 25 % at temperature 2, which lifts the many: soften what comes from a cache little or not at all.
 
 Format. A folder:
 

@@ -26,6 +26,7 @@ from compresslab.report.words import (
     interval_rows,
     limitations,
     listed,
+    made_by,
     model_name,
     notes,
     parity_line,
@@ -159,7 +160,7 @@ def to_markdown(report: Report) -> str:
         _md_facts(report.environment),
         "## How to make it again",
         f"Give this recipe and the base model above to CompressLab {md(version)}".strip()
-        + " (`compresslab compress --help`). `report.json` beside this file holds every number of the run.",
+        + f" (`compresslab {made_by(report)} --help`). `report.json` beside this file holds every number of the run.",
         _fence(recipe_yaml(report), "yaml"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
