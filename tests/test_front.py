@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from compresslab.report.curve import curve_plot
 from compresslab.report.front import front_plot
 from compresslab.report.schema import Search
 
@@ -38,3 +39,15 @@ def test_what_was_chosen_and_the_uniform_choices_are_named() -> None:
 def test_nothing_is_drawn_without_a_search_or_damage() -> None:
     assert front_plot(None) == ""
     assert front_plot(search(chosen=(16.0, 0.0))) == ""
+
+
+def test_the_curve_of_a_training_goes_through_its_checks() -> None:
+    training = {"losses": ["4.0", "2.0", "3.0"], "checked_at": [10, 20, 30], "best_step": 20, "loss_before": "6.0"}
+    drawn = str(curve_plot({"training": training}))
+    line = re.search(r'points="([^"]+)"', drawn)
+    assert line is not None
+    heights = [float(pair.split(",")[1]) for pair in line[1].split()]
+    assert len(heights) == 4
+    assert heights[0] < heights[1] < heights[3] < heights[2]  # lower losses further down
+    assert drawn.count("the network that left") == 1
+    assert curve_plot(None) == curve_plot({"training": training | {"losses": ["nan"], "loss_before": "1"}}) == ""

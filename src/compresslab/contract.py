@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compresslab.numerics.fake_quantize import FakeQuantizer
 from compresslab.numerics.gates import Gate
@@ -652,6 +652,134 @@ class Corrector(Method, Protocol):
             weight: float32 [out, in], before rounding.
             rounded: float32 [out, in], after it.
             gram: of the layer's input, with the mean of every channel.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TopK:
+    """What a cache keeps of a teacher's distributions: the k most likely classes of every row. The others share the rest.
+
+    Attributes:
+        ids: int64 [rows, k], no class twice in a row.
+        log_probs: float32 [rows, k], natural logarithms at `temperature`; they may add up to less than 1.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    temperature: float
+
+
+@runtime_checkable
+class Distilling(Method, Protocol):
+    """A term of the loss that a student is taught by. Those of a recipe's steps are added up, each times its weight."""
+
+    @property
+    def weight(self) -> float: ...
+
+
+@runtime_checkable
+class LogitLoss(Distilling, Protocol):
+    """A loss on logits, with its gradient in closed form, so that a language model's logits need never be whole in memory.
+
+    Attributes:
+        in_rows: whether each row is judged alone; if not, all rows of a batch must come in one call.
+        needs_teacher: False for one that looks at labels only.
+    """
+
+    in_rows: ClassVar[bool]
+    needs_teacher: ClassVar[bool]
+
+    def rows(self, logits: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss of every row, float [rows], and the gradient of their sum in the logits, [rows, classes].
+
+        Args:
+            logits: the student's, float32 or float64 [rows, classes]; must not be changed.
+            teacher: its logits [rows, classes], of the same dtype, at minus infinity for classes that it does not know.
+            labels: int64 [rows]; None where there are none, for methods that need none.
+
+        Raises:
+            ValueError: if it cannot be had from such a teacher.
+        """
+        ...
+
+
+@runtime_checkable
+class TextWriting(Method, Protocol):
+    """A method that has the student write some of the texts that it is then taught on."""
+
+    def drawn(self) -> bool:
+        """Whether this step is one on such texts, by torch's own generator."""
+        ...
+
+    def written(self, network: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the network's own continuations, and labels that count them. ValueError if it cannot be continued."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Feature:
+    """What one place of a network made of a batch.
+
+    Attributes:
+        values: [examples, positions, channels]; a position is a token, or a pixel, row by row.
+        counted: bool [examples, positions], False where a token is padding.
+        pixels: rows and columns, where positions are pixels.
+    """
+
+    values: Tensor
+    counted: Tensor
+    pixels: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Heads:
+    """What the attention of one block read: with rotary positions, after the rotation.
+
+    Attributes:
+        queries, keys, values: [examples, heads, positions, width]; keys that several heads share are repeated.
+        counted: as of a Feature.
+        is_causal: whether a position sees itself and those before it alone.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    counted: Tensor
+    is_causal: bool
+
+
+@runtime_checkable
+class FeatureLoss(Distilling, Protocol):
+    """A loss on what happens inside student and teacher. features.py watches the places and adds the terms up.
+
+    A place is a module's path, for what it hands on (a Feature); with "@input" behind it, for what it is given; with
+    "@attention", for the Heads of the attention in it; "@logits" alone is what the whole network says. The judge of a loss that
+    has `needs_labels` gets the batch's labels as a third argument.
+    """
+
+    def places(self, student: Sequence[str], teacher: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The places to watch in the student and in the teacher, in the order in which the judge gets them.
+
+        Args:
+            student, teacher: paths of their blocks, in order.
+
+        Raises:
+            ValueError: if the settings name what there is not.
+        """
+        ...
+
+    def judge(self, student: Sequence[Any], teacher: Sequence[Any], examples: int) -> nn.Module:
+        """A module whose forward(student, teacher) is the loss, a number, of what was seen at these places: without `weight`,
+        a mean over the examples, and blind to what is not counted. Its parameters are trained along with the student; its
+        buffers are part of a checkpoint.
+
+        Args:
+            student, teacher: what was seen at the places on a first batch, for the shapes.
+            examples: how many the training has.
+
+        Raises:
+            ValueError: if these shapes cannot be compared so.
         """
         ...
 

@@ -53,7 +53,10 @@ class Material:
             return self.labelled.train
         batches = self.calibration.batches if self.calibration else []
         rows = [row for batch in batches for row in batch.get("input_ids", ())]
-        return [{"input_ids": row, "labels": row} for row in rows]
+        if not any("attention_mask" in batch for batch in batches):
+            return [{"input_ids": row, "labels": row} for row in rows]
+        masks = [row.bool() for batch in batches for row in batch["attention_mask"]]  # an encoder predicts no token
+        return [{"input_ids": row[mask]} for row, mask in zip(rows, masks, strict=True)]
 
     def fields(self, training: dict[str, Any]) -> dict[str, Any] | None:
         """What the report says of it, and of the training on it."""
@@ -99,23 +102,30 @@ def _labelled(source: models.Source, stages: Stages, recipe: Recipe, data: Any, 
     learns = stages.trains or stages.recovers or (stages.scorer is not None and stages.scorer.needs_data)
     if not learns or data is None:
         return None
-    skeleton, is_bare = source.skeleton(), isinstance(data, datasets.Calibration)
-    if not isinstance(data, str) and not is_bare:
-        return datasets.labelled_examples(data, seed)
-    if models.is_language_model(skeleton):
-        return None
-    if is_bare:
+    if isinstance(data, datasets.Calibration):
+        if models.is_language_model(source.skeleton()):
+            return None
         raise CompressLabError(
             f"{source.name} is trained towards labels, and a Calibration has none: give a source with labels, or a data set "
             "object whose items are dicts with 'labels'"
         )
+    return labelled(source, data, seed, recipe.calibration.samples)
+
+
+def labelled(source: models.Source, data: Any, seed: int, samples: int) -> datasets.Labelled | None:
+    """Labelled examples from an object or a table; None for a language model, which learns from text.
+
+    Args:
+        samples: how many pictures to train on.
+    """
+    skeleton = source.skeleton()
+    if not isinstance(data, str):
+        return datasets.labelled_examples(data, seed)
+    if models.is_language_model(skeleton):
+        return None
     if models.is_image_classifier(skeleton):
         return datasets.labelled_pictures(
-            data,
-            source.image_processor(),
-            classes=models.classes(skeleton),
-            samples=recipe.calibration.samples,
-            seed=seed,
+            data, source.image_processor(), classes=models.classes(skeleton), samples=samples, seed=seed
         )
     classes = models.classes_of_texts(source)
     return datasets.labelled_texts(data, source.tokenizer(), longest=window_length(source), classes=classes)
@@ -156,6 +166,11 @@ def _calibration(
         return datasets.image_calibration(
             data, source.image_processor(), samples=recipe.calibration.samples, seed=seed, batch_size=batch_size(None)
         )
+    return windows_of(source, recipe, data, seed)
+
+
+def windows_of(source: models.Source, recipe: Recipe, data: str, seed: int) -> datasets.Calibration:
+    """Windows of a text that the network can read."""
     length = recipe.calibration.sequence_length
     gather = datasets.calibration_passages if models.is_encoder(source.config) else datasets.calibration
     found = gather(

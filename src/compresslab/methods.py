@@ -12,6 +12,25 @@ from typing import Any
 from compresslab.activations.dynamic import Dynamic
 from compresslab.activations.static import Static
 from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
+from compresslab.distill.attention_transfer import AttentionTransfer
+from compresslab.distill.contrastive import Contrastive
+from compresslab.distill.dist import DIST
+from compresslab.distill.distilbert import DistilBERT
+from compresslab.distill.dkd import DKD
+from compresslab.distill.early_exits import EarlyExits
+from compresslab.distill.flow_of_solution import FlowOfSolution
+from compresslab.distill.hard_labels import HardLabels
+from compresslab.distill.hints import Hints
+from compresslab.distill.jensen_shannon import JensenShannon
+from compresslab.distill.minilm import MiniLM
+from compresslab.distill.neuron_selectivity import NeuronSelectivity
+from compresslab.distill.on_policy import OnPolicy
+from compresslab.distill.relational import Relational
+from compresslab.distill.reverse_kl import ReverseKL
+from compresslab.distill.soft_labels import SoftLabels
+from compresslab.distill.tinybert import TinyBERT
+from compresslab.distill.total_variation import TotalVariation
+from compresslab.distill.uld import ULD
 from compresslab.errors import CompressLabError, unknown
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
@@ -86,6 +105,25 @@ METHODS: dict[str, type] = {
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,
+    "early-exits": EarlyExits,
+    "on-policy": OnPolicy,
+    "uld": ULD,
+    "hints": Hints,
+    "attention-transfer": AttentionTransfer,
+    "neuron-selectivity": NeuronSelectivity,
+    "flow-of-solution": FlowOfSolution,
+    "relational": Relational,
+    "contrastive": Contrastive,
+    "minilm": MiniLM,
+    "tinybert": TinyBERT,
+    "distilbert": DistilBERT,
+    "soft-labels": SoftLabels,
+    "hard-labels": HardLabels,
+    "reverse-kl": ReverseKL,
+    "jensen-shannon": JensenShannon,
+    "total-variation": TotalVariation,
+    "dkd": DKD,
+    "dist": DIST,
 }
 
 

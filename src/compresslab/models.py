@@ -206,6 +206,13 @@ def build(config: transformers.PretrainedConfig) -> nn.Module:
     return _skeleton(config)
 
 
+def initialised(config: transformers.PretrainedConfig, seed: int) -> nn.Module:
+    """The architecture of a config with fresh float32 weights, in eval mode; the same ones for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _class_of(config)(copy.deepcopy(config)).eval()
+
+
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
     cls = _class_of(config)
     config = copy.deepcopy(config)
@@ -587,6 +594,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CALIBRATION_ATTENTION = "compresslab_causal"
+WATCHED_ATTENTION = "compresslab_watched"
 _WATCHER = "_compresslab_watcher"
 
 
@@ -611,6 +619,41 @@ def _calibration_attention(
     return causal_attention(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
 
 
+@contextmanager
+def attention_watched(model: nn.Module, watcher: Callable[[str, Tensor, Tensor, Tensor, bool], None]) -> Iterator[None]:
+    """Have a whole network tell of every attention: the module's name, queries, keys and values [batch, heads, tokens, d], and
+    whether it is causal. It computes what it did, by torch's fused attention.
+
+    Raises:
+        CompressLabError: if the architecture does not leave its attention to transformers' interface.
+    """
+    assert isinstance(model, transformers.PreTrainedModel)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(WATCHED_ATTENTION)
+    if model.config._attn_implementation != WATCHED_ATTENTION:
+        raise CompressLabError(
+            f"the attention of {type(model).__name__} cannot be watched: leave out what compares heads"
+        )
+    for name, module in model.named_modules():
+        module.__dict__[_WATCHER] = functools.partial(watcher, name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before or "sdpa")
+        for module in model.modules():
+            module.__dict__.pop(_WATCHER, None)
+
+
+def _watched_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    is_causal = kwargs.get("is_causal")
+    module.__dict__[_WATCHER](query, key, value, getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(WATCHED_ATTENTION, _watched_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(WATCHED_ATTENTION, sdpa_mask)
 ALL_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, _calibration_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(CALIBRATION_ATTENTION, sdpa_mask)
 

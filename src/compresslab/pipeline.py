@@ -105,14 +105,18 @@ def compress(
 
     with clock("read"), team.leader_first():
         check_output(out, force)
-        chosen = _chosen(recipe, settings)
+        chosen = recipe_of(recipe, settings)
         stages = _stages(chosen, wanted is not None, team)
         given = models.find(model)
         check_output(out, force, given.folder)
         source = stages.transformed(given)
         plan, methods, layout = planned(source, chosen)
         material = Material.of(source, stages, chosen, data, seed)
-        asked = Questions.of(given, data, evaluation_windows, stages, material.labelled) if measure else Questions()
+        asked = (
+            Questions()
+            if not measure
+            else Questions.of(given, data, evaluation_windows, stages.cache is not None, material.labelled)
+        )
         needs = material.needs(source, plan, methods, chosen, where, stages, stages.surveys + (wanted is not None))
         if wanted is not None:
             needs = _with_budget(needs, source, plan, material.calibration is not None, sensitivity, where)
@@ -150,19 +154,19 @@ def compress(
             folder = writer.assemble(source, config)
             if wanted is not None:
                 budgets.check(folder, wanted, source, eligible)
-        with clock("measure"), _original(source, model) as original:
+        with clock("measure"), as_folder(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
-            before, after = _measure(
-                original, folder, writer, asked, measure, stages.rounds, where, progress,
+            before, after = measured(
+                original, folder, writer.weight_hashes(), asked, measure, stages.rounds, where, progress,
                 streamed=not preflight.fits_whole(given),
             )  # fmt: skip
             sizes = size.measure(original), size.measure(folder)
-            kinds = size.compare(original, folder, _embeddings(source))
+            kinds = size.compare(original, folder, tables_of(source))
         report = Report(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             title=f"{source.name}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
-            model=_describe(given) | _changed(given, source, stages, removal),
+            model=described(given) | _changed(given, source, stages, removal),
             data=material.fields(training),
             environment=environment.describe(where) | seen.facts(),
             seconds=clock.seconds,
@@ -212,7 +216,7 @@ def plan_only(
     memory: str | None = None,
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
-    chosen = _chosen(recipe, settings)
+    chosen = recipe_of(recipe, settings)
     has_budget = budget is not None and bool(budgets.parse_budget(budget))
     stages = stages_of(chosen, has_budget=has_budget)
     source = stages.transformed(models.find(model))
@@ -250,7 +254,7 @@ def _with_budget(
     return preflight.with_budget(found, source, len(mixed.WIDTHS), tokens, FISHER_TOKENS, where)
 
 
-def _chosen(recipe: str | Path | Recipe, settings: dict[str, Any] | None) -> Recipe:
+def recipe_of(recipe: str | Path | Recipe, settings: dict[str, Any] | None) -> Recipe:
     found = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     return found.override(settings) if settings else found
 
@@ -357,7 +361,7 @@ def _trained(
         )  # fmt: skip
     activations = {layer: outcome.layers[layer] for layer in job.activations}
     job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, activations=activations)
-    return job, {"training": _told(outcome.record)}
+    return job, {"training": told_of(outcome.record)}
 
 
 def _recovered(
@@ -380,7 +384,7 @@ def _recovered(
     batches = job.batches if stages.rounding_needs_data else None
     job = dataclasses.replace(job, source=outcome.source, batches=batches, pruners=outcome.pruners)
     before = {} if outcome.before is None else {"loss_before": f"{outcome.before:.4f}"}
-    return job, {"training": _told(outcome.record) | before}
+    return job, {"training": told_of(outcome.record) | before}
 
 
 def _tuned(
@@ -408,12 +412,13 @@ def _tuned(
             device=job.device, dtype=job.compute_dtype, on_step=lambda done: progress.step("a step of the training"),
         )  # fmt: skip
     job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, refiner=None)
-    return job, {"training": _told(outcome.record) | {"loss_before": f"{outcome.before:.4f}"}}
+    return job, {"training": told_of(outcome.record) | {"loss_before": f"{outcome.before:.4f}"}}
 
 
-def _told(record: Record) -> dict[str, Any]:
+def told_of(record: Record) -> dict[str, Any]:
     """A training as the report has it."""
-    return dataclasses.asdict(record) | {"losses": [f"{loss:.4f}" for _, loss in record.losses]}
+    checks = {"losses": [f"{loss:.4f}" for _, loss in record.losses], "checked_at": [step for step, _ in record.losses]}
+    return dataclasses.asdict(record) | checks
 
 
 def _key(source: models.Source, recipe: Recipe, material: Material, seed: int, device: torch.device) -> dict[str, Any]:
@@ -498,7 +503,7 @@ def _job(
 
 
 @contextmanager
-def _original(source: models.Source, model: Any) -> Iterator[Path]:
+def as_folder(source: models.Source, model: Any) -> Iterator[Path]:
     """The uncompressed model as a folder; one that was given as an object is saved for the time of measuring."""
     if source.folder is not None:
         yield source.folder
@@ -509,8 +514,8 @@ def _original(source: models.Source, model: Any) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _measure(
-    original: Path, folder: Path, writer: Writer, asked: Questions, everything: bool, rounded: bool,
+def measured(
+    original: Path, folder: Path, hashes: dict[str, str], asked: Questions, everything: bool, rounded: bool,
     device: torch.device, progress: Progress, *, streamed: bool = False,
 ) -> tuple[fresh.Result | None, fresh.Result]:  # fmt: skip
     """The uncompressed model and the artifact, each in a fresh process; and that the artifact is what was solved.
@@ -527,7 +532,7 @@ def _measure(
         if everything:
             before = fresh.measure(job)
             progress.step("the model as it was")
-        again = {"folder": folder, "weights_sha256": writer.weight_hashes(), "packed": rounded and device.type == "cpu"}
+        again = {"folder": folder, "weights_sha256": hashes, "packed": rounded and device.type == "cpu"}
         after = fresh.measure(job.model_copy(update=again))
         progress.step("the artifact, reloaded from disk")
     if after.weights_differing:
@@ -538,7 +543,7 @@ def _measure(
     return before, after
 
 
-def _describe(source: models.Source) -> dict[str, Any]:
+def described(source: models.Source) -> dict[str, Any]:
     used = [name for name in source.weights.names() if name not in source.unused]
     parameters = sum(preflight.numel(source, name) for name in used)
     unused = {"tensors_without_a_place": ", ".join(source.unused)} if source.unused else {}
@@ -560,7 +565,7 @@ def _changed(given: models.Source, source: models.Source, stages: Stages, remova
     return {"changed": "; ".join(said)} if said else {}
 
 
-def _embeddings(source: models.Source) -> set[str]:
+def tables_of(source: models.Source) -> set[str]:
     skeleton = source.skeleton()
     tables = {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Embedding)}
     head = getattr(skeleton, "get_output_embeddings", lambda: None)()

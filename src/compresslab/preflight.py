@@ -247,6 +247,25 @@ def with_scores(
     )
 
 
+def of_teaching(student: Source, teacher: Source | None, tokens: int, device: torch.device) -> Estimate:
+    """What it takes to train a student: its weights, gradients, two moments and a copy in float32, and a teacher's weights.
+
+    Args:
+        teacher: None where it has been asked before.
+        tokens: that pass through the student in all; 0 where examples are no text, and time is not foretold.
+    """
+    own, its = (sum(numel(s, name) for name in s.weights.names()) if s is not None else 0 for s in (student, teacher))
+    seconds = (6 * own + 2 * its) * tokens / rates(device)[2] if tokens else 0.0
+    written = own * student.dtype.itemsize
+    return Estimate(
+        memory_bytes=PROGRAM_BYTES + 20 * own + 4 * its,
+        disk_bytes=3 * 12 * own + 2 * written,
+        seconds=seconds,
+        artifact_bytes=written,
+        parts={"train": seconds},
+    )
+
+
 def with_budget(
     found: Estimate, source: Source, widths: int, tokens: int, window: int, device: torch.device
 ) -> Estimate:

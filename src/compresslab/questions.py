@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from compresslab import data as datasets
 from compresslab import models
 from compresslab.errors import CompressLabError
-from compresslab.stages import Stages
 from compresslab.training import collate
 
 PASSAGES = 8  # an encoder embeds for every evaluation window
@@ -38,17 +37,18 @@ class Questions:
 
     @classmethod
     def of(
-        cls, source: models.Source, data: Any, count: int, stages: Stages, labelled: datasets.Labelled | None
+        cls, source: models.Source, data: Any, count: int, has_cache: bool, labelled: datasets.Labelled | None
     ) -> Questions:
         """Nothing, where there is no source of data or the model can be asked nothing.
 
         Args:
+            has_cache: whether keys and values will be rounded.
             labelled: what a classifier was trained on, whose test split it is then asked.
         """
         if labelled is not None and labelled.test:
             return cls(examples=collate(labelled.test), said=labelled.test_split)
         texts = _texts(source, data, count)
-        late = _long_windows(source, data) if stages.cache is not None and texts is not None else None
+        late = _long_windows(source, data) if has_cache and texts is not None else None
         return cls(texts=texts, late=late, images=_images(source, data), said=f"{data}, test split")
 
     def save(self, scratch: Path) -> dict[str, Any]:

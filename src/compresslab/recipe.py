@@ -19,9 +19,11 @@
 in which these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
-A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp, gradual, movement) has a block `training: {epochs: 3,
-learning_rate: 1.0e-4}`, see Training. In a recipe that prunes, or takes out neurons, heads or blocks, such a block asks for a
-training of what is left.
+A recipe whose steps are losses (soft-labels, hard-labels and so on) teaches a student, by `compresslab distill`.
+
+A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp, gradual, movement, or a loss) has a block
+`training: {epochs: 3, learning_rate: 1.0e-4}`, see Training. In a recipe that prunes, or takes out neurons, heads or blocks, such
+a block asks for a training of what is left.
 
 Unknown keys are errors that name the nearest known key. YAML is loaded safely: it can name rows of METHODS, and nothing
 else can be constructed from it.
@@ -45,6 +47,7 @@ from compresslab.contract import (
     ActivationQuantizer,
     AwareTraining,
     BlockRemover,
+    Distilling,
     Method,
     NetworkPruner,
     Pruner,
@@ -185,7 +188,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _trains(self) -> Recipe:
-        trains = [step.method for step in self.steps if isinstance(step.build(), AwareTraining | Tuner | TrainedPruner)]
+        kinds = AwareTraining | Tuner | TrainedPruner | Distilling
+        trains = [step.method for step in self.steps if isinstance(step.build(), kinds)]
         if self.training is not None and not trains and not self.removing and self.pruning is None:
             raise CompressLabError(
                 "'training' belongs to a recipe with a method that trains, such as lsq, or that prunes; this one has none"
@@ -218,6 +222,11 @@ class Recipe(Strict):
         if step is None:
             raise CompressLabError(f"recipe '{self.name}' has no step that rounds or prunes")
         return step
+
+    @property
+    def teaching(self) -> tuple[Step, ...]:
+        """The steps that are losses of a student."""
+        return tuple(step for step in self.steps if isinstance(step.build(), Distilling))
 
     @property
     def activations(self) -> Step | None:

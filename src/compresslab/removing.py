@@ -70,7 +70,7 @@ def without_units(calibration: Pass, method: UnitRemover) -> tuple[Source, list[
         config = with_units(config, kind, found[0].count, keep[kind])
         told.append(f"{found[0].count - keep[kind]} of {found[0].count} {kind} of every block taken out")
     everything = [group for found in wanted.values() for group in found]
-    _check_shapes(source, config, everything, keep)
+    check_shapes(source, config, everything, keep)
     chosen = _choose(calibration, method, everything, keep)
     return dataclasses.replace(cut_out(source, everything, chosen), config=config), told
 
@@ -139,7 +139,7 @@ def _stored(source: Source, name: str, value: Tensor) -> Tensor:
     return cast
 
 
-def _check_shapes(source: Source, config: Any, groups: Sequence[Group], keep: dict[str, int]) -> None:
+def check_shapes(source: Source, config: Any, groups: Sequence[Group], keep: dict[str, int]) -> None:
     """CompressLabError unless the architecture with this config has just the shapes that the cut weights will have."""
     wanted: dict[str, tuple[int, int]] = {}
     for group in groups:
@@ -173,12 +173,7 @@ def _check_shapes(source: Source, config: Any, groups: Sequence[Group], keep: di
 
 def without_blocks(calibration: Pass, method: BlockRemover) -> tuple[Source, list[str]]:
     source = calibration.source
-    names = list(blocks(source.skeleton()))
-    lists = {name.rpartition(".")[0] for name in names}
-    if len(lists) != 1 or getattr(source.config, "num_hidden_layers", None) != len(names):
-        raise CompressLabError(
-            f"{source.name} ({source.architecture}) is no plain stack of blocks that its config counts: leave its blocks in"
-        )
+    names = plain_stack(source)
     influence = block_influence(calibration, names)
     try:
         kept = method.keep_blocks(influence)
@@ -186,6 +181,17 @@ def without_blocks(calibration: Pass, method: BlockRemover) -> tuple[Source, lis
         raise CompressLabError(str(error)) from None
     gone = [names[i] for i in range(len(names)) if i not in kept]
     return stacked(source, names, kept), [f"{len(gone)} of {len(names)} blocks taken out: {', '.join(gone)}"]
+
+
+def plain_stack(source: Source) -> list[str]:
+    """The blocks of a network that is one stack of them. CompressLabError if it is not."""
+    names = list(blocks(source.skeleton()))
+    lists = {name.rpartition(".")[0] for name in names}
+    if len(lists) != 1 or getattr(source.config, "num_hidden_layers", None) != len(names):
+        raise CompressLabError(
+            f"{source.name} ({source.architecture}) is no plain stack of blocks that its config counts: leave its blocks in"
+        )
+    return names
 
 
 def block_influence(calibration: Pass, names: Sequence[str]) -> list[float]:

@@ -162,6 +162,10 @@ def needs_data(method: Method) -> bool:
 
 def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     """CompressLabError unless the steps are such as _KINDS tells, with one solver or pruner."""
+    if recipe.teaching:
+        raise CompressLabError(
+            f"recipe '{recipe.name}' teaches a student ({recipe.teaching[0].method}): run it with 'compresslab distill'"
+        )
     built = [(step.method, _to_plan(step.build())) for step in recipe.steps]
     found: list[list[Any]] = [[] for _ in _KINDS]
     kinds = [_kind(method) for _, method in built]

@@ -29,6 +29,7 @@ from compresslab.contract import Tuner
 from compresslab.damage import whole_model
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
+from compresslab.heads import head_input
 from compresslab.models import Source
 from compresslab.numerics.grid import QuantWeight
 from compresslab.recipe import Training
@@ -230,9 +231,9 @@ def _recompute_blocks_(model: nn.Module) -> None:
 
 def _distance(student: nn.Module, teacher: nn.Module, ids: Tensor, method: Tuner) -> Tensor:
     """Summed over the tokens of one window [1, length]."""
-    found, wanted = _hidden(student, ids), None
+    found = head_input(student, {"input_ids": ids})[0]
     with torch.no_grad():
-        wanted = _hidden(teacher, ids)
+        wanted = head_input(teacher, {"input_ids": ids})[0]
     heads = [network.get_output_embeddings() for network in (student, teacher)]  # type: ignore[operator]
 
     def part(here: Tensor, there: Tensor) -> Tensor:
@@ -240,26 +241,3 @@ def _distance(student: nn.Module, teacher: nn.Module, ids: Tensor, method: Tuner
 
     parts = zip(found.split(HEAD_TOKENS), wanted.split(HEAD_TOKENS), strict=True)
     return torch.stack([checkpoint(part, here, there, use_reentrant=False) for here, there in parts]).sum()
-
-
-def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
-    """What the head reads, [length, width]."""
-    seen: list[Tensor] = []
-    head = model.get_output_embeddings()  # type: ignore[operator]
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Reached
-
-    handle = head.register_forward_pre_hook(stop)
-    try:
-        model(input_ids=ids, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return seen[0].flatten(0, -2)
-
-
-class _Reached(Exception):
-    """The head was reached: its logits are taken piece by piece."""

@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 import sys
 
-from compresslab.cli import compressing, course, deploying, measuring, peers, reporting, shelves  # noqa: F401  (they add their commands)
+from compresslab.cli import (  # noqa: F401  (they add their commands)
+    asking,
+    compressing,
+    course,
+    deploying,
+    distilling,
+    measuring,
+    peers,
+    reporting,
+    shelves,
+    staging,
+)
 from compresslab.cli.console import app, error_console, escape
 from compresslab.errors import CompressLabError
 

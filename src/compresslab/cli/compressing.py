@@ -86,8 +86,8 @@ def compress(
         pipeline.preflight.check(estimate, out)
         return
     if not (quiet or as_json):
-        _announce_fetch(model)
-    with _bars(silent=quiet or as_json) as progress:
+        announce_fetch(model)
+    with bars(silent=quiet or as_json) as progress:
         artifact, report = pipeline.compress(
             model, recipe, data, out=out, settings=settings, budget=budget, sensitivity=sensitivity, seed=seed, device=device,
             memory=memory, force=force, measure=measure, evaluation_windows=windows, progress=progress,
@@ -168,7 +168,7 @@ def sweep(
         raise CompressLabError(f"{failed} of {len(found)} runs failed: mend that and give the same command again")
 
 
-def _announce_fetch(model: str) -> None:
+def announce_fetch(model: str) -> None:
     """Say why the first use of an offline model takes a while longer."""
     from compresslab import zoo
     from compresslab.report.render import human
@@ -179,25 +179,25 @@ def _announce_fetch(model: str) -> None:
 
 
 @contextmanager
-def _bars(silent: bool) -> Iterator[Any]:
+def bars(silent: bool) -> Iterator[Any]:
     """A progress bar with the time left, as the callbacks that pipeline.compress takes."""
     from compresslab.pipeline import Progress
 
     if silent or not error_console.is_terminal:  # rich would leave an empty line in a log
         yield Progress()
         return
-    bars = Bars(
+    shown = Bars(
         TextColumn("{task.description:<8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), console=error_console,
     )  # fmt: skip
 
     def start(name: str, steps: int) -> None:
-        bars.add_task(name, total=steps)
+        shown.add_task(name, total=steps)
 
-    with bars:
+    with shown:
         yield Progress(
             stage=start,
-            step=lambda what: bars.advance(bars.task_ids[-1]),
+            step=lambda what: shown.advance(shown.task_ids[-1]),
         )
 
 

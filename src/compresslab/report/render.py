@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from compresslab.report import plots, sparsity
+from compresslab.report.curve import curve_plot
 from compresslab.report.front import front_plot
 from compresslab.report.pieces import markdown_table, md, page_template, terminal_table
 from compresslab.report.plots import decibel, human, plain
@@ -25,6 +26,7 @@ from compresslab.report.words import (
     interval_rows,
     limitations,
     listed,
+    made_by,
     model_name,
     notes,
     parity_line,
@@ -158,7 +160,7 @@ def to_markdown(report: Report) -> str:
         _md_facts(report.environment),
         "## How to make it again",
         f"Give this recipe and the base model above to CompressLab {md(version)}".strip()
-        + " (`compresslab compress --help`). `report.json` beside this file holds every number of the run.",
+        + f" (`compresslab {made_by(report)} --help`). `report.json` beside this file holds every number of the run.",
         _fence(recipe_yaml(report), "yaml"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -191,6 +193,7 @@ def to_html(report: Report) -> str:
         icons=[(role, plots.icon(colour)) for role, colour in plots.roles(report.layers).items()],
         plots=[plots.layer_plot(report.layers, width=w, height=h, labelled=n) for w, h, n in _SIZES],
         search=report.search,
+        curves=[curve_plot(report.data, width=w, height=h) for w, h, _ in _SIZES],
         fronts=[front_plot(report.search, width=w, height=h) for w, h, _ in _SIZES],
         notes=[(note, listed(names, 8)) for note, names in notes(report)],
         parity=parity_line(report),

@@ -278,6 +278,11 @@ def model_name(report: Report) -> str:
     return plain(report.model.get("name") or report.title)
 
 
+def made_by(report: Report) -> str:
+    """The command."""
+    return "distill" if (report.data or {}).get("training") and not report.layers else "compress"
+
+
 def recipe_yaml(report: Report) -> str:
     recipe = report.model_dump(mode="json", include={"recipe"})["recipe"]
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).strip()

@@ -1,0 +1,156 @@
+"""`compresslab distill` and `teach-cache`: a smaller network taught by a larger one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compresslab.cli.compressing import announce_fetch, bars
+from compresslab.cli.console import Device, Json, Seed, app, error_console, escape, out_console, settings_of
+from compresslab.errors import CompressLabError
+
+Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, or a name from `compresslab models`.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Samples = Annotated[int | None, typer.Option(help="Windows of text to learn from.")]
+Length = Annotated[int | None, typer.Option(help="Tokens in such a window.")]
+LossRecipe = Annotated[
+    str, typer.Option(help="A recipe whose steps are losses (see `compresslab recipes`), or a YAML file.")
+]
+Data = Annotated[
+    str, typer.Option(help="Text, or texts with labels: a name from `compresslab datasets`, a file, a hub id.")
+]
+
+
+@app.command()
+def distill(
+    teacher: Teacher,
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    student: Annotated[
+        str | None, typer.Argument(help="Another model; left out where it is built from the teacher.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Build the student from this many of the teacher's blocks.")
+    ] = None,
+    take: Annotated[
+        str, typer.Option(help="Which of them: uniform, skip, first, last, or numbers with commas.")
+    ] = "uniform",
+    width: Annotated[float, typer.Option(help="Share of every block's neurons and heads.")] = 1.0,
+    hidden: Annotated[float, typer.Option(help="Share of the residual stream; below 1 with --fresh.")] = 1.0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="New weights instead of the teacher's.")] = False,
+    recipe: LossRecipe = "distill-soft-labels",
+    data: Data = "wiki",
+    cache: Annotated[
+        Path | None, typer.Option(help="A folder of `compresslab teach-cache`, in place of the teacher.")
+    ] = None,
+    also: Annotated[list[str] | None, typer.Option(help="One more teacher; repeatable.")] = None,
+    ensemble: Annotated[str, typer.Option(help="How loud each is: mean, adaptive, or numbers with commas.")] = "mean",
+    set_: Set = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    windows: Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")] = 24,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
+    measure: Annotated[bool, typer.Option(help="Measure quality and speed of teacher and student.")] = True,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and warnings.")] = False,
+) -> None:
+    """Teach a smaller model what a larger one says, and measure both."""
+    from compresslab import distilling
+    from compresslab.report import render
+    from compresslab.students import Shape
+
+    shape = Shape(layers=layers, take=_take(take), width=width, hidden=hidden, fresh=fresh, seed=seed)
+    if (shape == Shape(seed=seed)) == (student is None):
+        raise CompressLabError(
+            "name a student, or say how to build one from the teacher (--layers, --width, --fresh): one of the two"
+        )
+    if not (quiet or as_json):
+        announce_fetch(teacher)
+    settings = settings_of(set_ or [], samples, sequence_length)
+    with bars(silent=quiet or as_json) as progress:
+        artifact, report = distilling.distill(
+            teacher, student or shape, recipe, data, out=out, cache=cache, others=also or (),
+            ensemble=_loud(ensemble), settings=settings, seed=seed, device=device,
+            force=force, measure=measure, evaluation_windows=windows, progress=progress,
+        )  # fmt: skip
+    notice = (report.data or {})["training"]["notice"]
+    if notice:
+        error_console.print(f"[bold yellow]warning:[/] {escape(notice)}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(report.model_dump_json(indent=1))  # noqa: T201
+    elif not quiet:
+        out_console.print(render.to_terminal(report))
+        out_console.print(f"\nartifact  {artifact.folder}", highlight=False, soft_wrap=True)
+        out_console.print(f"report    {artifact.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def teach_cache(
+    teacher: Teacher,
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    recipe: LossRecipe = "distill-soft-labels",
+    data: Data = "wiki",
+    k: Annotated[int, typer.Option(help="Of every token's distribution the k most likely; a multiple of 4.")] = 64,
+    set_: Set = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask a teacher once what it says of a recipe's text, for `compresslab distill --cache`."""
+    from compresslab import caching
+    from compresslab.distill.teacher_cache import record_bytes
+    from compresslab.report.render import human
+
+    settings = settings_of(set_ or [], samples, sequence_length)
+    if not as_json:
+        announce_fetch(teacher)
+    with bars(silent=as_json) as progress:
+        kept = caching.teach_cache(
+            teacher,
+            recipe,
+            data,
+            out=out,
+            k=k,
+            settings=settings,
+            seed=seed,
+            device=device,
+            force=force,
+            progress=progress,
+        )
+    rows, rest = kept.manifest["rows"], kept.manifest["rest_mean"]
+    facts: dict[str, Any] = {
+        "folder": str(kept.folder),
+        "rows": rows,
+        "bytes": rows * record_bytes(k),
+        "left_out": rest,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=1))  # noqa: T201
+        return
+    size = human(facts["bytes"], "bytes")
+    said = (
+        f"{rows:,} tokens, {record_bytes(k)} bytes each, {size}; {100 * rest:.2f} % of the teacher's mass is left out"
+    )
+    out_console.print(said, highlight=False)
+    out_console.print(f"cache     {kept.folder}", highlight=False, soft_wrap=True)
+
+
+def _loud(said: str) -> str | list[float]:
+    """'1,2' is a weight for each teacher."""
+    try:
+        return [float(part) for part in said.split(",")]
+    except ValueError:
+        return said
+
+
+def _take(said: str) -> str | list[int]:
+    """'0,2,5' is a list of blocks."""
+    parts = said.split(",")
+    return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else said

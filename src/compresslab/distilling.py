@@ -1,0 +1,325 @@
+"""distill(): the whole data flow of teaching on one page.
+
+    read teacher -> read the student, or build it from the teacher -> gather examples -> check that they fit, and what it takes
+         -> train (teaching.py, training.py) -> write -> RELOAD in a fresh process -> compare bit by bit -> measure -> report
+         -> publish
+
+The artifact is a plain transformers folder. Its report has the teacher before and the student after, reloaded from disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresslab import models, preflight, teaching
+from compresslab.answers import Answered
+from compresslab.artifact import Artifact, Writer, check_output, weight_sha256
+from compresslab.caching import opened
+from compresslab.data.labelled import Example
+from compresslab.distill.teacher_cache import TeacherCache
+from compresslab.errors import CompressLabError
+from compresslab.features import FeatureTerms
+from compresslab.learning import Material
+from compresslab.measure import environment, gpu, size
+from compresslab.models import Source
+from compresslab.pairing import DEFAULT, Losses, Pair, losses_of, material_of
+from compresslab.pipeline import (
+    Clock,
+    Progress,
+    as_folder,
+    described,
+    measured,
+    pick_device,
+    recipe_of,
+    tables_of,
+    told_of,
+)
+from compresslab.plan import Unit
+from compresslab.questions import Questions
+from compresslab.recipe import Recipe
+from compresslab.report import render
+from compresslab.report.schema import Parity, Report
+from compresslab.students import Shape
+from compresslab.teachers import MEAN, Ensemble, Translated, network_of
+from compresslab.teaching import Lesson
+from compresslab.training import Loss, Record, collate, split, train_
+
+
+def distill(
+    teacher: str | Path | nn.Module | Answered,
+    student: str | Path | nn.Module | Shape,
+    recipe: str | Path | Recipe = DEFAULT,
+    data: Any = "wiki",
+    *,
+    out: str | Path,
+    cache: str | Path | None = None,
+    others: Sequence[str | Path] = (),
+    ensemble: str | Sequence[float] = MEAN,
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    measure: bool = True,
+    evaluation_windows: int = 24,
+    progress: Progress | None = None,
+) -> tuple[Artifact, Report]:
+    """Teach a student, write it into a folder, and measure it beside its teacher.
+
+    Args:
+        teacher: a hub id, a folder, a name of the offline zoo, or a transformers model, which is not changed; or the answers of a
+            black box, which are then what is learnt from. The student as it was is measured in its place.
+        student: the same, or a Shape, by which it is built from the teacher.
+        recipe: one whose steps are losses: a shipped recipe's name, a YAML file, or a Recipe.
+        data: text, texts with labels, or any data set object whose items are dicts of what the networks take, with "labels".
+        out: the folder to make. A run that was killed goes on where it stopped when it is called again.
+        cache: a folder of teach_cache(), in place of the teacher at work.
+        others: more teachers, who speak together with the first, which the student is measured beside.
+        ensemble: how loud each is: "mean", "adaptive", or a number for each; see teachers.py.
+        settings: overrides of the recipe's settings, as `--set` gives them.
+
+    Returns:
+        The finished artifact and its report.
+
+    Raises:
+        CompressLabError: whatever the user can mend, before any training where possible.
+    """
+    progress, out, clock, where = progress or Progress(), Path(out), Clock(), pick_device(device)
+    with clock("read"):
+        check_output(out, force)
+        chosen = recipe_of(recipe, settings)
+        losses = losses_of(chosen)
+        pair = Pair.of(teacher, student, others, ensemble)
+        for source in (pair.teacher, pair.student):
+            check_output(out, force, source.folder)
+        pair.check(losses, data)
+        if pair.others and (cache is not None or isinstance(teacher, Answered)):
+            raise CompressLabError("a cache holds what one teacher says: leave it out, or the other teachers")
+        kept: TeacherCache | None
+        if isinstance(teacher, Answered):
+            material, kept, measured_on = Material(calibration=None, labelled=teacher.labelled), teacher.cache, None
+            if losses.temperature != kept.temperature:
+                raise CompressLabError(
+                    f"what a black box says is at temperature {kept.temperature:g}, and the recipe's losses are at "
+                    f"{losses.temperature:g}: take distill-answers"
+                )
+        else:
+            material = material_of(pair.student, chosen, data, seed)
+            kept = None if cache is None else opened(Path(cache), pair.teacher, material, losses)
+            measured_on = material.labelled
+        asked = Questions.of(pair.student, data, evaluation_windows, False, measured_on) if measure else Questions()
+        preflight.check(_needs(pair, kept is not None, chosen, material, where), out)
+
+    key = _key(pair, chosen, material, seed, where, kept)
+    with Writer(out, key, as_opened=_as_opened, force=force) as writer, gpu.watch(where) as seen:
+        with clock("train"):
+            taught = _taught(pair, losses, kept, chosen, material, writer.scratch("training"), seed, where, progress)
+        with clock("write"):
+            tensors = {name: taught.source.weights.get(name) for name in taught.source.weights.names()}
+            if not writer.is_done(""):
+                writer.write(Unit(name="", tensors=tuple(tensors), layers=()), {}, tensors, None)
+            folder = writer.assemble(taught.source, {})
+        hashes = _hashes(taught.source)
+        was = student if isinstance(teacher, Answered) else teacher
+        with clock("measure"), as_folder(pair.teacher, was) as original:
+            progress.stage("measure", 2 if measure else 1)
+            before, after = measured(
+                original, folder, hashes, asked, measure, False, where, progress,
+                streamed=not preflight.fits_whole(pair.teacher),
+            )  # fmt: skip
+            sizes = size.measure(original), size.measure(folder)
+            kinds = size.compare(original, folder, tables_of(pair.teacher) | tables_of(pair.student))
+        report = Report(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            title=f"{pair.student.name} taught by {_name_of(teacher, pair)}, {chosen.name}",
+            recipe=chosen.model_dump(mode="json"),
+            model=described(pair.teacher) | {"changed": f"{pair.told}, taught by {_teacher_said(teacher, pair, kept)}"},
+            data=material.fields({"training": taught.told()} | _asked(teacher)),
+            environment=environment.describe(where) | seen.facts(),
+            seconds=clock.seconds,
+            before=(*sizes[0], *(before.measurements if before else ())),
+            after=(*sizes[1], *after.measurements),
+            layers=(),
+            skipped={},
+            bytes=kinds,
+            parity=Parity(runtime="transformers", tensors=after.weights_compared, max_abs_difference=0.0),
+        )
+        report.save(folder)
+        (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
+        (folder / "report.html").write_text(render.to_html(report), encoding="utf-8")
+        return writer.publish(folder), report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """The student as it left the training, and what to report of that.
+
+    Attributes:
+        before: its loss on the examples held back when it began.
+        doubts: what a user should know of the teacher.
+        rest: the share of the teacher's mass that its cache left out; None where the teacher itself was there.
+    """
+
+    source: Source
+    record: Record
+    before: float
+    doubts: Sequence[str]
+    rest: float | None
+
+    def told(self) -> dict[str, Any]:
+        notices = "; ".join(filter(None, (self.record.notice, *self.doubts)))
+        found = told_of(self.record) | {"loss_before": f"{self.before:.4f}", "notice": notices}
+        return (
+            found if self.rest is None else found | {"left_out_by_the_cache": f"{self.rest:.4f} of the teacher's mass"}
+        )
+
+
+def _taught(
+    pair: Pair, losses: Losses, kept: TeacherCache | None, recipe: Recipe, material: Material, scratch: Path,
+    seed: int, where: torch.device, progress: Progress,
+) -> Taught:  # fmt: skip
+    assert recipe.training is not None
+    settings = recipe.training
+    examples, held_back = split(material.examples, settings.held_back, seed)
+    network = models.materialise(pair.student).to(where)
+    teacher = kept or network_of(pair, losses, where)
+    batch = 4 * settings.batch
+    doubts = _doubts(network, teacher, examples, held_back, batch)
+    terms = _terms(losses, network, teacher, examples, seed)
+    with contextlib.nullcontext() if terms is None else terms.at_work(network):
+        lesson = Lesson.of(losses.on_logits, network, teacher, examples[0], terms)
+        with torch.no_grad():
+            before = _mean([float(lesson(network, part)) for part in _batches(held_back, batch, where)])
+        progress.stage("train", settings.steps_for(len(examples)))
+        record = train_(
+            network, examples, settings, scratch, seed=seed, held_back=held_back,
+            loss=_with_own_texts(lesson, losses), device=where,
+            on_step=lambda done: progress.step("a step of the training"),
+        )  # fmt: skip
+    source = models.retrained(pair.student, network)
+    rest = None if kept is None else float(kept.manifest["rest_mean"])
+    return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest)
+
+
+def _with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
+    """The lesson, on texts that the student writes itself in some of the steps, where the recipe asks for that."""
+    writing = losses.writing
+    if writing is None:
+        return lesson
+
+    def taught(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if network.training and writing.drawn():
+            try:
+                batch = writing.written(network, batch)
+            except ValueError as error:
+                raise CompressLabError(str(error)) from None
+        return lesson(network, batch)
+
+    return taught
+
+
+def _terms(
+    losses: Losses, student: nn.Module, teacher: nn.Module | TeacherCache, examples: Sequence[Example], seed: int
+) -> FeatureTerms | None:
+    if not losses.on_features:
+        return None
+    assert isinstance(teacher, nn.Module)
+    batch = next(_batches(examples[:2], 2, next(student.parameters()).device))
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return FeatureTerms(student, teacher, losses.on_features, inputs, examples=len(examples), seed=seed)
+
+
+def _doubts(
+    student: nn.Module,
+    teacher: nn.Module | TeacherCache,
+    examples: Sequence[Example],
+    held_back: Sequence[Example],
+    batch: int,
+) -> list[str]:
+    if "labels" not in examples[0] or isinstance(teacher, Translated):
+        return []
+    chance = teaching.entropy_of_labels([*examples, *held_back], models.is_language_model(student))
+    own = teaching.cross_entropy(student, held_back, batch)
+    if isinstance(teacher, TeacherCache):
+        return teaching.doubts(
+            teacher.manifest["facts"]["cross_entropy"], None, chance, rest=float(teacher.manifest["rest_mean"])
+        )
+    each = list(teacher.networks) if isinstance(teacher, Ensemble) else [teacher]
+    best = min(teaching.cross_entropy(network, held_back, batch) for network in each)
+    return teaching.doubts(best, own, chance)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _batches(examples: Sequence[Example], batch: int, where: torch.device) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(examples), batch):
+        yield {key: value.to(where) for key, value in collate(examples[start : start + batch]).items()}
+
+
+def _needs(pair: Pair, cached: bool, recipe: Recipe, material: Material, where: torch.device) -> preflight.Estimate:
+    assert recipe.training is not None
+    examples = material.examples
+    length = max(len(example.get("input_ids", ())) for example in examples)
+    tokens = recipe.training.seen(len(examples)) * length
+    return preflight.of_teaching(pair.student, None if cached else pair.teacher, tokens, where)
+
+
+def _key(
+    pair: Pair, recipe: Recipe, material: Material, seed: int, where: torch.device, kept: TeacherCache | None
+) -> dict[str, Any]:
+    """All that the student depends on: a run is only continued by the same one."""
+    assert material.found is not None
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "teacher": [source.weights.sha256 for source in (pair.teacher, *pair.others)],
+        "ensemble": pair.ensemble,
+        "student": pair.student.weights.sha256,
+        "config": pair.student.config.to_json_string(use_diff=True),
+        "data": material.found.sha256,
+        "cache": None if kept is None else kept.manifest["sha256"],
+        "seed": seed,
+        "version": environment.version(),
+        "device": where.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _name_of(teacher: Any, pair: Pair) -> str:
+    return teacher.name if isinstance(teacher, Answered) else pair.teacher.name
+
+
+def _asked(teacher: Any) -> dict[str, Any]:
+    """What the report says of the asking of a black box."""
+    return {"asked": teacher.told} if isinstance(teacher, Answered) else {}
+
+
+def _teacher_said(teacher: Any, pair: Pair, kept: TeacherCache | None) -> str:
+    if isinstance(teacher, Answered):
+        return f"the answers of {teacher.name}"
+    if pair.others:
+        return f"the model above with {', '.join(source.name for source in pair.others)} ({pair.ensemble})"
+    return (
+        "the model above"
+        if kept is None
+        else f"a cache of the model above, top {kept.k} at temperature {kept.temperature:g}"
+    )
+
+
+def _as_opened(weight: Any, transposed: bool) -> Tensor:
+    raise AssertionError("a student has no codes")
+
+
+def _hashes(source: Source) -> dict[str, str]:
+    """Of every linear layer as it is stored, to be found again in the artifact."""
+    stored = set(source.weights.names())
+    layers = models.linear_layers(source.skeleton())
+    return {name: weight_sha256(source.weights.get(f"{name}.weight")) for name in layers if f"{name}.weight" in stored}

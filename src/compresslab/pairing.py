@@ -1,0 +1,191 @@
+"""Pairs: a teacher, a student, and what one learns from the other on; found, and checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compresslab import data as datasets
+from compresslab import learning, models
+from compresslab.answers import Answered
+from compresslab.contract import FeatureLoss, LogitLoss, TextWriting
+from compresslab.errors import CompressLabError
+from compresslab.learning import Material
+from compresslab.models import Source
+from compresslab.recipe import Recipe
+from compresslab.students import Shape, student_of
+
+DEFAULT = "distill-soft-labels"
+TEXTS_COMPARED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The losses of a recipe, by what they look at."""
+
+    on_logits: Sequence[LogitLoss]
+    on_features: Sequence[FeatureLoss]
+    writing: TextWriting | None = None
+
+    @property
+    def cross_tokenizers(self) -> bool:
+        """Whether all that asks the teacher can do with one of other tokens. CompressLabError if only some of it can."""
+        asking = [loss for loss in self.on_logits if loss.needs_teacher]
+        can = [getattr(loss, "crosses_tokenizers", False) for loss in (*asking, *self.on_features)]
+        if any(can) and not all(can):
+            raise CompressLabError(
+                "uld is for teachers with other tokens, and other losses on a teacher are not: keep one kind"
+            )
+        return any(can)
+
+    @property
+    def temperature(self) -> float:
+        """That of a teacher's logits. CompressLabError where a cache of it could not be made."""
+        if self.on_features:
+            raise CompressLabError(
+                f"{type(self.on_features[0]).__name__} looks inside the teacher, of which a cache has logits only: leave the "
+                "cache out"
+            )
+        if self.writing is not None:
+            raise CompressLabError("what a student will write is in no cache: leave the cache out, or on-policy")
+        found = sorted({float(getattr(loss, "temperature", 1.0)) for loss in self.on_logits if loss.needs_teacher})
+        if len(found) != 1:
+            said = " and ".join(f"{t:g}" for t in found) or "no"
+            raise CompressLabError(f"the recipe has {said} temperatures of a teacher: a cache is made at one")
+        return found[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A teacher and a student, found and not in memory; and how the student was made, in words."""
+
+    teacher: Source
+    student: Source
+    told: str
+    others: tuple[Source, ...] = ()
+    ensemble: str | tuple[float, ...] = "mean"
+
+    @classmethod
+    def of(
+        cls, teacher: Any, student: Any, others: Sequence[Any] = (), ensemble: str | Sequence[float] = "mean"
+    ) -> Pair:
+        weights = ensemble if isinstance(ensemble, str) else tuple(float(weight) for weight in ensemble)
+        pair = cls._of_two(teacher, student)
+        return dataclasses.replace(pair, others=tuple(models.find(other) for other in others), ensemble=weights)
+
+    @classmethod
+    def _of_two(cls, teacher: Any, student: Any) -> Pair:
+        if isinstance(teacher, Answered) and isinstance(student, Shape):
+            raise CompressLabError("a black box has no blocks to build a student from: name a student")
+        found = models.find(student if isinstance(teacher, Answered) else teacher)
+        if isinstance(student, Shape):
+            built, told = student_of(found, student)
+            return cls(teacher=found, student=dataclasses.replace(built, name=f"a student of {found.name}"), told=told)
+        named = models.find(student)
+        return cls(teacher=found, student=named, told=f"the student {named.name}")
+
+    def check(self, losses: Losses, data: Any) -> None:
+        """CompressLabError if what one says means something else to the other; tokenizers are compared on the data too."""
+        kinds = [_kind(source) for source in (self.teacher, self.student)]
+        if kinds[0] != kinds[1]:
+            raise CompressLabError(
+                f"'{self.teacher.name}' ({self.teacher.architecture}) and '{self.student.name}' ({self.student.architecture}) "
+                "do not answer the same question: take two language models, two encoders or two classifiers"
+            )
+        if losses.writing is not None and kinds[0] != "language model":
+            raise CompressLabError(
+                f"'{self.student.name}' writes no text, so it has none of its own: leave on-policy out"
+            )
+        if kinds[0] == "encoder" and losses.on_logits:
+            raise CompressLabError(
+                f"'{self.student.name}' is an encoder without a head, so it has no logits to teach: take a recipe of losses on "
+                "features"
+            )
+        for other in self.others:
+            dataclasses.replace(self, teacher=other, others=()).check(losses, data)
+        if self.others and losses.on_features:
+            raise CompressLabError("losses on features look inside one teacher: leave the others out, or those losses")
+        if kinds[0] == "classifier":
+            _check_classes(self.teacher.config, self.student.config)
+        if losses.cross_tokenizers:
+            return
+        if self.teacher.folder != self.student.folder and not self.student.reads_images and isinstance(data, str):
+            texts = datasets.texts(data).documents[:TEXTS_COMPARED]
+            _check_tokenizers(self.teacher, self.student, [text[:2000] for text in texts])
+
+    @property
+    def has_other_tokens(self) -> bool:
+        """Whether the teacher's tokenizer is another than the student's."""
+        if self.teacher.folder == self.student.folder:
+            return False
+        vocabularies: list[dict[str, int]] = [source.tokenizer().get_vocab() for source in (self.teacher, self.student)]
+        return vocabularies[0] != vocabularies[1]
+
+
+def losses_of(recipe: Recipe) -> Losses:
+    """CompressLabError unless all steps are losses."""
+    built = [(step.method, step.build()) for step in recipe.steps]
+    others = [name for name, method in built if not isinstance(method, LogitLoss | FeatureLoss | TextWriting)]
+    if others:
+        raise CompressLabError(
+            f"recipe '{recipe.name}' has the step {others[0]}, which is no loss to teach by: run it with "
+            f"'compresslab compress', or take a recipe of losses, such as {DEFAULT}"
+        )
+    writing = [method for _, method in built if isinstance(method, TextWriting)]
+    found = Losses(
+        on_logits=[method for _, method in built if isinstance(method, LogitLoss)],
+        on_features=[method for _, method in built if isinstance(method, FeatureLoss)],
+        writing=writing[0] if writing else None,
+    )
+    if len(writing) > 1 or not (found.on_logits or found.on_features):
+        raise CompressLabError(f"recipe '{recipe.name}' needs a step that is a loss, and on-policy at most once")
+    if writing and any(not loss.needs_teacher for loss in found.on_logits):
+        raise CompressLabError("what a student has written itself is no label: leave hard-labels out, or on-policy")
+    return found
+
+
+def _kind(source: Source) -> str:
+    if models.is_language_model(source.skeleton()):
+        return "language model"
+    return "encoder" if models.is_encoder(source.config) else "classifier"
+
+
+def material_of(student: Source, recipe: Recipe, data: Any, seed: int) -> Material:
+    """What a student learns from. CompressLabError if there is nothing, or nothing that it can read."""
+    if data is None:
+        raise CompressLabError("a student learns from data: name it with --data, e.g. wiki")
+    if isinstance(data, datasets.Calibration):
+        return Material(calibration=data, labelled=None)
+    if isinstance(data, str) and _kind(student) != "classifier":
+        return Material(calibration=learning.windows_of(student, recipe, data, seed), labelled=None)
+    return Material(calibration=None, labelled=learning.labelled(student, data, seed, recipe.calibration.samples))
+
+
+def _check_tokenizers(teacher: models.Source, student: models.Source, texts: Sequence[str]) -> None:
+    """CompressLabError if the same text makes other tokens, so that the distributions are not over the same things."""
+    ours, theirs = (source.tokenizer() for source in (student, teacher))
+    names: list[dict[str, int]] = [tokenizer.get_vocab() for tokenizer in (ours, theirs)]
+    other = next((word for word, number in names[0].items() if names[1].get(word, number) != number), None)
+    what = f"the token {other!r} is {names[0][other]} in one and {names[1][other]} in the other" if other else ""
+    for text in texts if not what else ():
+        both = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (ours, theirs)]
+        if both[0] != both[1]:
+            what = f"the text {text[:30]!r} is {len(both[0])} tokens in one and {len(both[1])} in the other"
+            break
+    if what:
+        raise CompressLabError(
+            f"'{student.name}' and '{teacher.name}' have tokenizers that differ ({what}): take a student of the teacher's "
+            "family, or build one from the teacher with --layers"
+        )
+
+
+def _check_classes(teacher: Any, student: Any) -> None:
+    """CompressLabError if two classifiers sort into other classes."""
+    names = [list(map(str, (config.id2label or {}).values())) for config in (teacher, student)]
+    if names[0] != names[1]:
+        both = " and ".join(f"{len(known)} ({', '.join(known[:4])} ...)" for known in names)
+        raise CompressLabError(
+            f"teacher and student sort into other classes, {both}: name them alike in both config.json, in the same order"
+        )
