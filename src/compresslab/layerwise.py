@@ -231,6 +231,7 @@ class Forward(ABC):
                 if not walk.coroutine.dead:
                     walk.coroutine.throw()
             self.spill.close()
+        give_memory_back()
         # What lies outside the blocks goes first: a run killed here can still solve the last block from its predecessor.
         for unit in sorted(self.units.values(), key=lambda unit: unit.name != ""):
             if unit.name not in self.finished:
