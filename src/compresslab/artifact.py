@@ -34,8 +34,7 @@ from typing import Any, TypeVar, cast
 
 import filelock
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from compresslab import models
@@ -409,16 +408,9 @@ def check_output(out: Path, force: bool, model: Path | None = None) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file atomically. CompressLabError when the disk is full."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # the library has a type of its own for what the system refuses
-        temporary.unlink(missing_ok=True)
-        raise CompressLabError(
-            f"cannot write {path} ({error}): free some disk and run the same command again"
-        ) from error
+    """Write a safetensors file atomically, without a copy of it in memory. CompressLabError when the disk is full."""
+    specs = {name: TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_safetensors(path, specs, tensors.__getitem__)
 
 
 def _merge(files: Sequence[Path], folder: Path) -> None:

@@ -22,10 +22,7 @@ order; other tools run each block two or three times for it), and only the tenso
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
-import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,7 +61,7 @@ from compresslab.solving import (
     read_finite,
     solve_layer,
 )
-from compresslab.spilling import Spill
+from compresslab.spilling import Spill, give_memory_back
 
 
 def run(job: Job) -> None:
@@ -234,6 +231,7 @@ class Forward(ABC):
                 if not walk.coroutine.dead:
                     walk.coroutine.throw()
             self.spill.close()
+        give_memory_back()
         # What lies outside the blocks goes first: a run killed here can still solve the last block from its predecessor.
         for unit in sorted(self.units.values(), key=lambda unit: unit.name != ""):
             if unit.name not in self.finished:
@@ -713,13 +711,6 @@ def _compare(gram: Statistic, walk: Walk, reference: Tensor, module: nn.Module) 
     there, here = real_tokens(reference, mask), real_tokens(walk.waits_with, mask)
     if there.shape == here.shape:  # experts may have got other tokens
         gram.add_drift_(input_rows(module, there), input_rows(module, here))
-
-
-def give_memory_back() -> None:
-    """Return freed memory to the system: glibc would keep what a block's activations took, and every block more of it."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def real_tokens(x: Tensor, attention_mask: Tensor | None) -> Tensor:

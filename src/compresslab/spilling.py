@@ -11,8 +11,10 @@ only C++ holds, on Python's stack in the middle of an expression, are not found 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from compresslab.errors import CompressLabError
 
 SMALLEST_BYTES = 2**16
+TRIM_BYTES = 2**26  # given back to the system when so much has been written
 DEEPEST = 3  # tensors in a function's arguments lie in tuples and dicts, hardly deeper
 
 
@@ -43,7 +46,7 @@ class Spill:
         self.in_memory: dict[Any, int] = {}  # walk -> bytes
         self.on_disk: dict[Any, list[torch.UntypedStorage]] = {}
         self.sizes: dict[Any, list[int]] = {}
-        self.written_bytes = 0
+        self.written_bytes = self.trimmed_at = 0
 
     def put_away(self, walk: Any, coroutine: greenlet, keep: tuple[Any, ...]) -> None:
         """A walk has stopped: write what it holds to a file, if no more than the allowance shall stay.
@@ -106,6 +109,9 @@ class Spill:
         for storage in self.on_disk[walk]:
             storage.resize_(0)
         self.written_bytes += sum(self.sizes[walk])
+        if self.written_bytes - self.trimmed_at >= TRIM_BYTES:
+            self.trimmed_at = self.written_bytes
+            give_memory_back()
 
     def _read(self, walk: Any) -> None:
         with self._path(walk).open("rb") as file:
@@ -162,3 +168,10 @@ def _kept(model: nn.Module, others: tuple[Any, ...]) -> set[int]:
     for module in model.modules():
         tensors += _tensors(vars(module).values(), 1)
     return {t.untyped_storage().data_ptr() for t in tensors if t.device.type != "meta"}
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system: glibc would keep what a block's activations took, and every block more of it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -201,3 +201,13 @@ def test_no_tokens_add_nothing(precision: Precision) -> None:
     gram.add_(torch.zeros(0, 8))
     assert gram.tokens == 0
     assert not gram.matrix.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_memory_of_what_was_added_can_be_given_back(dtype: torch.dtype) -> None:
+    """numpy() of a tensor pins its storage for good, and a walk that waits on disk would stay in memory."""
+    x = torch.randn(32, 64).to(dtype)
+    gram = Gram(64, precision="int8")
+    gram.add_(x)
+    gram.add_drift_(x.clone(), x)
+    assert x.untyped_storage().resizable()

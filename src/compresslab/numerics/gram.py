@@ -16,6 +16,7 @@ Symbols: X [tokens, in] the layer's input; H [in, in].
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -248,7 +249,9 @@ def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(torch.bfloat16).contiguous()
     largest = torch.empty(x.shape[1])
     codes = torch.empty(x.shape, dtype=torch.int8)
-    bits = x.view(torch.int16).numpy()
+    # Not by numpy(), after which torch no longer gives the memory of a walk's tensor back (spilling.py).
+    words = (ctypes.c_int16 * x.numel()).from_address(x.data_ptr())
+    bits = np.ctypeslib.as_array(words).reshape(x.shape)
     kernels.quantize_columns_bf16(bits, largest.numpy(), codes.numpy(), np.float32(TOP), torch.get_num_threads())
     return codes, largest / TOP
 
