@@ -19,6 +19,7 @@ What is known is written after every row, and a run with the same settings leave
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -49,7 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEFORE = ("random-mask", "magnitude", "snip", "grasp", "synflow", "snip shuffled", "grasp shuffled", "synflow shuffled")
 AFTER = ("magnitude", "snip", "fisher", "obd", "obs")
 SETTINGS: dict[str, dict[str, Any]] = {"obd": {"probes": 8}, "obs": {"rounds": 4}}
-SCORED_ON = 200  # examples
+OFFERED = 200  # examples, of which each method reads as many as its settings say
 TEST_DIGITS = 600
 SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 Example = dict[str, Tensor]
@@ -84,6 +85,7 @@ def main() -> None:
                         f"{key:<52} {rows[key]['accuracy']:6.2f} %   {time.perf_counter() - started:5.0f} s", flush=True
                     )
                     write(options, path, rows)
+    write(options, path, rows)
     for label, row in summary(rows).items():
         print(f"{label:<44} {row['mean']:6.2f} ± {row['spread']:4.2f}  emptied {row['emptied']}")
     print(path)
@@ -93,13 +95,24 @@ def write(options: argparse.Namespace, path: Path, rows: dict[str, dict[str, Any
     found = {
         "benchmark": path.stem,
         "task": "CIFAR-10" if options.cifar10 else "digits of 8 x 8 pixels",
-        "settings": {"steps": options.steps, "threads": options.threads, "scored_on": SCORED_ON, "methods": SETTINGS},
+        "settings": {
+            "steps": options.steps,
+            "threads": options.threads,
+            "offered": OFFERED,
+            "methods": method_settings(),
+        },
         "summary": summary(rows),
         "rows": rows,
         "environment": environment.describe(torch.device("cpu")),
     }
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def method_settings() -> dict[str, Any]:
+    names = sorted({name.partition(" ")[0] for name in (*BEFORE, *AFTER)} - {"magnitude"})
+    made = {name: dataclasses.asdict(METHODS[name](**SETTINGS.get(name, {}))) for name in names}
+    return {name: {k: v for k, v in found.items() if k not in ("sparsity", "shuffled")} for name, found in made.items()}
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -147,7 +160,7 @@ def runs(options: argparse.Namespace, network: str, seed: int) -> Iterator[tuple
 
     def pruned(method: str, sparsity: float, *, first: bool) -> dict[str, Any]:
         model = initial() if first else models.materialise(models.find(dense()))
-        found = masks_of(model, method, sparsity, [train[i] for i in range(SCORED_ON)], seed, first)
+        found = masks_of(model, method, sparsity, [train[i] for i in range(OFFERED)], seed, first)
         with torch.no_grad():
             for layer, weight in found.weights.items():
                 target = model.get_submodule(layer).get_parameter("weight")

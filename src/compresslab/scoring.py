@@ -73,10 +73,8 @@ class WholeNetwork:
 
             def loss(weights: Weights, batch: dict[str, Tensor] = batch) -> Tensor:
                 logits, _ = self._predictions(weights, batch)
-                # By the inverse of the distribution function: one number is drawn, however many classes there are.
-                uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
-                total = logits.detach().double().cpu().softmax(dim=-1).cumsum(dim=-1)
-                drawn = (total < uniform * total[:, -1:]).sum(dim=-1).to(logits.device)
+                drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]
+                drawn = drawn.to(logits.device)
                 return nn.functional.cross_entropy(logits, drawn, reduction="sum") / len(logits) ** 0.5
 
             yield share, loss
