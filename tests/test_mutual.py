@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny
 from compresslab import models
+from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
+from compresslab.measure import fresh
 from compresslab.mutual import mutual, mutual_loss
-from compresslab.recipe import Training
+from compresslab.recipe import Training, parse
 from oracles import mutual as oracle
 
 SETTINGS = Training(steps=12, learning_rate=3e-3, batch=4, checks=3, held_back=0.2)
@@ -112,3 +115,19 @@ def test_students_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(CompressLabError, match="is there already"):
         mutual([models.find(picture)], pictures(), SETTINGS, tmp_path / "there")
+
+
+def test_a_classifier_is_its_own_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early exits, the whole way: they are there while it learns, and not in what is written."""
+    monkeypatch.setattr(fresh, "measure", tiny.fake_measure)
+    folder = tiny.save("vit", tmp_path / "model", num_hidden_layers=3)
+    raw = {"name": "tiny", "version": 1, "steps": [{"method": "hard-labels"}, {"method": "early-exits", "exits": 2}],
+           "training": SETTINGS.model_dump()}  # fmt: skip
+    artifact, report = distill(
+        str(folder), str(folder), parse(raw, "tiny"), pictures(), out=tmp_path / "out", measure=False
+    )
+    told: Any = report.data
+    assert float(told["training"]["losses"][-1]) < 0.8 * float(told["training"]["loss_before"])
+    before, after = (load_file(path / "model.safetensors") for path in (folder, artifact.folder))
+    assert len(before) == len(after)
+    assert models.load(artifact.folder)(pixel_values=torch.zeros(1, 3, 8, 8)).logits.isfinite().all()

@@ -196,12 +196,12 @@ def _entries(
     fits = "".join(token.text for token in answer.tokens or ()) == answer.text
     found = []
     for own, place in zip(said, places, strict=True):
-        token = theirs.get(place) if fits else None
-        if token is None:
+        there = theirs.get(place) if fits else None
+        if there is None:
             found.append([(own, 0.0)])
             continue
-        row = {own: min(token.log_prob, 0.0)}
-        for text, value in token.top:
+        row = {own: min(there.log_prob, 0.0)}
+        for text, value in there.top:
             other = pieces.token_of(text)
             if other is not None and (other not in row or row[other] < value):
                 row[other] = min(value, 0.0)

@@ -615,7 +615,8 @@ class FeatureLoss(Distilling, Protocol):
     """A loss on what happens inside student and teacher. features.py watches the places and adds the terms up.
 
     A place is a module's path, for what it hands on (a Feature); with "@input" behind it, for what it is given; with
-    "@attention", for the Heads of the attention in it.
+    "@attention", for the Heads of the attention in it; "@logits" alone is what the whole network says. The judge of a loss that
+    has `needs_labels` gets the batch's labels as a third argument.
     """
 
     def places(self, student: Sequence[str], teacher: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -373,7 +373,7 @@ class _Passing(Exception):
         self.wait = wait
 
 
-def _wait_of(headers: Mapping[str, str]) -> float | None:
+def _wait_of(headers: Any) -> float | None:
     try:
         return min(max(float(headers.get("Retry-After", "")), 0.0), MOST_WAITED_FOR)
     except ValueError:  # absent, or a date

@@ -28,7 +28,7 @@ from compresslab.errors import CompressLabError
 from compresslab.models import attention_watched, blocks
 
 JUDGES = "compresslab_judges"
-INPUT, ATTENTION = "@input", "@attention"
+INPUT, ATTENTION, LOGITS = "@input", "@attention", "@logits"
 
 
 class Watched:
@@ -37,7 +37,7 @@ class Watched:
     def __init__(self, model: nn.Module, places: Sequence[str], *, is_teacher: bool = False) -> None:
         self._is_teacher = is_teacher
         self.places = list(dict.fromkeys(places))
-        self.seen: dict[str, Tensor | tuple[Any, ...]] = {}
+        self.seen: dict[str, Any] = {}
         self.mask: Tensor | None = None
         known = dict(model.named_modules())
         for place in self.places:
@@ -53,7 +53,9 @@ class Watched:
             for place in self.places:
                 path, _, kind = place.partition("@")
                 module = self._model.get_submodule(path)
-                if not kind:
+                if place == LOGITS:
+                    stack.callback(self._model.register_forward_hook(self._logits).remove)
+                elif not kind:
                     stack.callback(module.register_forward_hook(self._output(place)).remove)
                 elif "@" + kind == INPUT:
                     stack.callback(module.register_forward_pre_hook(self._input(place), with_kwargs=True).remove)
@@ -90,6 +92,9 @@ class Watched:
 
         return see
 
+    def _logits(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.seen[LOGITS] = getattr(output, "logits", None)
+
     def _input(self, place: str) -> Callable[..., None]:
         def see(module: nn.Module, arguments: Any, named: Mapping[str, Any]) -> None:
             self.seen[place] = arguments[0] if arguments else next(iter(named.values()))
@@ -112,20 +117,22 @@ def _described(place: str, seen: Any, mask: Tensor | None) -> Feature | Heads:
         query, key, value, is_causal = seen
         shared = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(shared, 1) if shared > 1 else t for t in (key, value))
-        counted = _counted(place, len(query), query.shape[2], mask, query.device)
+        counted = _counted(place, query[:, 0].shape, mask, query.device)
         return Heads(queries=query, keys=key, values=value, counted=counted, is_causal=is_causal)
     if not isinstance(seen, Tensor) or not 2 <= seen.dim() <= 4:
         raise CompressLabError(f"what passes at '{place}' is no feature: a tensor of examples, positions and channels")
     if seen.dim() == 4:
         pixels = (int(seen.shape[2]), int(seen.shape[3]))
         values = seen.flatten(2).transpose(1, 2)
-        return Feature(values=values, counted=_counted(place, *values.shape[:2], None, values.device), pixels=pixels)
+        return Feature(values=values, counted=_counted(place, values.shape, None, values.device), pixels=pixels)
     values = seen[:, None] if seen.dim() == 2 else seen
     here = mask if values.shape[1] > 1 else None  # one vector for each example: nothing in it is padding
-    return Feature(values=values, counted=_counted(place, *values.shape[:2], here, values.device))
+    return Feature(values=values, counted=_counted(place, values.shape, here, values.device))
 
 
-def _counted(place: str, examples: int, positions: int, mask: Tensor | None, device: torch.device) -> Tensor:
+def _counted(place: str, shape: Sequence[int], mask: Tensor | None, device: torch.device) -> Tensor:
+    """Of values [examples, positions, channels]."""
+    examples, positions = shape[:2]
     if mask is None:
         return torch.ones(examples, positions, dtype=torch.bool, device=device)
     if mask.shape != (examples, positions):
@@ -188,12 +195,12 @@ class FeatureTerms:
         finally:
             delattr(student, JUDGES)
 
-    def loss(self) -> Tensor:
-        """Sum of weight x loss, of the batch that both networks have just been run on."""
+    def loss(self, labels: Tensor | None = None) -> Tensor:
+        """Sum of weight x loss, of the batch that both networks have just been run on; with its labels, for losses that ask."""
         found = []
         for loss, judge, (ours, theirs) in zip(self.losses, self.judges, self._seen(), strict=True):
             try:
-                found.append(loss.weight * judge(ours, theirs))
+                found.append(loss.weight * (judge(ours, theirs, labels) if loss.needs_labels else judge(ours, theirs)))
             except ValueError as error:
                 raise CompressLabError(f"{type(loss).__name__}: {error}") from None
         return torch.stack(found).sum()

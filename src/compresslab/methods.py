@@ -17,6 +17,7 @@ from compresslab.distill.contrastive import Contrastive
 from compresslab.distill.dist import DIST
 from compresslab.distill.distilbert import DistilBERT
 from compresslab.distill.dkd import DKD
+from compresslab.distill.early_exits import EarlyExits
 from compresslab.distill.flow_of_solution import FlowOfSolution
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.hints import Hints
@@ -85,6 +86,7 @@ METHODS: dict[str, type] = {
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,
+    "early-exits": EarlyExits,
     "on-policy": OnPolicy,
     "uld": ULD,
     "hints": Hints,

@@ -210,7 +210,7 @@ def initialised(config: transformers.PretrainedConfig, seed: int) -> nn.Module:
     """The architecture of a config with fresh float32 weights, in eval mode; the same ones for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _class_of(config)(copy.deepcopy(config)).eval()  # type: ignore[no-any-return]
+        return _class_of(config)(copy.deepcopy(config)).eval()
 
 
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:

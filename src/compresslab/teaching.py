@@ -76,7 +76,7 @@ class Lesson:
                 assert isinstance(self.teacher, nn.Module)
                 with torch.no_grad():
                     _run(self.teacher, inputs)
-            found.append(self.features.loss())
+            found.append(self.features.loss(batch.get("labels")))
         return torch.stack(found).sum()
 
     def _on_logits(self, network: nn.Module, inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from compresslab.contract import Feature, FeatureLoss, Heads
 from compresslab.distill.attention_transfer import AttentionTransfer
 from compresslab.distill.contrastive import Contrastive
 from compresslab.distill.distilbert import DistilBERT
+from compresslab.distill.early_exits import EarlyExits
 from compresslab.distill.flow_of_solution import FlowOfSolution
 from compresslab.distill.hints import Hints
 from compresslab.distill.minilm import MiniLM
@@ -241,6 +242,26 @@ def test_distilbert_is_the_cosine() -> None:
     assert found == pytest.approx(oracle.cosine(*oracle.lists(mine.values, its.values, counted())))
 
 
+def test_exits_are_their_formula() -> None:
+    features = [feature(4, 1), feature(6, 2), feature(5, 3)]
+    logits = Feature(values=random(EXAMPLES, 1, 3, seed=4), counted=torch.ones(EXAMPLES, 1, dtype=torch.bool))
+    settings, labels = EarlyExits(soft=0.4, temperature=2.0, hint=0.7), torch.tensor([2, 0, 1])
+    torch.manual_seed(0)
+    judge = settings.judge([*features, logits], [], 10).double()
+    found = float(judge([*features, logits], [], labels).detach())
+    pooled = [oracle.means(*oracle.lists(one.values, one.counted)) for one in features]
+    expected = 0.0
+    for vectors, bottleneck, classifier in zip(pooled[:-1], judge.bottlenecks, judge.classifiers, strict=True):
+        seen, said = [], []
+        for layer, before, after in ((bottleneck, vectors, seen), (classifier, seen, said)):
+            weight, bias = layer.weight.tolist(), layer.bias.tolist()
+            after += [[a + b for a, b in zip(oracle.through(weight, x), bias, strict=True)] for x in before]
+        expected += oracle.exit_loss(
+            seen, said, pooled[-1], logits.values[:, 0].tolist(), labels.tolist(), 0.4, 2.0, 0.7
+        )
+    assert found == pytest.approx(expected)
+
+
 # -- at work on networks ---------------------------------------------------------------------------------------------
 
 LOSSES: dict[str, Any] = {
@@ -330,6 +351,29 @@ def test_networks_stay_as_they_are(kind: str) -> None:
     for model in (student, teacher):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert not any("watcher" in key for m in model.modules() for key in m.__dict__)
+
+
+def test_exits_teach_the_early_blocks_and_leave_again() -> None:
+    model = tiny.make("vit", num_hidden_layers=4)
+    batch = {"pixel_values": random(3, 3, 8, 8, seed=1).float()}
+    terms = FeatureTerms(model, model, [EarlyExits(exits=2)], batch, examples=10)
+    with terms.at_work(model):
+        model(**batch)
+        terms.loss(torch.tensor([0, 1, 2])).backward()
+    reached = [
+        any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in models.blocks(model).values()
+    ]
+    assert reached == [True, True, True, False]  # nothing is taught back to the deepest
+    assert not any(name.startswith(JUDGES) for name in model.state_dict())
+    with terms.at_work(model):
+        model(**batch)
+        with pytest.raises(CompressLabError, match="exits learn from labels"):
+            terms.loss()
+    for kind, words in (("llama", "exits are for classifiers"), ("bert", "what passes at '@logits' is no feature")):
+        with pytest.raises(CompressLabError, match=words):
+            FeatureTerms(network(kind), network(kind), [EarlyExits()], padded(), examples=10)
+    with pytest.raises(CompressLabError, match="at least two blocks"):
+        FeatureTerms(network("bert", blocks=1), network("bert"), [EarlyExits()], padded(), examples=10)
 
 
 def test_pictures_of_other_sizes_and_channels() -> None:
@@ -460,6 +504,8 @@ def test_batches_that_differ_are_said() -> None:
         (MiniLM, {"relations": "qx"}, "relations are pairs"),
         (MiniLM, {"heads": 0}, "heads is a positive"),
         (TinyBERT, {"embedding": 0.0, "hidden": 0.0, "attention": 0.0}, "not all 0"),
+        (EarlyExits, {"exits": 0}, "exits is a positive"),
+        (EarlyExits, {"soft": 2.0}, "soft is from 0 to 1"),
         (TinyBERT, {"project": "never"}, "project is always"),
     ],
 )

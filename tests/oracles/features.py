@@ -185,3 +185,21 @@ def scores_apart(s: tuple[Any, Any], t: tuple[Any, Any], counted: Any, causal: b
                         )
                         found.append((a - b) ** 2)
     return math.fsum(found) / len(found)
+
+
+def softmax(row: Sequence[float], temperature: float = 1.0) -> list[float]:
+    powers = [math.exp(x / temperature) for x in row]
+    return [x / math.fsum(powers) for x in powers]
+
+
+def exit_loss(
+    seen: Any, said: Any, deepest: Any, logits: Any, labels: Sequence[int], soft: float, temperature: float, hint: float
+) -> float:
+    """One exit of be-your-own-teacher: [examples][channels] before its classifier, [examples][classes] behind it."""
+    hard_part = soft_part = hint_part = 0.0
+    for x, row, deep, wanted, label in zip(seen, said, deepest, logits, labels, strict=True):
+        hard_part -= math.log(softmax(row)[label])
+        q, p = softmax(wanted, temperature), softmax(row, temperature)
+        soft_part += temperature**2 * math.fsum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
+        hint_part += math.fsum((a - b) ** 2 for a, b in zip(x, deep, strict=True)) / len(deep)
+    return ((1 - soft) * hard_part + soft * soft_part + hint * hint_part) / len(labels)

@@ -24,7 +24,7 @@ times a plain step.
 Differences from the paper. The draw of a step is for its batch as a whole, as in the paper; held-back texts are judged as they
 are. What is random comes from the generator that checkpoints keep, so that a run that was killed goes on with the same texts.
 
-Oracle. tests/test_on_policy.py: a plain loop of argmax for the limit of no temperature; frequencies for temperature 1.
+Oracle. tests/oracles/on_policy.py: logits read anew for every place, for argmax without temperature and for frequencies with it.
 """
 
 from __future__ import annotations
