@@ -620,7 +620,9 @@ def attention_watched(model: nn.Module, watcher: Callable[[str, Tensor, Tensor, 
     before = model.config._attn_implementation
     model.set_attn_implementation(WATCHED_ATTENTION)
     if model.config._attn_implementation != WATCHED_ATTENTION:
-        raise CompressLabError(f"the attention of {type(model).__name__} cannot be watched: leave out what compares heads")
+        raise CompressLabError(
+            f"the attention of {type(model).__name__} cannot be watched: leave out what compares heads"
+        )
     for name, module in model.named_modules():
         module.__dict__[_WATCHER] = functools.partial(watcher, name)
     try:

@@ -35,7 +35,9 @@ class Losses:
         asking = [loss for loss in self.on_logits if loss.needs_teacher]
         can = [getattr(loss, "crosses_tokenizers", False) for loss in (*asking, *self.on_features)]
         if any(can) and not all(can):
-            raise CompressLabError("uld is for teachers with other tokens, and other losses on a teacher are not: keep one kind")
+            raise CompressLabError(
+                "uld is for teachers with other tokens, and other losses on a teacher are not: keep one kind"
+            )
         return any(can)
 
     @property
@@ -93,7 +95,9 @@ class Pair:
                 "do not answer the same question: take two language models, two encoders or two classifiers"
             )
         if losses.writing is not None and kinds[0] != "language model":
-            raise CompressLabError(f"'{self.student.name}' writes no text, so it has none of its own: leave on-policy out")
+            raise CompressLabError(
+                f"'{self.student.name}' writes no text, so it has none of its own: leave on-policy out"
+            )
         if kinds[0] == "encoder" and losses.on_logits:
             raise CompressLabError(
                 f"'{self.student.name}' is an encoder without a head, so it has no logits to teach: take a recipe of losses on "
@@ -110,7 +114,6 @@ class Pair:
         if self.teacher.folder != self.student.folder and not self.student.reads_images and isinstance(data, str):
             texts = datasets.texts(data).documents[:TEXTS_COMPARED]
             _check_tokenizers(self.teacher, self.student, [text[:2000] for text in texts])
-
 
     @property
     def has_other_tokens(self) -> bool:

@@ -19,7 +19,9 @@ def distill_answers(
     questions: Annotated[Path, typer.Option(help="A text file with a question a line, or .jsonl with 'prompt'.")],
     out: Annotated[Path, typer.Option(help="The folder to make. Answers are kept beside it, in OUT.answers.")],
     kind: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
-    key: Annotated[str, typer.Option(metavar="VARIABLE", help="The environment variable that holds the key.")] = "OPENAI_API_KEY",
+    key: Annotated[
+        str, typer.Option(metavar="VARIABLE", help="The environment variable that holds the key.")
+    ] = "OPENAI_API_KEY",
     top: Annotated[int, typer.Option(help="Tokens in each place to ask log-probabilities of; 0 for none.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 for the most likely answer.")] = 0.0,

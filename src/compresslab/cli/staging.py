@@ -18,9 +18,13 @@ def distill_stages(
     plan: Annotated[str, typer.Argument(help="assistants, shrinking, growing or born-again.")],
     out: Annotated[Path, typer.Option(help="A folder for the stages; the same command goes on where it was killed.")],
     layers: Annotated[str | None, typer.Option(help="Blocks of each stage's student, with commas: 5,4,3.")] = None,
-    width: Annotated[str | None, typer.Option(help="Share of neurons and heads that each stage keeps: 0.9,0.8,0.7.")] = None,
+    width: Annotated[
+        str | None, typer.Option(help="Share of neurons and heads that each stage keeps: 0.9,0.8,0.7.")
+    ] = None,
     generations: Annotated[int, typer.Option(help="Of born-again students.")] = 2,
-    recipe: Annotated[str, typer.Option(help="A recipe whose steps are losses, or a YAML file.")] = "distill-soft-labels",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe whose steps are losses, or a YAML file.")
+    ] = "distill-soft-labels",
     data: Annotated[str, typer.Option(help="Text, or texts with labels.")] = "wiki",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")] = 24,
@@ -36,7 +40,9 @@ def distill_stages(
     shares = [_number(part, float, "--width") for part in width.split(",")] if width else []
     if plan == "born-again":
         if counts or shares:
-            raise CompressLabError("students that are born again have the teacher's shape: leave --layers and --width out")
+            raise CompressLabError(
+                "students that are born again have the teacher's shape: leave --layers and --width out"
+            )
         stages = staging.born_again(generations, seed)
     elif plan == "growing":
         stages = staging.grown_from(counts, shares)
