@@ -138,9 +138,9 @@ def served(tmp_path: Path) -> Iterator[str]:
             service.worker.stop()
 
 
-def recipe_of(**training: Any) -> Recipe:
-    steps = [{"method": "soft-labels", "temperature": 1.0}]
-    more = {"steps": 24, "learning_rate": 3e-3, "batch": 4, "held_back": 0.2, "checks": 3} | training
+def recipe_of(temperature: float = 1.0) -> Recipe:
+    steps = [{"method": "soft-labels", "temperature": temperature}]
+    more = {"steps": 24, "learning_rate": 3e-3, "batch": 4, "held_back": 0.2, "checks": 3}
     return parse({"name": "tiny", "version": 1, "steps": steps, "training": more}, "tiny")
 
 
@@ -200,7 +200,7 @@ def test_what_a_black_box_cannot_give_is_said(served: str, student: Path, tmp_pa
     with pytest.raises(CompressLabError, match="has no blocks to build a student from"):
         distill(box, Shape(layers=1), recipe_of(), None, out=tmp_path / "out", measure=False)
     with pytest.raises(CompressLabError, match="temperature 1"):
-        distill(box, student, "distill-soft-labels", None, out=tmp_path / "out", measure=False)
+        distill(box, student, recipe_of(temperature=2.0), None, out=tmp_path / "out", measure=False)
     with pytest.raises(CompressLabError, match="looks inside the teacher"):
         distill(box, student, "distill-hints", None, out=tmp_path / "out", measure=False)
     endpoint = Endpoint(url=served, model="box", kind="completions", top=3, retries=0)

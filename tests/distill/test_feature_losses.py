@@ -24,9 +24,11 @@ from compresslab.distill.minilm import MiniLM
 from compresslab.distill.neuron_selectivity import NeuronSelectivity
 from compresslab.distill.relational import Relational
 from compresslab.distill.tinybert import TinyBERT
+from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
 from compresslab.features import JUDGES, FeatureTerms
-from compresslab.recipe import Training
+from compresslab.measure import fresh
+from compresslab.recipe import Training, parse
 from compresslab.students import Shape, student_of
 from compresslab.training import train_
 from oracles import features as oracle
@@ -156,6 +158,13 @@ def test_relations_are_their_formula(distance: float, angle: float) -> None:
     found, _ = value(Relational(distance=distance, angle=angle), [mine], [its])
     s, t = (oracle.means(*oracle.lists(x.values, x.counted)) for x in (mine, its))
     assert found == pytest.approx(oracle.relations(s, t, distance, angle))
+
+
+def test_one_example_has_no_relations() -> None:
+    one = Feature(values=random(1, 2, 4, seed=1).requires_grad_(), counted=torch.ones(1, 2, dtype=torch.bool))
+    judge = Relational().judge([one], [one], 10)
+    judge([one], [one]).backward()
+    assert float(judge([one], [one]).detach()) == 0 and not one.values.grad.any()
 
 
 def test_relations_know_no_rotation_scale_or_shift() -> None:
@@ -351,6 +360,22 @@ def test_networks_stay_as_they_are(kind: str) -> None:
     for model in (student, teacher):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert not any("watcher" in key for m in model.modules() for key in m.__dict__)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_all_of_them_in_one_recipe(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, with a last batch of one example."""
+    monkeypatch.setattr(fresh, "measure", tiny.fake_measure)
+    folder, text = tiny.save(kind, tmp_path / "teacher", num_hidden_layers=3), tiny.write_text(tmp_path / "text.txt")
+    names = [name for name in LOSSES if name not in ("hints-learned", "minilm-v2")]
+    steps = [{"method": name} | ({"power": 4.0} if name == "attention-transfer" else {}) for name in names]
+    settings = {"epochs": 4, "learning_rate": 3e-3, "batch": 4, "held_back": 0.4, "checks": 2}
+    raw = {"name": "all", "version": 1, "steps": steps, "calibration": {"samples": 15, "sequence_length": 16}}
+    chosen = parse(raw | {"training": settings}, "all")
+    artifact, report = distill(str(folder), Shape(layers=2), chosen, str(text), out=tmp_path / "out", measure=False)
+    told: Any = report.data
+    assert min(map(float, told["training"]["losses"])) < float(told["training"]["loss_before"])
+    assert not any(JUDGES in name for name in models.load(artifact.folder).state_dict())
 
 
 def test_exits_teach_the_early_blocks_and_leave_again() -> None:
