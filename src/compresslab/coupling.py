@@ -25,6 +25,7 @@ Oracle: tests/oracles/coupling.py takes out units one at a time, and looks wheth
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,7 +221,8 @@ class Trace(TorchDispatchMode):
         self._stack: list[str] = []
         self._heads: list[Tensor] = []
         self._mixed: list[Tensor] = []
-        self._attended: list[tuple[Tensor, int]] = []
+        self._attended: list[tuple[int, int]] = []
+        self._asked: dict[Any, Any] = {}
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -367,15 +369,23 @@ class Trace(TorchDispatchMode):
         self.work.append(Work(tensor=weight.name, times=times))
 
     def attended(self, owner: int, times: int) -> None:
-        self._attended.append((torch.tensor([owner]), times))
+        self._attended.append((owner, times))
 
     def result(self, func: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
         """What the operation returns, as shells with these numbers: one tensor of them for all, or one for each; None for none."""
-        made = func(*tree_map_only(Tensor, self._twin, args), **tree_map_only(Tensor, self._twin, kwargs))
+        made = self.shapes_of(func, args, kwargs)
         leaves = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
         each = numbers if isinstance(numbers, list | tuple) else [numbers] * len(leaves)
         shells = {id(leaf): self.track(leaf, own) for leaf, own in zip(leaves, each, strict=True)}
         return tree_map_only(Tensor, lambda leaf: shells[id(leaf)], made)
+
+    def shapes_of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the operation returns, on the meta device. Blocks are alike, so most of it has been asked before."""
+        leaves = [*tree_leaves(args), *sorted(kwargs), *tree_leaves(kwargs)]
+        key = (func, *((tuple(x.shape), x.dtype, self._stride(x)) if isinstance(x, Tensor) else x for x in leaves))
+        if key not in self._asked:
+            self._asked[key] = func(*tree_map_only(Tensor, self._twin, args), **tree_map_only(Tensor, self._twin, kwargs))
+        return self._asked[key]
 
     def track(self, twin: Tensor, numbers: Tensor | None) -> Tensor:
         shell = Shell.like(twin)
@@ -386,6 +396,10 @@ class Trace(TorchDispatchMode):
     def _twin(self, value: Tensor) -> Tensor:
         found = self._numbers.get(_key(value))
         return value.to("meta") if found is None else found[1]
+
+    def _stride(self, value: Tensor) -> tuple[int, ...]:
+        found = self._numbers.get(_key(value))
+        return value.stride() if found is None else found[1].stride()
 
     def views(self, func: Any, value: Tensor, args: Any, weight: Weight, order: Sequence[int]) -> Tensor:
         """A parameter with its axes in another order."""
@@ -416,7 +430,7 @@ class Trace(TorchDispatchMode):
                 members.setdefault(int(one), []).append((name, axis, entries[chosen], chosen))
         groups = [self._group(found, mixed, heads) for found in members.values()]
         return Coupling(
-            groups=tuple(group for group in groups if group.count > 1), shapes=self.shapes, split=self.split,
+            groups=_distinct([group for group in groups if group.count > 1]), shapes=self.shapes, split=self.split,
             work=(*self.work, *self._attention_work(labels, axes)),
         )  # fmt: skip
 
@@ -469,7 +483,21 @@ class Trace(TorchDispatchMode):
             for unit, entry in zip(*np.unique(entries, return_index=True), strict=True):
                 owner.setdefault(int(unit), (name, axis, int(entry)))
         for number, times in self._attended:
-            yield Work(tensor="", times=times, owner=owner.get(int(labels[int(number)])))
+            yield Work(tensor="", times=times, owner=owner.get(int(labels[number])))
+
+
+def _distinct(groups: Sequence[Coupled]) -> tuple[Coupled, ...]:
+    """With a name of its own for each: one layer may make the units of several."""
+    seen: dict[str, int] = {}
+    for group in groups:
+        seen[group.name] = seen.get(group.name, 0) + 1
+    counts = dict.fromkeys(seen, 0)
+    named = []
+    for group in groups:
+        counts[group.name] += 1
+        name = group.name if seen[group.name] == 1 else f"{group.name}#{counts[group.name]}"
+        named.append(dataclasses.replace(group, name=name))
+    return tuple(named)
 
 
 def _single_axis(units: np.ndarray, sizes: np.ndarray) -> tuple[int, np.ndarray] | None:
@@ -621,7 +649,7 @@ def _made(trace: Trace, func: Any, args: Any, kwargs: Any, made: Tensor, bias: A
     if len(made) == 1:  # a layer of one output has none to spare
         trace.stay(made)
         return trace.result(func, args, kwargs, None)
-    shape = list(func(*tree_map_only(Tensor, trace._twin, args), **kwargs).shape)
+    shape = list(trace.shapes_of(func, args, kwargs).shape)
     return trace.result(func, args, kwargs, along(made, axis, shape))
 
 
@@ -677,7 +705,7 @@ def _attention(trace: Trace, func: Any, args: Any, kwargs: Any) -> Any:
     for number in owners[0].reshape(-1).tolist():
         tokens = query.shape[0] * query.shape[2] * args[1].shape[2]
         trace.attended(number, tokens * (query.shape[3] + args[2].shape[3]))
-    made = func(*tree_map_only(Tensor, trace._twin, args), **tree_map_only(Tensor, trace._twin, kwargs))
+    made = trace.shapes_of(func, args, kwargs)
     leaves = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
     shells = [trace.track(leaves[0], owners[0]), *(Shell.like(leaf) for leaf in leaves[1:])]
     return tuple(shells)
@@ -705,7 +733,7 @@ def _convolution(trace: Trace, func: Any, args: Any, kwargs: Any) -> Any:
             trace.stay(made)
         else:
             trace.join(numbers, along(own[:, 0].repeat_interleave(x.shape[1] // groups), 1, x.shape))
-    shape = func(*tree_map_only(Tensor, trace._twin, args)).shape
+    shape = trace.shapes_of(func, args, kwargs).shape
     trace.counts(weight, math.prod(x.shape if transposed else shape) // (x.shape[1] if transposed else shape[1]))
     return _made(trace, func, args, kwargs, made, bias, 1)
 
@@ -727,7 +755,7 @@ def _batch_norm(trace: Trace, func: Any, args: Any, kwargs: Any) -> Any:
     for value in args[1:5]:
         if (own := trace.vector(value)) is not None:
             trace.join(numbers, along(own, 1, numbers.shape))
-    made = func(*tree_map_only(Tensor, trace._twin, args), **kwargs)
+    made = trace.shapes_of(func, args, kwargs)
     return (trace.track(made[0], numbers), *(Shell.like(leaf) for leaf in made[1:]))
 
 
@@ -744,7 +772,7 @@ def _layer_norm(trace: Trace, func: Any, args: Any, kwargs: Any) -> Any:
     for value in args[2:4]:
         if (own := trace.numbers_of(value)) is not None:
             trace.join(numbers, own)
-    made = func(*tree_map_only(Tensor, trace._twin, args), **kwargs)
+    made = trace.shapes_of(func, args, kwargs)
     return (trace.track(made[0], numbers), *(Shell.like(leaf) for leaf in made[1:]))
 
 
@@ -761,7 +789,7 @@ def _group_norm(trace: Trace, func: Any, args: Any, kwargs: Any) -> Any:
     else:
         trace.split[trace.place] = groups
         trace.keep_length(numbers.unflatten(1, (groups, -1)), 2)
-    made = func(*tree_map_only(Tensor, trace._twin, args), **kwargs)
+    made = trace.shapes_of(func, args, kwargs)
     return (trace.track(made[0], numbers), *(Shell.like(leaf) for leaf in made[1:]))
 
 
