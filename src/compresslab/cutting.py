@@ -9,7 +9,7 @@ in the network's code, where no trace can see it, is an error and not a broken a
 channels that are cut, zeros are not the same as nothing, and it is only checked that it runs.
 
 A plain nn.Module is cut by `cut_`, saved by `save`, and read back by `reopen` into a new instance of its class.
-Oracle: tests/oracles/coupling.py; every architecture of tests/test_cutting.py against its masked self.
+Oracle: the same network with zeros (tests/test_cutting.py), on every architecture there.
 """
 
 from __future__ import annotations

@@ -13,11 +13,15 @@ from compresslab.activations.dynamic import Dynamic
 from compresslab.activations.static import Static
 from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
 from compresslab.errors import CompressLabError, unknown
+from compresslab.prune.activation_norm import ActivationNorm
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
+from compresslab.prune.group_fisher import GroupFisher
+from compresslab.prune.group_magnitude import GroupMagnitude
 from compresslab.prune.magnitude import Magnitude
 from compresslab.prune.owl import OWL
 from compresslab.prune.sparsegpt import SparseGPT
+from compresslab.prune.taylor import Taylor
 from compresslab.prune.wanda import Wanda
 from compresslab.prune.ziplm import ZipLM
 from compresslab.quantize.autoround import AutoRound
@@ -67,6 +71,10 @@ METHODS: dict[str, type] = {
     "filter-norm": FilterNorm,
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,
+    "group-magnitude": GroupMagnitude,
+    "taylor": Taylor,
+    "group-fisher": GroupFisher,
+    "activation-norm": ActivationNorm,
 }
 
 

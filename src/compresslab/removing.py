@@ -22,19 +22,20 @@ import torch
 from torch import Tensor
 
 from compresslab import layerwise
-from compresslab.contract import BlockRemover, Removal, UnitRemover
+from compresslab.contract import BlockRemover, ChannelRemover, Removal, UnitRemover
 from compresslab.errors import CompressLabError
 from compresslab.groups import Group, groups_of, with_units
 from compresslab.models import Source, blocks, build, is_transposed
 from compresslab.numerics.gram import Gram
 from compresslab.plan import OUTSIDE, make_plan
+from compresslab.scoring import without_channels
 from compresslab.solving import Pass, Statistic, read_finite, read_weight
 from compresslab.weights import OverlaidWeights, RenamedWeights, Select, TransformedWeights
 
 KINDS = ("heads", "neurons")
 
 
-def removed(calibration: Pass, methods: Sequence[UnitRemover | BlockRemover]) -> tuple[Source, str]:
+def removed(calibration: Pass, methods: Sequence[UnitRemover | ChannelRemover | BlockRemover]) -> tuple[Source, str]:
     """The network without what these methods take out, one after the other; and what to tell of it.
 
     Raises:
@@ -44,6 +45,8 @@ def removed(calibration: Pass, methods: Sequence[UnitRemover | BlockRemover]) ->
     for method in methods:
         if isinstance(method, BlockRemover):
             source, said = without_blocks(calibration, method)
+        elif isinstance(method, ChannelRemover):
+            source, said = without_channels(calibration, method)
         else:
             source, said = without_units(calibration, method)
         calibration = dataclasses.replace(calibration, source=source)
