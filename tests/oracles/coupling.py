@@ -56,6 +56,7 @@ def units(model: nn.Module, inputs: Sequence[Tensor]) -> list[frozenset[Node]]:
     A depthwise layer reads and makes its channel at once.
     """
     edges: dict[Node, set[Node]] = {}
+    depthwise = {name for name, module in layers_of(model).items() if getattr(module, "groups", 1) > 1}
     fixed: set[Node] = set()
     for name, module in layers_of(model).items():
         for channel in range(module.weight.shape[made_by(module)]):
@@ -81,8 +82,8 @@ def units(model: nn.Module, inputs: Sequence[Tensor]) -> list[frozenset[Node]]:
             part.add(node)
             queue += [other for other in edges[node] if other not in part and other not in queue]
         left -= part
-        if not part & fixed:
-            found.append(frozenset(part))
+        if not part & fixed:  # a depthwise layer has no columns that could be cut
+            found.append(frozenset(node for node in part if node[0] == "makes" or node[1] not in depthwise))
     return found
 
 
