@@ -66,13 +66,13 @@ def test_a_recipe_keeps_its_promises(name: str, model: str, scratch: Path, tmp_p
     for promise, (low, high) in chosen.expect[model].items():
         found = FOUND[promise](before, after)
         assert low <= found <= high, f"{name} on {model}: {promise} {found:.4f}"
-    if model == "minilm-l6":
+    if model == "minilm-l6" and chosen.rounding is not None:  # what is taken out has to be trained for
         assert abs(after["document_similarity_correlation"] - before["document_similarity_correlation"]) < 0.005
     assert len(report.layers) == report.parity.tensors == LEFT.get(name, LAYERS[model])
 
 
 def test_every_recipe_promises_something_that_is_measured() -> None:
     elsewhere = {name for name in recipe.shipped() if not recipe.read(name).expect.keys() & LAYERS.keys()}
-    assert elsewhere == {"w4a4-dorefa", "w4a4-lsq", "w4a4-pact", "w8a8-equalized-vision", "w8a8-static-vision"}
+    assert elsewhere == {"prune-channels-50macs", "w4a4-dorefa", "w4a4-lsq", "w4a4-pact", "w8a8-equalized-vision", "w8a8-static-vision"}
     assert {name for name, _ in PROMISES} | elsewhere == set(recipe.shipped())
     assert {promise for name, model in PROMISES for promise in recipe.read(name).expect[model]} <= set(FOUND)

@@ -39,6 +39,12 @@ class GroupFisher(Channels):
     """Second-order removal of coupled channels.
 
     Args:
+        channel_frac: share of the channels of convolutions and of a feed-forward's neurons to take out.
+        head_frac: share of every attention's heads to take out; with grouped queries, of the groups.
+        width_frac: share of the embedding's width to take out.
+        macs_frac: scale these shares so that this share of the multiply-accumulates is left.
+        scope: "local", "global" or "isomorphic", which units are compared; see channels.py. Only local leaves all blocks alike.
+        multiple: channels and width are left in multiples of this, which products on hardware prefer.
         by_cost: divide by the multiply-accumulates that a unit costs.
     """
 
