@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.nn import functional as F
 
 
 def conv(into: int, out: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -41,7 +41,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra // 2)) if self.padded else self.downsample(x)
+        short = (
+            F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra // 2))
+            if self.padded
+            else self.downsample(x)
+        )
         return F.relu(y + short)
 
 

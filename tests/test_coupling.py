@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import tiny
@@ -56,7 +57,10 @@ def test_padded_shortcuts_shift_channels() -> None:
     assert ours < expected
     stream = groups["conv1"]
     assert stream.count == 4 and ("makes", "blocks.1.conv2", 2 + 3) in nodes(stream, 3)
-    padding = {("makes", f"blocks.{block}.conv2", channel) for block, channel in ((1, 0), (1, 7), (2, 0), (2, 5), (2, 10), (2, 15))}
+    padding = {
+        ("makes", f"blocks.{block}.conv2", channel)
+        for block, channel in ((1, 0), (1, 7), (2, 0), (2, 5), (2, 10), (2, 15))
+    }
     assert all(any(node in unit for unit in expected - ours) for node in padding)
 
 
@@ -70,16 +74,24 @@ def test_groups_of_convolutions_and_norms_leave_as_wholes() -> None:
     _, groups = found(NETS["grouped"])
     own = {(piece.tensor, piece.axis): piece.index.tolist() for piece in groups["first"].slices}
     assert own["first.weight", 0] == own["norm.weight", 0] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
-    assert own["grouped.weight", 0] == own["slope.weight", 0] == own["last.weight", 1] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert (
+        own["grouped.weight", 0] == own["slope.weight", 0] == own["last.weight", 1] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    )
     assert ("grouped.weight", 1) not in own
 
 
 def test_a_gate_goes_with_its_value_and_a_tied_weight_is_cut_once() -> None:
     _, groups = found(NETS["gated"])
     inner = {(piece.tensor, piece.axis): piece.index.tolist() for piece in groups["inner"].slices}
-    assert inner["inner.weight", 0] == [[i, i + 5] for i in range(5)] and inner["out.weight", 1] == [[i] for i in range(5)]
+    assert inner["inner.weight", 0] == [[i, i + 5] for i in range(5)] and inner["out.weight", 1] == [
+        [i] for i in range(5)
+    ]
     stream = [(piece.tensor, piece.axis) for piece in groups["into"].slices]
-    assert stream.count(("into.weight", 0)) == 1 and {("back.weight", 1), ("out.weight", 0), ("inner.weight", 1)} <= set(stream)
+    assert stream.count(("into.weight", 0)) == 1 and {
+        ("back.weight", 1),
+        ("out.weight", 0),
+        ("inner.weight", 1),
+    } <= set(stream)
 
 
 def test_heads_of_a_packed_projection() -> None:
@@ -91,7 +103,11 @@ def test_heads_of_a_packed_projection() -> None:
     }  # fmt: skip
     assert own["blocks.0.attention.qkv.weight", 0][1].tolist() == [4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31]
     width = groups["patches"]
-    assert width.kind == "width" and width.mixed and {"cls", "pos", "scale", "head.weight"} <= {p.tensor for p in width.slices}
+    assert (
+        width.kind == "width"
+        and width.mixed
+        and {"cls", "pos", "scale", "head.weight"} <= {p.tensor for p in width.slices}
+    )
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -99,9 +115,19 @@ def test_query_heads_go_with_the_keys_that_they_share(attention: str) -> None:
     source = models.find(tiny.make("llama"))
     source.config._attn_implementation = attention
     groups = {group.name: group for group in couplings_of(source).groups}
-    own = {(p.tensor.rpartition(".")[0].rpartition(".")[2], p.axis): p.index.shape for p in groups["model.layers.0.self_attn.q_proj"].slices}  # fmt: skip
+    slices = groups["model.layers.0.self_attn.q_proj"].slices
+    own = {(p.tensor.split(".")[-2], p.axis): p.index.shape for p in slices}
     assert own == {("q_proj", 0): (2, 16), ("k_proj", 0): (2, 8), ("v_proj", 0): (2, 8), ("o_proj", 1): (2, 16)}
     assert groups["model.layers.1.mlp.gate_proj"].kind == "channels" and groups["model.embed_tokens"].kind == "width"
+
+
+def test_a_norm_that_all_heads_share_stays() -> None:
+    settings = {**tiny._DECODER, "head_dim": 8}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings))
+    groups = {group.name: group for group in couplings_of(models.find(model)).groups}
+    heads = groups["model.layers.0.self_attn.q_proj"]
+    assert heads.kind == "heads" and heads.count == 2
+    assert not any("q_norm" in piece.tensor for group in groups.values() for piece in group.slices)
 
 
 def test_a_longer_table_than_the_example_says_nothing_against_it() -> None:
@@ -141,14 +167,18 @@ class Sorted(nn.Module):
 
 
 def test_an_unknown_operation_is_named_with_its_place() -> None:
-    with pytest.raises(CompressLabError, match=r"aten.sort in Sorted: it is not known what this operation does to channels"):
+    with pytest.raises(
+        CompressLabError, match=r"aten.sort in Sorted: it is not known what this operation does to channels"
+    ):
         couplings(Sorted(), [torch.zeros(1, 4)])
     with pytest.raises(CompressLabError, match=r"aten.sort in 1: "):
         couplings(nn.Sequential(nn.Linear(4, 4), Sorted()), [torch.zeros(1, 4)])
 
 
 def test_a_weight_that_is_computed_is_named() -> None:
-    normed = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    normed = nn.Sequential(
+        torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    )
     with pytest.raises(CompressLabError, match=r"_weight_norm|weight that is computed"):
         couplings(normed, [torch.zeros(1, 3, 4, 4)])
 
@@ -167,5 +197,8 @@ class Written(nn.Module):
 
 def test_what_must_keep_its_length_is_no_group() -> None:
     assert couplings(Written(), [torch.zeros(2, 3)]).groups == ()
-    assert [g.name for g in couplings(NETS["mlp"].model(), NETS["mlp"].inputs()).groups] == ["0", "2"]  # not the last one
+    assert [g.name for g in couplings(NETS["mlp"].model(), NETS["mlp"].inputs()).groups] == [
+        "0",
+        "2",
+    ]  # not the last one
     assert coupling.RULES  # the table that a new operation is added to

@@ -56,11 +56,14 @@ def normed_over_what_is_left(model: nn.Module, kept: dict[str, Tensor]) -> None:
     """Layer norms whose statistics are those of these entries only, in a network whose other entries are zero."""
     for name, module in model.named_modules():
         if name in kept:
+
             def forward(x: Tensor, module: Any = module, left: Tensor = kept[name]) -> Tensor:
                 part = x[..., left]
                 eps = getattr(module, "eps", None) or module.variance_epsilon
                 if getattr(module, "bias", None) is not None:
-                    part = torch.nn.functional.layer_norm(part, (len(left),), module.weight[left], module.bias[left], eps)
+                    part = torch.nn.functional.layer_norm(
+                        part, (len(left),), module.weight[left], module.bias[left], eps
+                    )
                 else:
                     part = part * (part.square().mean(-1, keepdim=True) + eps).rsqrt() * module.weight[left]
                 return torch.zeros_like(x).index_copy(-1, left, part)
@@ -128,7 +131,10 @@ def test_a_module_is_saved_and_reopened(name: str, tmp_path: Path) -> None:
             "print(float(model(*net.inputs()).double().sum()))"
         )
         done = subprocess.run(
-            [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "cut")], capture_output=True, text=True, check=True
+            [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "cut")],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         with torch.no_grad():
             assert float(done.stdout) == pytest.approx(float(model(*net.inputs()).double().sum()), rel=1e-5)
@@ -181,8 +187,8 @@ def test_a_layer_that_would_be_emptied_is_named() -> None:
 # -- transformers -------------------------------------------------------------------------------------------------------
 
 PLAIN = {  # kinds of units whose number a config can tell, where all blocks lose the same
-    "llama": ("channels", "heads", "width"), "llama-tied": ("channels", "heads", "width"), "mistral": ("channels", "heads", "width"),
-    "qwen2": ("channels", "heads", "width"), "vit": ("channels", "heads", "width"), "gpt2": ("channels",), "bert": ("channels",),
+    **dict.fromkeys(("llama", "llama-tied", "mistral", "qwen2", "vit"), ("channels", "heads", "width")),
+    **dict.fromkeys(("gpt2", "bert"), ("channels",)),
 }  # fmt: skip
 KINDS = ("channels", "heads", "width")
 
@@ -263,10 +269,18 @@ def test_a_run_on_a_language_model_ends_in_a_plain_model(tmp_path: Path) -> None
     step = {"method": "taylor", "channel_frac": 0.25, "head_frac": 0.5, "width_frac": 0.25}
     artifact, report = run(model, tmp_path / "out", step, data=text)
     config = json.loads((artifact.folder / "config.json").read_text(encoding="utf-8"))
-    assert (config["hidden_size"], config["intermediate_size"], config["num_key_value_heads"], config["head_dim"]) == (24, 48, 1, 8)
+    assert (config["hidden_size"], config["intermediate_size"], config["num_key_value_heads"], config["head_dim"]) == (
+        24,
+        48,
+        1,
+        8,
+    )
     opened = transformers.AutoModelForCausalLM.from_pretrained(artifact.folder)
     assert opened.lm_head.weight.shape == (tiny.VOCABULARY, 24)
-    assert "of the multiply-accumulates left" in report.model["changed"] and "8 of 32 channels of the embedding" in report.model["changed"]
+    assert (
+        "of the multiply-accumulates left" in report.model["changed"]
+        and "8 of 32 channels of the embedding" in report.model["changed"]
+    )
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -274,9 +288,15 @@ def test_a_run_on_a_language_model_ends_in_a_plain_model(tmp_path: Path) -> None
 def test_a_run_on_pictures_is_opened_with_its_edits(kind: str, rounded: bool, tmp_path: Path) -> None:
     """Also where it goes on: batch norms folded first, codes afterwards."""
     model = tiny.save_convnet(kind, tmp_path / "model")
-    steps: list[dict[str, Any]] = [{"method": "group-magnitude", "channel_frac": 0.4, "multiple": 1, "scope": "isomorphic"}]
+    steps: list[dict[str, Any]] = [
+        {"method": "group-magnitude", "channel_frac": 0.4, "multiple": 1, "scope": "isomorphic"}
+    ]
     if rounded:
-        steps = [{"method": "batchnorm-folding"}, *steps, {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True}]
+        steps = [
+            {"method": "batchnorm-folding"},
+            *steps,
+            {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True},
+        ]
     artifact, report = run(model, tmp_path / "out", *steps, data=None, fresh_process=kind == "resnet" and not rounded)
     opened = models.load(artifact.folder)
     before = models.load(model)
@@ -304,9 +324,13 @@ def test_a_target_of_operations_is_met_with_no_more_than_it_takes(kind: str) -> 
 
 
 def test_what_cannot_be_met_is_said() -> None:
-    with pytest.raises(CompressLabError, match=r"0.1 of the multiply-accumulates cannot be reached: the closest is 0\.[5-9]"):
+    with pytest.raises(
+        CompressLabError, match=r"0.1 of the multiply-accumulates cannot be reached: the closest is 0\.[5-9]"
+    ):
         removing.removed(a_pass("llama"), [GroupMagnitude(macs_frac=0.1)])
-    with pytest.raises(CompressLabError, match=r"would leave none of the 2 heads that model.layers.0.self_attn.q_proj makes"):
+    with pytest.raises(
+        CompressLabError, match=r"would leave none of the 2 heads that model.layers.0.self_attn.q_proj makes"
+    ):
         removing.removed(a_pass("llama"), [GroupMagnitude(channel_frac=0, head_frac=0.9)])
     with pytest.raises(CompressLabError, match="has no heads that could be taken out"):
         removing.removed(a_pass("resnet"), [GroupMagnitude(head_frac=0.5)])

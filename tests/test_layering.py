@@ -32,7 +32,7 @@ ROWS: list[tuple[str, ...]] = [
     ("plan", "flow", "groups", "training", "trainer", "masks"),
     ("solving",),
     ("refining",),
-    ("layerwise", "streamed", "tracing", "coupling", "replaying", "smoothing", "rewriting", "aware"),
+    ("layerwise", "streamed", "tracing", "channel_rules", "coupling", "replaying", "smoothing", "rewriting", "aware"),
     ("pruning", "removing", "cutting", "scoring"),
     ("artifact", "measure", "preflight", "budget", "damage"),
     ("rotating", "mixed", "tuning", "exporters"),

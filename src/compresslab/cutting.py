@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ Keep = Mapping[str, Tensor]  # group -> int64, its units that stay, ascending; g
 Entries = dict[str, dict[int, Tensor]]  # tensor -> axis -> int64, the entries that stay, ascending
 
 # Attributes of an attention that count its heads, or the channels of all of them; as transformers and its relatives call them.
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_key_value_heads", "n_kv_heads", "num_kv_heads",
-               "split_size", "all_head_size", "inner_dim")  # fmt: skip
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_key_value_heads", "n_kv_heads",
+               "num_kv_heads", "split_size", "all_head_size", "inner_dim")  # fmt: skip
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim")
 CUTS, WEIGHTS = "cuts.json", "model.safetensors"
 TOLERANCE = 1e-3  # of the largest output; float32 sums in another order
@@ -58,7 +58,9 @@ def entries_left(coupling: Coupling, keep: Keep) -> Entries:
         if kept is None or len(kept) == group.count:
             continue
         if not len(kept):
-            raise CompressLabError(f"nothing would be left of the {group.count} {group.kind} that {group.name} makes: take out less")
+            raise CompressLabError(
+                f"nothing would be left of the {group.count} {group.kind} that {group.name} makes: take out less"
+            )
         lost = torch.ones(group.count, dtype=torch.bool)
         lost[kept] = False
         for piece in group.slices:
@@ -82,7 +84,9 @@ def macs(coupling: Coupling, keep: Keep) -> int:
     for work in coupling.work:
         if work.owner is not None:
             tensor, axis, index = work.owner
-            total += work.times * bool((entries[tensor][axis] == index).any() if axis in entries.get(tensor, {}) else True)
+            total += work.times * bool(
+                (entries[tensor][axis] == index).any() if axis in entries.get(tensor, {}) else True
+            )
         else:
             total += work.times * (torch.Size(shape_left(coupling, entries, work.tensor)).numel() if work.tensor else 1)
     return total
@@ -170,7 +174,9 @@ def _plain_config(source: Source, coupling: Coupling, keep: Keep, entries: Entri
     except (CompressLabError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError):
         return None
     tensors = dict(built.named_parameters()) | dict(built.named_buffers())
-    same = all(list(tensors[name].shape) == shape_left(coupling, entries, name) for name in coupling.shapes if name in tensors)
+    same = all(
+        list(tensors[name].shape) == shape_left(coupling, entries, name) for name in coupling.shapes if name in tensors
+    )
     return config if same and set(coupling.shapes) <= set(tensors) else None
 
 
@@ -210,30 +216,37 @@ def edits_of(model: nn.Module, coupling: Coupling, keep: Keep, entries: Entries)
     ]  # fmt: skip
 
 
+def _convolution(module: Any, rows: int, columns: int) -> dict[str, Any]:
+    groups = module.groups if module.groups == 1 else module.groups * rows // module.weight.shape[0]
+    into, out = (rows, columns * groups) if module.transposed else (columns * groups, rows)
+    return {"in_channels": into, "out_channels": out, "groups": groups}
+
+
+def _group_norm(module: Any, rows: int, columns: int) -> dict[str, Any]:
+    groups = module.num_groups if module.num_groups == 1 else module.num_groups * rows // module.num_channels
+    return {"num_channels": rows, "num_groups": groups}
+
+
+# Attributes of torch's modules that repeat what the shape of their weight says: rows, and the axis after these.
+ATTRIBUTES: tuple[tuple[Any, Callable[[Any, int, int], dict[str, Any]]], ...] = (
+    (_ConvNd, _convolution),
+    (nn.GroupNorm, _group_norm),
+    (nn.Linear, lambda module, rows, columns: {"in_features": columns, "out_features": rows}),
+    (nn.Embedding, lambda module, rows, columns: {"embedding_dim": columns}),
+    (nn.LayerNorm | nn.RMSNorm, lambda module, rows, columns: {"normalized_shape": [rows]}),
+    (_NormBase, lambda module, rows, columns: {"num_features": rows}),
+    (nn.PReLU, lambda module, rows, columns: {"num_parameters": rows}),
+)
+
+
 def _settings_of(module: nn.Module, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
-    """Attributes of torch's modules that repeat what the shapes of their parameters say."""
-    if "weight" not in shapes:
-        return {}
-    rows, *rest = shapes["weight"]
-    if isinstance(module, _ConvNd):
-        old = module.weight.shape[0]
-        groups = module.groups if module.groups == 1 else module.groups * rows // old
-        into, out = (rows, rest[0] * groups) if module.transposed else (rest[0] * groups, rows)
-        return {"in_channels": into, "out_channels": out, "groups": groups}
-    if isinstance(module, nn.Linear):
-        return {"in_features": rest[0], "out_features": rows}
-    if is_transposed(module):
-        return {"nx": rows, "nf": rest[0]}
-    if isinstance(module, nn.Embedding):
-        return {"embedding_dim": rest[0]}
-    if isinstance(module, nn.GroupNorm):
-        groups = module.num_groups if module.num_groups == 1 else module.num_groups * rows // module.num_channels
-        return {"num_channels": rows, "num_groups": groups}
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return {"normalized_shape": [rows]}
-    if isinstance(module, _NormBase):
-        return {"num_features": rows}
-    return {"num_parameters": rows} if isinstance(module, nn.PReLU) else {}
+    rows, columns = (*shapes.get("weight", ()), 0, 0)[:2]
+    if rows and is_transposed(module):
+        return {"nx": rows, "nf": columns}
+    for kind, attributes in ATTRIBUTES if rows else ():
+        if isinstance(module, kind):
+            return attributes(module, rows, columns)
+    return {}
 
 
 def _head_settings(model: nn.Module, coupling: Coupling, keep: Keep) -> dict[str, dict[str, int]]:
@@ -269,7 +282,9 @@ def mask_(model: nn.Module, coupling: Coupling, keep: Keep) -> None:
                 tensors[tensor].index_fill_(axis, gone.nonzero().flatten().to(tensors[tensor].device), 0)
 
 
-def cut_(model: nn.Module, coupling: Coupling, keep: Keep, example: Mapping[str, Tensor] | Sequence[Tensor] | None = None) -> list[Edit]:
+def cut_(
+    model: nn.Module, coupling: Coupling, keep: Keep, example: Mapping[str, Tensor] | Sequence[Tensor] | None = None
+) -> list[Edit]:
     """Take units out of a module for good.
 
     Args:
@@ -297,7 +312,9 @@ def cut_(model: nn.Module, coupling: Coupling, keep: Keep, example: Mapping[str,
 def _apply_(model: nn.Module, edits: Sequence[Edit], entries: Entries) -> None:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    aliases: dict[str, list[str]] = {name: [other for other, tensor in everything if tensor is tensors[name]] for name in entries}
+    aliases: dict[str, list[str]] = {
+        name: [other for other, tensor in everything if tensor is tensors[name]] for name in entries
+    }
     with torch.no_grad():
         left = {}
         for name, axes in entries.items():
@@ -312,7 +329,9 @@ def _apply_(model: nn.Module, edits: Sequence[Edit], entries: Entries) -> None:
             module = model.get_submodule(owner)
             if shared is None:
                 like = getattr(module, leaf)
-                shared = nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
+                shared = (
+                    nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
+                )
             setattr(module, leaf, shared)
 
 
@@ -320,7 +339,9 @@ def save(model: nn.Module, edits: Sequence[Edit], folder: Path) -> None:
     """Write a module that was cut: its weights, and in what it differs from a new instance of its class."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = model.state_dict()
-    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a shared tensor has one name here
+    once = {
+        name for name, _ in (*model.named_parameters(), *model.named_buffers())
+    }  # a shared tensor has one name here
     save_file({name: tensor.contiguous() for name, tensor in stored.items() if name in once}, folder / WEIGHTS)
     (folder / CUTS).write_text(json.dumps([dataclasses.asdict(edit) for edit in edits], indent=1), encoding="utf-8")
 
@@ -335,14 +356,18 @@ def reopen(model: nn.Module, folder: Path) -> nn.Module:
         edits = [Edit(**edit) for edit in json.loads((folder / CUTS).read_text(encoding="utf-8"))]
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, TypeError) as error:
-        raise CompressLabError(f"{folder} holds no module that was cut ({error}): name the folder that save() wrote") from None
+        raise CompressLabError(
+            f"{folder} holds no module that was cut ({error}): name the folder that save() wrote"
+        ) from None
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
     try:
         apply_(model, edits)
     except AttributeError as error:
-        raise CompressLabError(f"{folder} holds a module of another class ({error}): make a new one of the class that was cut") from None
+        raise CompressLabError(
+            f"{folder} holds a module of another class ({error}): make a new one of the class that was cut"
+        ) from None
     for names in shared.values():
         for alias in names[1:]:
             owner, _, leaf = alias.rpartition(".")
@@ -352,14 +377,23 @@ def reopen(model: nn.Module, folder: Path) -> nn.Module:
     try:
         missing, unknown = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise CompressLabError(f"{folder} holds a module of another class ({' '.join(str(error).split())[:200]})") from None
+        raise CompressLabError(
+            f"{folder} holds a module of another class ({' '.join(str(error).split())[:200]})"
+        ) from None
     if set(missing) - aliases or unknown:
-        raise CompressLabError(f"{folder} holds a module of another class: {[*missing, *unknown][0]} is on one side only")
+        raise CompressLabError(
+            f"{folder} holds a module of another class: {[*missing, *unknown][0]} is on one side only"
+        )
     return model
 
 
 def _check_same(
-    masked: nn.Module, cut: nn.Module, example: Mapping[str, Tensor] | Sequence[Tensor], name: str, *, values: bool = True
+    masked: nn.Module,
+    cut: nn.Module,
+    example: Mapping[str, Tensor] | Sequence[Tensor],
+    name: str,
+    *,
+    values: bool = True,
 ) -> None:
     """CompressLabError unless both say the same of the example, or with `values` False, unless the cut one runs."""
     with torch.no_grad():
@@ -397,4 +431,8 @@ def _filled(example: Mapping[str, Tensor] | Sequence[Tensor]) -> Any:
     def fill(value: Tensor) -> Tensor:
         return torch.randn(value.shape, generator=generator).to(value.dtype) if value.is_floating_point() else value
 
-    return {key: fill(value) for key, value in example.items()} if isinstance(example, Mapping) else [fill(v) for v in example]
+    return (
+        {key: fill(value) for key, value in example.items()}
+        if isinstance(example, Mapping)
+        else [fill(v) for v in example]
+    )

@@ -69,6 +69,10 @@ def _resize_(module: nn.Module, edit: Edit) -> None:
     for name, size in edit.sizes.items():
         like = getattr(module, name)
         made = torch.zeros(size, dtype=like.dtype, device=like.device)
-        setattr(module, name, nn.Parameter(made, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else made)
+        setattr(
+            module,
+            name,
+            nn.Parameter(made, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else made,
+        )
     for name, value in edit.settings.items():
         setattr(module, name, tuple(value) if isinstance(value, list) else value)

@@ -42,14 +42,16 @@ def without_channels(calibration: Pass, method: ChannelRemover) -> tuple[Source,
     missing = [kind for kind in kinds if not any(group.kind == kind for group in groups)]
     if missing:
         raise CompressLabError(
-            f"{source.name} ({source.architecture}) has no {missing[0]} that could be taken out: what it returns would lose them, or "
-            f"they are all of one piece; leave {missing[0].removesuffix('s')}_frac at 0"
+            f"{source.name} ({source.architecture}) has no {missing[0]} that could be taken out: what it returns would lose "
+            f"them, or they are all of one piece; leave {missing[0].removesuffix('s')}_frac at 0"
         )
     model = models.materialise(source).to(calibration.device)
     ranked = []
     for group, members in members_of(model, coupling, groups, method.sees, calibration.batches):
         try:
-            ranked.append(Ranked(name=group.name, kind=group.kind, shape=group.shape, scores=_checked(method.score(members))))
+            ranked.append(
+                Ranked(name=group.name, kind=group.kind, shape=group.shape, scores=_checked(method.score(members)))
+            )
         except ValueError as error:
             raise CompressLabError(f"the {group.kind} that {group.name} makes: {error}") from error
     del model
@@ -125,7 +127,11 @@ def _told(groups: Sequence[Coupled], keep: Mapping[str, Tensor], left: float) ->
 
 
 def members_of(
-    model: nn.Module, coupling: Coupling, groups: Sequence[Coupled], sees: str, batches: Sequence[Mapping[str, Tensor]] | None
+    model: nn.Module,
+    coupling: Coupling,
+    groups: Sequence[Coupled],
+    sees: str,
+    batches: Sequence[Mapping[str, Tensor]] | None,
 ) -> Iterator[tuple[Coupled, list[Member]]]:
     """Every group with its members: weights alone, or with what is seen of them on the samples of all batches.
 
@@ -136,7 +142,9 @@ def members_of(
     times = {work.tensor: 0 for work in coupling.work}
     for work in coupling.work:
         times[work.tensor] += work.times
-    slices = {(piece.tensor, piece.axis): piece for group in groups for piece in group.slices if piece.tensor in parameters}
+    slices = {
+        (piece.tensor, piece.axis): piece for group in groups for piece in group.slices if piece.tensor in parameters
+    }
     products: dict[tuple[str, int], Tensor] = {}
     inputs: dict[tuple[str, int], Tensor] = {}
     if sees == "gradients":
@@ -149,13 +157,16 @@ def members_of(
             if piece.tensor not in parameters:
                 continue  # statistics of a batch norm
             key, index = (piece.tensor, piece.axis), piece.index.to(parameters[piece.tensor].device)
-            own = parameters[piece.tensor].detach().float().movedim(piece.axis, 0).flatten(1) if parameters[piece.tensor].dim() > 1 \
-                else parameters[piece.tensor].detach().float()[:, None]  # fmt: skip
-            weight = own[index].flatten(1)
-            of_units = (lambda found, index=index: None if found is None else found[:, index].sum(dim=-1))
+            weight = parameters[piece.tensor].detach().float().movedim(piece.axis, 0)[index].flatten(1)
             members.append(Member(role=piece.role, weight=weight, work=weight.shape[1] * times.get(piece.tensor, 0),
-                                  products=of_units(products.get(key)), inputs=of_units(inputs.get(key))))  # fmt: skip
+                                  products=_of_units(products.get(key), index),
+                                  inputs=_of_units(inputs.get(key), index)))  # fmt: skip
         yield group, members
+
+
+def _of_units(found: Tensor | None, index: Tensor) -> Tensor | None:
+    """[samples, n] by entries -> [samples, units], summed over what each unit owns."""
+    return None if found is None else found[:, index].sum(dim=-1)
 
 
 def _samples(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | None) -> Iterator[dict[str, Tensor]]:
@@ -171,7 +182,9 @@ def _products(
     model: nn.Module, slices: Mapping[tuple[str, int], Slice], batches: Sequence[Mapping[str, Tensor]] | None
 ) -> dict[tuple[str, int], Tensor]:
     """weight times gradient, summed over all but one axis: float32 [samples, n] by parameter and axis."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if any(name == own for own, _ in slices)}
+    parameters = {
+        name: parameter for name, parameter in model.named_parameters() if any(name == own for own, _ in slices)
+    }
     found: dict[tuple[str, int], list[Tensor]] = {key: [] for key in slices}
     generator = torch.Generator().manual_seed(0)
     model.requires_grad_(False)
@@ -184,7 +197,9 @@ def _products(
         for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
             product = parameter.detach() * gradient
             for axis in [axis for own, axis in slices if own == name]:
-                found[name, axis].append(product.sum(dim=[i for i in range(product.dim()) if i != axis]) if product.dim() > 1 else product)
+                found[name, axis].append(
+                    product.sum(dim=[i for i in range(product.dim()) if i != axis]) if product.dim() > 1 else product
+                )
     model.requires_grad_(False)
     return {key: torch.stack(rows) for key, rows in found.items()}
 
@@ -211,7 +226,9 @@ def _inputs(
             axis = 0 if is_transposed(module) else 1
             piece = slices.get((once[id(weight)], axis))
             if piece is not None and piece.role == "reads":
-                handles.append(module.register_forward_pre_hook(watch((once[id(weight)], axis), isinstance(module, nn.Conv2d))))
+                handles.append(
+                    module.register_forward_pre_hook(watch((once[id(weight)], axis), isinstance(module, nn.Conv2d)))
+                )
     count = 0
     try:
         with torch.no_grad():
@@ -221,7 +238,11 @@ def _inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {key: torch.stack(rows).unflatten(0, (count, -1)).mean(dim=1) for key, rows in found.items() if len(rows) % count == 0}
+    return {
+        key: torch.stack(rows).unflatten(0, (count, -1)).mean(dim=1)
+        for key, rows in found.items()
+        if len(rows) % count == 0
+    }
 
 
 def loss_of(model: nn.Module, sample: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
@@ -234,7 +255,9 @@ def loss_of(model: nn.Module, sample: Mapping[str, Tensor], generator: torch.Gen
     if logits is not None and labels is not None:
         return nn.functional.cross_entropy(logits.float(), labels)
     if logits is not None:
-        drawn = torch.multinomial(logits.detach().float().softmax(dim=-1).flatten(0, -2).cpu(), 1, generator=generator)[:, 0]
+        drawn = torch.multinomial(logits.detach().float().softmax(dim=-1).flatten(0, -2).cpu(), 1, generator=generator)[
+            :, 0
+        ]
         return nn.functional.cross_entropy(logits.float().flatten(0, -2), drawn.to(logits.device))
     values = next(value for value in returned.values() if isinstance(value, Tensor)).float()
     noise = torch.randn(values.shape, generator=generator).to(values.device)

@@ -72,7 +72,9 @@ def test_group_fisher_is_the_square_of_a_masks_derivative(name: str) -> None:
     model, batches, groups, coupling = network()
     found = scores(GroupFisher(by_cost=False), model, batches, coupling)[name]
     for unit in (1, 2, 6):
-        columns = {p.tensor.rpartition(".")[0]: p.index[unit].tolist() for p in groups[name].slices if p.role == "reads"}
+        columns = {
+            p.tensor.rpartition(".")[0]: p.index[unit].tolist() for p in groups[name].slices if p.role == "reads"
+        }
         changes = [oracle.derivative_by_masks(loss, model, columns) for loss in sample_losses(batches)]
         assert float(found[unit]) == pytest.approx(sum(c * c for c in changes), rel=1e-3)
 
@@ -120,12 +122,20 @@ def test_activation_norm_is_the_loudness_of_what_is_read(kind: str) -> None:
     heads = {"llama": ("model.layers.0.self_attn.o_proj", 16), "gpt2": ("transformer.h.0.attn.c_proj", 8)}[kind]
     seen: dict[str, list[Tensor]] = {layer: [], heads[0]: []}
     for name, caught in seen.items():
-        model.get_submodule(name).register_forward_pre_hook(lambda module, args, caught=caught: caught.append(args[0].double()))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, caught=caught: caught.append(args[0].double())
+        )
     with torch.no_grad():
         for batch in batches:
             for row in batch["input_ids"]:
                 model(row[None])
-    by_reader = {p.tensor.removesuffix(".weight"): g.name for g in coupling.groups if g.kind != "width" for p in g.slices if p.role == "reads"}
+    by_reader = {
+        p.tensor.removesuffix(".weight"): g.name
+        for g in coupling.groups
+        if g.kind != "width"
+        for p in g.slices
+        if p.role == "reads"
+    }
     neurons = sum(x[0].abs().mean(0).square() for x in seen[layer]).sqrt()  # type: ignore[union-attr]
     torch.testing.assert_close(found[by_reader[layer]].double(), neurons, rtol=1e-4, atol=1e-6)
     loud = sum(x[0].abs().mean(0).view(-1, heads[1]).sum(1).square() for x in seen[heads[0]]).sqrt()  # type: ignore[union-attr]
@@ -203,7 +213,8 @@ def test_a_share_that_empties_a_layer_names_it() -> None:
 @pytest.mark.parametrize("cls", REMOVERS)
 def test_settings_that_make_no_sense_are_refused(cls: type) -> None:
     for settings, said in (({"channel_frac": 0.0}, "nothing to take out"), ({"head_frac": 1.0}, "1 would leave nothing"),
-                           ({"scope": "all"}, "scope is one of"), ({"macs_frac": 1.0}, "macs_frac"), ({"multiple": 0}, "multiple")):  # fmt: skip
+                           ({"scope": "all"}, "scope is one of"), ({"macs_frac": 1.0}, "macs_frac"),
+                           ({"multiple": 0}, "multiple")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             cls(**settings)
 

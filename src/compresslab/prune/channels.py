@@ -53,7 +53,9 @@ class Channels:
     def __post_init__(self) -> None:
         for name in ("channel_frac", "head_frac", "width_frac"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a share from 0 to below 1, not {getattr(self, name)}: 1 would leave nothing")
+                raise ValueError(
+                    f"{name} is a share from 0 to below 1, not {getattr(self, name)}: 1 would leave nothing"
+                )
         if self.channel_frac == self.head_frac == self.width_frac == 0:
             raise ValueError("channel_frac, head_frac and width_frac are all 0: there is nothing to take out")
         if self.macs_frac is not None and not 0 < self.macs_frac < 1:
@@ -78,8 +80,8 @@ class Channels:
                     keep = min(_rounded(kept, step, up=len(compared) > 1), count)
                     if keep < 1:
                         raise ValueError(
-                            f"a share of {min(share * scale, 1.0):g} would leave none of the {count} {kind} that {group.name} makes: "
-                            "take out less"
+                            f"a share of {min(share * scale, 1.0):g} would leave none of the {count} {kind} that {group.name} "
+                            "makes: take out less"
                         )
                     if keep < count:
                         chosen[group.name] = largest(group.scores, keep)

@@ -53,7 +53,7 @@ class GroupFisher(Channels):
         authors="Liu et al.",
         year=2021,
         arxiv="2108.00708",
-        claim="ResNet, ResNeXt, RegNet and MobileNetV2 made faster without a loss of accuracy, coupled channels together [abstract]",
+        claim="ResNet, ResNeXt, RegNet and MobileNetV2 faster without a loss of accuracy, coupled channels together [abstract]",
     )
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False

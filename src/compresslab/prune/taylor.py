@@ -2,8 +2,8 @@
 
 Paper. Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771, sections 3.1 and 3.2.
 
-Symbols. A unit leaves with everything that is coupled to it; S the weights in it that make the unit (a filter, a neuron's row, the
-rows of a head's queries, keys and values); w_s one of them, g_s the gradient of the loss with respect to it, on one sample.
+Symbols. A unit leaves with everything that is coupled to it; S the weights in it that make the unit (a filter, a neuron's row,
+the rows of a head's queries, keys and values); w_s one of them, g_s the gradient of the loss with respect to it, on one sample.
 
 Method. Without S the loss changes by about sum over s in S of g_s w_s, whose square, averaged over samples, is the importance:
 
