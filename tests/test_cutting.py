@@ -15,8 +15,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import compresslab
 import tiny
-from compresslab import cutting, models, pipeline, removing
+from compresslab import cutting, models, pipeline, removing, scoring
 from compresslab.coupling import Coupling, couplings
 from compresslab.errors import CompressLabError
 from compresslab.measure import fresh
@@ -26,7 +27,7 @@ from compresslab.prune.group_magnitude import GroupMagnitude
 from compresslab.prune.taylor import Taylor
 from compresslab.recipe import Recipe, parse
 from compresslab.solving import Pass
-from networks import NETS, Attention
+from networks import NETS, Attention, ResNet20
 
 torch.set_num_threads(1)
 
@@ -305,6 +306,40 @@ def test_a_run_on_pictures_is_opened_with_its_edits(kind: str, rounded: bool, tm
     assert report.parity.runtime == "compresslab" and report.parity.tensors == len(report.layers)
     sizes = {m.name: m.value for m in report.before}, {m.name: m.value for m in report.after}
     assert sizes[1]["weight_bytes"] < sizes[0]["weight_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "resnet"])
+def test_what_has_edits_is_exported_to_onnx(kind: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    make = tiny.save_convnet if kind in tiny.CONVNETS else tiny.save
+    units = {"channel_frac": 0.4} | ({"head_frac": 0.5} if kind == "bert" else {})
+    step = {"method": "group-magnitude", "multiple": 1, **units}
+    artifact, _ = run(make(kind, tmp_path / "model"), tmp_path / "out", step, data=None)
+    compresslab.export(artifact.folder, "onnx", out=tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    batch = tiny.picture_batches(2)[0] if kind == "resnet" else tiny.token_batches(2)[0]
+    given = batch | ({} if kind == "resnet" else {k: torch.full_like(batch["input_ids"], int(k == "attention_mask"))
+                                                 for k in ("attention_mask", "token_type_ids")})  # fmt: skip
+    found = session.run(None, {one.name: given[one.name].numpy() for one in session.get_inputs()})[0]
+    with torch.no_grad():
+        wanted = cutting.said(models.load(artifact.folder, dtype=torch.float32), given)
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_module_of_any_class_goes_through_the_same(tmp_path: Path) -> None:
+    model = ResNet20(width=4, depth=1).eval()
+    example = {"x": torch.zeros(1, 3, 16, 16)}
+    batch = {"x": NETS["resnet-20"].inputs(4)[0], "labels": torch.tensor([0, 3, 1, 1])}
+    whole = cutting.macs(couplings(model, example), {})
+    edits, told = scoring.take_out_(model, example, Taylor(channel_frac=0.5, macs_frac=0.6, multiple=1), [batch])
+    share = cutting.macs(couplings(model, example), {}) / whole
+    assert 0.45 < share <= 0.6 and told[-1] == f"{share:.1%} of the multiply-accumulates left"
+    cutting.save(model, edits, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(cutting.reopen(ResNet20(width=4, depth=1), tmp_path).eval()(batch["x"]), model(batch["x"]))
+    with pytest.raises(CompressLabError, match="ResNet20 has no heads"):
+        scoring.take_out_(ResNet20(), example, GroupMagnitude(head_frac=0.5))
 
 
 def a_pass(kind: str, **more: Any) -> Pass:

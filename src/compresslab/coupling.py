@@ -455,10 +455,11 @@ class Trace(TorchDispatchMode):
         )
 
     def _attention_work(self, labels: np.ndarray, axes: Mapping[tuple[str, int], np.ndarray]) -> Iterator[Work]:
+        wanted = np.unique(labels[[number for number, _ in self._attended]]) if self._attended else []
         owner: dict[int, tuple[str, int, int]] = {}
         for (name, axis), entries in axes.items():
-            for unit, entry in zip(*np.unique(entries, return_index=True), strict=True):
-                owner.setdefault(int(unit), (name, axis, int(entry)))
+            for entry in np.isin(entries, wanted).nonzero()[0]:
+                owner.setdefault(int(entries[entry]), (name, axis, int(entry)))
         for number, times in self._attended:
             yield Work(tensor="", times=times, owner=owner.get(int(labels[number])))
 

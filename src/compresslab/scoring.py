@@ -11,6 +11,7 @@ normal distribution from which one is drawn. So squares of the gradients are tho
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from compresslab import models
 from compresslab.contract import ChannelRemover, Member, Ranked
-from compresslab.coupling import Coupled, Coupling, Slice
-from compresslab.cutting import couplings_of, cut_source, macs
+from compresslab.coupling import Coupled, Coupling, Slice, couplings
+from compresslab.cutting import couplings_of, cut_, cut_source, macs
+from compresslab.edits import Edit
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, is_linear, is_transposed
 from compresslab.solving import Pass
@@ -37,26 +39,67 @@ def without_channels(calibration: Pass, method: ChannelRemover) -> tuple[Source,
     """
     source = calibration.source
     coupling = couplings_of(source)
-    kinds = [kind for kind in ("channels", "heads", "width") if getattr(method, f"{kind.removesuffix('s')}_frac")]
-    groups = [group for group in coupling.groups if group.kind in kinds]
-    missing = [kind for kind in kinds if not any(group.kind == kind for group in groups)]
-    if missing:
-        raise CompressLabError(
-            f"{source.name} ({source.architecture}) has no {missing[0]} that could be taken out: what it returns would lose "
-            f"them, or they are all of one piece; leave {missing[0].removesuffix('s')}_frac at 0"
-        )
+    groups = _groups(coupling, method, f"{source.name} ({source.architecture})")
     model = models.materialise(source).to(calibration.device)
-    ranked = []
-    for group, members in members_of(model, coupling, groups, method.sees, calibration.batches):
-        try:
-            ranked.append(
-                Ranked(name=group.name, kind=group.kind, shape=group.shape, scores=_checked(method.score(members)))
-            )
-        except ValueError as error:
-            raise CompressLabError(f"the {group.kind} that {group.name} makes: {error}") from error
+    ranked = importances(model, coupling, groups, method, calibration.batches)
     del model
     keep, left = choose(method, ranked, coupling)
     return cut_source(source, coupling, keep), _told(groups, keep, left)
+
+
+def take_out_(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    method: ChannelRemover,
+    batches: Sequence[Mapping[str, Tensor]] | None = None,
+) -> tuple[list[Edit], list[str]]:
+    """The same of a module in memory, of any class; it is changed.
+
+    Args:
+        example: a small input, by the names of the forward's arguments.
+        batches: calibration samples by the same names, and their "labels" where there are any.
+
+    Returns:
+        What was changed, for `cutting.save`, and what to tell of it.
+
+    Raises:
+        CompressLabError: as without_channels; the module is as it was.
+    """
+    coupling = couplings(model, example)
+    groups = _groups(coupling, method, type(model).__name__)
+    copied = copy.deepcopy(model).float().eval()
+    keep, left = choose(method, importances(copied, coupling, groups, method, batches), coupling)
+    return cut_(model, coupling, keep, example), _told(groups, keep, left)
+
+
+def _groups(coupling: Coupling, method: ChannelRemover, name: str) -> list[Coupled]:
+    """Those that the method shall take from. CompressLabError if there are none of a kind that it names."""
+    kinds = [kind for kind in ("channels", "heads", "width") if getattr(method, f"{kind.removesuffix('s')}_frac")]
+    for kind in kinds:
+        if not any(group.kind == kind for group in coupling.groups):
+            raise CompressLabError(
+                f"{name} has no {kind} that could be taken out: what it returns would lose them, or they are all of one piece; "
+                f"leave {kind.removesuffix('s')}_frac at 0"
+            )
+    return [group for group in coupling.groups if group.kind in kinds]
+
+
+def importances(
+    model: nn.Module,
+    coupling: Coupling,
+    groups: Sequence[Coupled],
+    method: ChannelRemover,
+    batches: Sequence[Mapping[str, Tensor]] | None,
+) -> list[Ranked]:
+    """The importance of every unit of these groups. CompressLabError naming the group that the method cannot judge."""
+    ranked = []
+    for group, members in members_of(model, coupling, groups, method.sees, batches):
+        try:
+            scores = _checked(method.score(members))
+        except ValueError as error:
+            raise CompressLabError(f"the {group.kind} that {group.name} makes: {error}") from error
+        ranked.append(Ranked(name=group.name, kind=group.kind, shape=group.shape, scores=scores))
+    return ranked
 
 
 def _checked(scores: Tensor) -> Tensor:
@@ -178,6 +221,10 @@ def _samples(model: nn.Module, batches: Sequence[Mapping[str, Tensor]] | None) -
             yield {key: value[row : row + 1].to(device) for key, value in batch.items()}
 
 
+def _without_labels(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in sample.items() if key != "labels"}
+
+
 def _products(
     model: nn.Module, slices: Mapping[tuple[str, int], Slice], batches: Sequence[Mapping[str, Tensor]] | None
 ) -> dict[tuple[str, int], Tensor]:
@@ -233,7 +280,7 @@ def _inputs(
     try:
         with torch.no_grad():
             for sample in _samples(model, batches):
-                model(**sample)
+                model(**_without_labels(sample))
                 count += 1
     finally:
         for handle in handles:
@@ -248,7 +295,7 @@ def _inputs(
 def loss_of(model: nn.Module, sample: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """The loss of one sample; see the top of this file."""
     labels = sample.get("labels")
-    returned = model(**{key: value for key, value in sample.items() if key != "labels"})
+    returned = model(**_without_labels(sample))
     logits = returned.logits if hasattr(returned, "logits") else returned if isinstance(returned, Tensor) else None
     if logits is not None and models.is_language_model(model):
         return nn.functional.cross_entropy(logits[0, :-1].float(), sample["input_ids"][0, 1:])
