@@ -129,7 +129,7 @@ def cut_source(source: Source, coupling: Coupling, keep: Keep) -> Source:
     else:
         cut = dataclasses.replace(cut, edits=(*source.edits, *edits_of(skeleton, coupling, keep, entries)))
     if any(group.mixed for group in coupling.groups if _loses(group, keep)):
-        _runs(cut)
+        check_runs(cut)
     else:
         masked = models.materialise(source)
         mask_(masked, coupling, keep)
@@ -141,7 +141,7 @@ def _loses(group: Coupled, keep: Keep) -> bool:
     return group.name in keep and len(keep[group.name]) < group.count
 
 
-def _runs(source: Source) -> None:
+def check_runs(source: Source) -> None:
     """CompressLabError unless a forward of shapes goes through."""
     try:
         couplings_of(source)
@@ -170,6 +170,7 @@ def _plain_config(source: Source, coupling: Coupling, keep: Keep, entries: Entri
             if before != after:
                 config = _with_width(config, before, after) if kind == "width" else with_units(
                     config, "neurons" if kind == "channels" else kind, before, after)  # fmt: skip
+        models.reread(config)
         built = tied_skeleton(dataclasses.replace(source, config=config))
     except (CompressLabError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError):
         return None
@@ -209,11 +210,13 @@ def edits_of(model: nn.Module, coupling: Coupling, keep: Keep, entries: Entries)
         owner, _, leaf = name.rpartition(".")
         if (stored := known.get(id(tensor), name)) in entries:
             sizes.setdefault(owner, {})[leaf] = shape_left(coupling, entries, stored)
-    return [
-        Edit(module=name, becomes="resized", sizes=shapes,
-             settings=settings.get(name, {}) | _settings_of(model.get_submodule(name), shapes))
-        for name, shapes in sizes.items()
-    ]  # fmt: skip
+    return [resized(model, name, shapes, settings.get(name, {})) for name, shapes in sizes.items()]
+
+
+def resized(model: nn.Module, name: str, shapes: Mapping[str, list[int]], settings: Mapping[str, int]) -> Edit:
+    """The edit that gives a module's tensors these shapes, with the attributes that repeat them and other `settings`."""
+    told = dict(settings) | _settings_of(model.get_submodule(name), shapes)
+    return Edit(module=name, becomes="resized", sizes=shapes, settings=told)
 
 
 def _convolution(module: Any, rows: int, columns: int) -> dict[str, Any]:
@@ -258,12 +261,15 @@ def _head_settings(model: nn.Module, coupling: Coupling, keep: Keep) -> dict[str
         left = len(keep[group.name])
         layers = {piece.tensor.rpartition(".")[0] for piece in group.slices if piece.role == "makes"}
         for owner in {layer.rpartition(".")[0] for layer in layers}:
-            module = model.get_submodule(owner)
-            for key in HEAD_COUNTS:
-                value = module.__dict__.get(key)
-                if isinstance(value, int) and value and value % group.count == 0:
-                    found.setdefault(owner, {})[key] = value // group.count * left
+            if counted := head_counts(model.get_submodule(owner), group.count, left):
+                found[owner] = counted
     return found
+
+
+def head_counts(module: nn.Module, count: int, left: int) -> dict[str, int]:
+    """An attention's attributes of HEAD_COUNTS when `left` of `count` heads, or groups of these, are left."""
+    values = {key: module.__dict__.get(key) for key in HEAD_COUNTS}
+    return {key: n // count * left for key, n in values.items() if isinstance(n, int) and n and n % count == 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

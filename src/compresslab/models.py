@@ -206,6 +206,18 @@ def build(config: transformers.PretrainedConfig) -> nn.Module:
     return _skeleton(config)
 
 
+def reread(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """The config as it comes back from a file, where transformers looks at it harder than at one that is changed in memory.
+
+    Raises:
+        CompressLabError: if transformers would not open it.
+    """
+    try:
+        return type(config).from_dict(config.to_dict())
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise CompressLabError(f"transformers refuses this config: {' '.join(str(error).split())}") from None
+
+
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
     cls = _class_of(config)
     config = copy.deepcopy(config)

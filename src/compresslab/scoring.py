@@ -44,7 +44,11 @@ def without_channels(calibration: Pass, method: ChannelRemover) -> tuple[Source,
     ranked = importances(model, coupling, groups, method, calibration.batches)
     del model
     keep, left = choose(method, ranked, coupling)
-    return cut_source(source, coupling, keep), _told(groups, keep, left)
+    cut = cut_source(source, coupling, keep)
+    told = _told(groups, keep, left)
+    if cut.edits != source.edits:
+        told.append("no config says these shapes, so compresslab.models.load opens it and plain transformers does not")
+    return cut, told
 
 
 def take_out_(
