@@ -237,6 +237,14 @@ def test_a_transformer_without_units_is_the_one_with_zeros(kind: str, unit: str,
             assert torch.equal(cutting.said(opened, batch), cutting.said(smaller, batch))
 
 
+def test_a_width_that_transformers_would_not_open_is_told_by_edits() -> None:
+    """A config may be set to it in memory, and is refused when it is read from a file: 30 is no multiple of 4 heads."""
+    _, source = source_of("llama")
+    coupling = cutting.couplings_of(source)
+    cut = cutting.cut_source(source, coupling, {"model.embed_tokens": torch.arange(30)})
+    assert cut.edits and cut.config.hidden_size == 32 and models.materialise(cut).lm_head.weight.shape[1] == 30
+
+
 @pytest.mark.parametrize("kind", tiny.CONVNETS)
 def test_a_convolutional_network_without_channels_is_the_one_with_zeros(kind: str) -> None:
     model, source = source_of(kind)

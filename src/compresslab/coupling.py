@@ -455,7 +455,7 @@ class Trace(TorchDispatchMode):
         )
 
     def _attention_work(self, labels: np.ndarray, axes: Mapping[tuple[str, int], np.ndarray]) -> Iterator[Work]:
-        wanted = np.unique(labels[[number for number, _ in self._attended]]) if self._attended else []
+        wanted = np.unique(labels[np.array([number for number, _ in self._attended], dtype=np.int64)])
         owner: dict[int, tuple[str, int, int]] = {}
         for (name, axis), entries in axes.items():
             for entry in np.isin(entries, wanted).nonzero()[0]:

@@ -43,6 +43,7 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads",
                "num_kv_heads", "split_size", "all_head_size", "inner_dim")  # fmt: skip
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim")
 CUTS, WEIGHTS = "cuts.json", "model.safetensors"
+NOT_PLAIN = "no config says these shapes, so compresslab.models.load opens it and plain transformers does not"
 TOLERANCE = 1e-3  # of the largest output; float32 sums in another order
 
 

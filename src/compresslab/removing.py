@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compresslab import layerwise, models
 from compresslab.contract import BlockRemover, ChannelRemover, Removal, UnitRemover
-from compresslab.cutting import check_runs, head_counts, resized
+from compresslab.cutting import NOT_PLAIN, check_runs, head_counts, resized
 from compresslab.errors import CompressLabError
 from compresslab.groups import Group, groups_of, with_units
 from compresslab.models import Source, blocks, is_transposed
@@ -76,6 +76,7 @@ def without_units(calibration: Pass, method: UnitRemover) -> tuple[Source, list[
         told.append(f"{found[0].count - keep[kind]} of {found[0].count} {kind} of every block taken out")
     everything = [group for found in wanted.values() for group in found]
     told_by = _told_by(source, config, everything, keep)
+    told += [NOT_PLAIN] if "edits" in told_by else []
     chosen = _choose(calibration, method, everything, keep)
     return dataclasses.replace(cut_out(source, everything, chosen), **told_by), told
 
@@ -168,16 +169,16 @@ def _told_by(source: Source, config: Any, groups: Sequence[Group], keep: dict[st
     if not trouble:
         return {"config": config}
     edits = [resized(skeleton, name, sizes.get(name, {}), settings.get(name, {})) for name in {**sizes, **settings}]
-    told = {"edits": (*source.edits, *edits)}
+    everything = (*source.edits, *edits)
     try:
-        check_runs(dataclasses.replace(source, **told))
+        check_runs(dataclasses.replace(source, edits=everything))
     except CompressLabError as error:
         kinds = " and ".join(keep)
         raise CompressLabError(
             f"{source.architecture} cannot be built with fewer {kinds} ({trouble}): its config ties them to something else, and "
             f"its code does not run without them ({error}). Take out neurons or blocks only"
         ) from None
-    return told
+    return {"edits": everything}
 
 
 def _differs(source: Source, sizes: Mapping[str, Mapping[str, list[int]]]) -> str:

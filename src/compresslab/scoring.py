@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.contract import ChannelRemover, Member, Ranked
 from compresslab.coupling import Coupled, Coupling, Slice, couplings
-from compresslab.cutting import couplings_of, cut_, cut_source, macs
+from compresslab.cutting import NOT_PLAIN, couplings_of, cut_, cut_source, macs
 from compresslab.edits import Edit
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, is_linear, is_transposed
@@ -47,7 +47,7 @@ def without_channels(calibration: Pass, method: ChannelRemover) -> tuple[Source,
     cut = cut_source(source, coupling, keep)
     told = _told(groups, keep, left)
     if cut.edits != source.edits:
-        told.append("no config says these shapes, so compresslab.models.load opens it and plain transformers does not")
+        told.append(NOT_PLAIN)
     return cut, told
 
 
