@@ -28,7 +28,7 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     assert found.name == name
     assert found.summary.endswith(".")
     if found.rounding is None:
-        assert isinstance(found.shaping.build(), Pruner | UnitRemover | BlockRemover)
+        assert isinstance(found.shaping.build(), Pruner | UnitRemover | ChannelRemover | BlockRemover)
         return
     solver = found.rounding.build()
     assert isinstance(solver, Rounding)
