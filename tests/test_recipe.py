@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import tiny
 from compresslab import methods, recipe, zoo
-from compresslab.contract import ActivationQuantizer, BlockRemover, Pruner, Rounding, UnitRemover
+from compresslab.contract import ActivationQuantizer, BlockRemover, ChannelRemover, Pruner, Rounding, UnitRemover
 from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
 

@@ -203,7 +203,9 @@ class Recipe(Strict):
     @property
     def removing(self) -> tuple[Step, ...]:
         """The steps that take out neurons, channels, heads or blocks."""
-        return tuple(step for step in self.steps if isinstance(step.build(), UnitRemover | ChannelRemover | BlockRemover))
+        return tuple(
+            step for step in self.steps if isinstance(step.build(), UnitRemover | ChannelRemover | BlockRemover)
+        )
 
     @property
     def shaping(self) -> Step:
