@@ -88,7 +88,7 @@ def test_a_recipe_keeps_its_promises(name: str, model: str, scratch: Path, tmp_p
     for promise, (low, high) in chosen.expect[model].items():
         found = FOUND[promise](before, after)
         assert low <= found <= high, f"{name} on {model}: {promise} {found:.4f}"
-    if model == "minilm-l6":
+    if model == "minilm-l6" and chosen.rounding is not None:  # what is taken out has to be trained for
         assert abs(after["document_similarity_correlation"] - before["document_similarity_correlation"]) < 0.005
     assert len(report.layers) == report.parity.tensors == LEFT.get(name, LAYERS[model])
 

@@ -11,7 +11,16 @@ from pydantic import ValidationError
 
 import tiny
 from compresslab import methods, recipe, zoo
-from compresslab.contract import ActivationQuantizer, BlockRemover, Pruner, Rounding, TrainedPruner, UnitRemover
+from compresslab.contract import (
+    ActivationQuantizer,
+    BlockRemover,
+    ChannelRemover,
+    NetworkPruner,
+    Pruner,
+    Rounding,
+    TrainedPruner,
+    UnitRemover,
+)
 from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
 from compresslab.pairing import losses_of
@@ -32,7 +41,9 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
         losses_of(found)  # raises if a step is not one that teaches
         return
     if found.rounding is None:
-        assert isinstance(found.shaping.build(), Pruner | TrainedPruner | UnitRemover | BlockRemover)
+        assert isinstance(
+            found.shaping.build(), Pruner | NetworkPruner | TrainedPruner | UnitRemover | ChannelRemover | BlockRemover
+        )
         return
     solver = found.rounding.build()
     assert isinstance(solver, Rounding)
@@ -198,7 +209,7 @@ def test_layers_belong_to_the_step_that_rounds() -> None:
     others = [
         name
         for name, cls in methods.METHODS.items()
-        if not isinstance(cls(), Rounding | ActivationQuantizer | Pruner | TrainedPruner)
+        if not isinstance(cls(), Rounding | ActivationQuantizer | Pruner | NetworkPruner | TrainedPruner)
     ]
     for name in others:
         with pytest.raises(

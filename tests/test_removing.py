@@ -23,7 +23,7 @@ from compresslab.recipe import Recipe, parse
 from compresslab.solving import Pass
 from oracles import removal as oracle
 
-WITH_HEADS = ("llama", "llama-tied", "mistral", "qwen2", "vit")
+WITH_HEADS = ("llama", "llama-tied", "mistral", "qwen2", "vit", "bert")
 SMALL = {"multiple": 1, "damp_frac": 1e-9}
 
 
@@ -81,6 +81,9 @@ def test_what_is_left_is_the_masked_network(kind: str, method: type) -> None:
             reader.weight.copy_(whole.t() if transposed else whole)
             if picked[group.reader].bias_change is not None:
                 reader.bias.add_(picked[group.reader].bias_change)
+    assert (
+        (source.edits != ()) == (removing.NOT_PLAIN in told) == (kind == "bert")
+    )  # its config ties heads to the width
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
     assert torch.allclose(said(smaller, batches[0]), said(model, batches[0]), rtol=1e-3, atol=1e-4)
     assert f"of {everything[0].count} {everything[0].kind}" in told or len(shares) > 1
@@ -233,9 +236,9 @@ def test_a_run_ends_in_a_plain_smaller_model(steps: list[dict[str, Any]], tmp_pa
 
 
 def test_what_cannot_be_cut_is_said_before_any_work() -> None:
-    bert = a_pass(tiny.make("bert"), inputs("bert"))
-    with pytest.raises(CompressLabError, match=r"block encoder.layer.0 of BertModel .* has no places with heads"):
-        removing.removed(bert, [ZipLM(head_frac=0.5)])
+    packed = a_pass(tiny.make("gpt2"), inputs("gpt2"))
+    with pytest.raises(CompressLabError, match=r"block transformer.h.0 of GPT2LMHeadModel .* has no places with heads"):
+        removing.removed(packed, [ZipLM(head_frac=0.5)])
     llama = a_pass(tiny.make("llama"), inputs("llama"))
     with pytest.raises(CompressLabError, match=r"0.9 of 2 heads would leave none"):
         removing.removed(llama, [ZipLM(head_frac=0.9)])

@@ -388,6 +388,73 @@ class UnitRemover(Method, Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Member:
+    """What the units of a coupled group (coupling.py) own of one parameter, and what was seen of it.
+
+    Attributes:
+        role: whether these weights make a unit, read it, or scale it (a norm, a bias).
+        weight: float32 [units, n].
+        work: multiply-accumulates of one unit in this parameter.
+        products: float32 [samples, units], the sum of weight times gradient of the loss over what a unit owns, for every sample;
+            None for a method that asks for none.
+        inputs: float32 [samples, units], of a layer that reads: the mean over positions of |x|, summed over what it reads of a
+            unit, for every sample; None elsewhere, and for a method that asks for none.
+    """
+
+    role: Literal["makes", "reads", "scales"]
+    weight: Tensor
+    work: int = 0
+    products: Tensor | None = None
+    inputs: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A coupled group with the importance of its units.
+
+    Attributes:
+        kind: "channels", "heads" or "width".
+        shape: the same for groups that are isomorphic.
+        scores: float32 [units].
+    """
+
+    name: str
+    kind: str
+    shape: tuple[Any, ...]
+    scores: Tensor
+
+
+@runtime_checkable
+class ChannelRemover(Method, Protocol):
+    """A method that takes coupled channels, heads or the embedding's width out of any network.
+
+    coupling.py finds the groups, channels.py gathers what the method asks for, cutting.py takes out.
+
+    Attributes:
+        sees: "weights" alone, or besides "gradients" or "inputs", which need data.
+        macs_frac: share of the multiply-accumulates that shall be left; None where the shares of units are the target.
+    """
+
+    sees: ClassVar[Literal["weights", "gradients", "inputs"]]
+    macs_frac: float | None
+
+    def score(self, members: Sequence[Member]) -> Tensor:
+        """The importance of the units of one group, float32 [units]."""
+        ...
+
+    def choose(self, groups: Sequence[Ranked], scale: float = 1.0) -> dict[str, Tensor]:
+        """The units that stay, int64 and ascending, of every group that loses some.
+
+        Args:
+            scale: what all shares are multiplied with.
+
+        Raises:
+            ValueError: naming a group that would lose all its units.
+        """
+        ...
+
+
 @runtime_checkable
 class BlockRemover(Method, Protocol):
     """A method that takes whole blocks out of a network."""

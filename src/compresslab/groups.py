@@ -31,7 +31,12 @@ FEED_FORWARDS = (
     (("wi",), "wo"),  # T5
 )
 # Queries, keys and values, and what reads their heads.
-ATTENTIONS = ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("q_proj", "k_proj", "v_proj"), "out_proj"))
+ATTENTIONS = (
+    (("q_proj", "k_proj", "v_proj"), "o_proj"),  # Llama, Mistral, Qwen, Gemma, ViT
+    (("q_proj", "k_proj", "v_proj"), "out_proj"),  # OPT, CLIP
+    (("self.query", "self.key", "self.value"), "output.dense"),  # BERT, RoBERTa, ELECTRA
+    (("q_lin", "k_lin", "v_lin"), "out_lin"),  # DistilBERT
+)
 NEURON_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
 
 

@@ -38,7 +38,7 @@ from compresslab.contract import Removal
 from compresslab.errors import CompressLabError
 from compresslab.groups import FEED_FORWARDS, Group, groups_of, with_units
 from compresslab.models import Source, linear_layers, materialise
-from compresslab.removing import check_shapes, cut_out, plain_stack
+from compresslab.removing import cut_out, plain_stack, told_by
 from compresslab.solving import read_weight
 from compresslab.weights import OverlaidWeights, RenamedWeights
 
@@ -68,7 +68,10 @@ def wider(source: Source, kind: str, factor: float, *, noise: float = 0.0, seed:
     if after == before:
         return source, ""
     config = with_units(copy.deepcopy(source.config), kind, before, after)
-    check_shapes(source, config, groups, {kind: after})
+    if "edits" in told_by(source, config, groups, {kind: after}):
+        raise CompressLabError(
+            f"{source.architecture} cannot be built with {after} {kind}: its config ties them to something else"
+        )
     generator = torch.Generator().manual_seed(seed)
     chosen = {group.reader: _copied(source, group, after, noise, generator) for group in groups}
     grown = dataclasses.replace(cut_out(source, groups, chosen), config=config)

@@ -32,11 +32,14 @@ from compresslab.distill.tinybert import TinyBERT
 from compresslab.distill.total_variation import TotalVariation
 from compresslab.distill.uld import ULD
 from compresslab.errors import CompressLabError, unknown
+from compresslab.prune.activation_norm import ActivationNorm
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.filter_norm import FilterNorm
 from compresslab.prune.fisher import Fisher
 from compresslab.prune.gradual import Gradual
 from compresslab.prune.grasp import GraSP
+from compresslab.prune.group_fisher import GroupFisher
+from compresslab.prune.group_magnitude import GroupMagnitude
 from compresslab.prune.magnitude import Magnitude
 from compresslab.prune.movement import Movement, SoftMovement
 from compresslab.prune.obd import OBD
@@ -46,6 +49,7 @@ from compresslab.prune.random_mask import RandomMask
 from compresslab.prune.snip import SNIP
 from compresslab.prune.sparsegpt import SparseGPT
 from compresslab.prune.synflow import SynFlow
+from compresslab.prune.taylor import Taylor
 from compresslab.prune.wanda import Wanda
 from compresslab.prune.ziplm import ZipLM
 from compresslab.quantize.autoround import AutoRound
@@ -124,6 +128,10 @@ METHODS: dict[str, type] = {
     "total-variation": TotalVariation,
     "dkd": DKD,
     "dist": DIST,
+    "group-magnitude": GroupMagnitude,
+    "taylor": Taylor,
+    "group-fisher": GroupFisher,
+    "activation-norm": ActivationNorm,
 }
 
 

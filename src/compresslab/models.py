@@ -213,6 +213,18 @@ def initialised(config: transformers.PretrainedConfig, seed: int) -> nn.Module:
         return _class_of(config)(copy.deepcopy(config)).eval()
 
 
+def reread(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """The config as it comes back from a file, where transformers looks at it harder than at one that is changed in memory.
+
+    Raises:
+        CompressLabError: if transformers would not open it.
+    """
+    try:
+        return type(config).from_dict(config.to_dict())
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise CompressLabError(f"transformers refuses this config: {' '.join(str(error).split())}") from None
+
+
 def _skeleton(config: transformers.PretrainedConfig, attention: str | None = None) -> nn.Module:
     cls = _class_of(config)
     config = copy.deepcopy(config)

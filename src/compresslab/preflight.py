@@ -136,13 +136,13 @@ def within(found: Estimate, ceiling_bytes: int) -> tuple[Estimate, int]:
     Raises:
         CompressLabError: if the ceiling is too low for one walk through one block, naming the least that works.
     """
-    least = found.memory_bytes - found.waiting_bytes + found.walk_bytes
+    least = _least(found)
     if least > ceiling_bytes:
         raise CompressLabError(
             f"{ceiling_bytes / 1e9:.2f} GB of memory are too few: one block and what its solving takes need about "
             f"{least / 1e9:.2f} GB, the least that works"
         )
-    allowance = ceiling_bytes - least
+    allowance = int(ceiling_bytes - least)
     on_disk = max(0, found.waiting_bytes - allowance)
     if not on_disk:
         return found, allowance
@@ -407,8 +407,13 @@ def check(found: Estimate, out: Path) -> None:
         )
 
 
+def _least(found: Estimate) -> float:
+    """What a run takes of which one walk is in memory, with a tenth in reserve."""
+    return 1.1 * (found.memory_bytes - found.waiting_bytes + found.walk_bytes)
+
+
 def _advice(found: Estimate, free_bytes: int) -> str:
-    least = found.memory_bytes - found.waiting_bytes + found.walk_bytes
+    least = _least(found)
     if least < free_bytes:
         return f"--memory {least / 1e9 + 0.05:.1f}GB is the least that works, with walks that wait on disk"
     return "take fewer calibration tokens (--samples, --sequence-length) or close other programs"

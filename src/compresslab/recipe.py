@@ -47,6 +47,7 @@ from compresslab.contract import (
     ActivationQuantizer,
     AwareTraining,
     BlockRemover,
+    ChannelRemover,
     Distilling,
     Method,
     NetworkPruner,
@@ -212,8 +213,10 @@ class Recipe(Strict):
 
     @property
     def removing(self) -> tuple[Step, ...]:
-        """The steps that take out neurons, heads or blocks."""
-        return tuple(step for step in self.steps if isinstance(step.build(), UnitRemover | BlockRemover))
+        """The steps that take out neurons, channels, heads or blocks."""
+        return tuple(
+            step for step in self.steps if isinstance(step.build(), UnitRemover | ChannelRemover | BlockRemover)
+        )
 
     @property
     def shaping(self) -> Step:

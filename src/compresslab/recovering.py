@@ -224,7 +224,7 @@ def _pruned(job: Job) -> Source:
             job,
             sink=sink,
             solvers=whole,
-            encode=DenseLayout().encode,
+            encode=DenseLayout(job.source.edits).encode,
             activations={},
             correctors=(),
             cache=None,

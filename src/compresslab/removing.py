@@ -3,7 +3,8 @@
 config and weights -> groups that must leave together (groups.py) -> a pass over the calibration text through the uncompressed
 network, in which the method chooses what stays as soon as a layer's Gram matrix is complete -> another Source: the same
 architecture with smaller numbers in its config, rows and columns cut out as the weights are read. Whatever comes afterwards in
-the recipe (smoothing, zeros, rounding) works on that as on any other model, and plain transformers opens it.
+the recipe (smoothing, zeros, rounding) works on that as on any other model, and plain transformers opens it. Where a config
+ties its numbers to something else (BERT's heads to its width), edits of the architecture tell it, and our own layout opens it.
 
 What is left computes what the whole network would with the lost units set to zero and the readers' new weights: no mask
 remains. The weights of readers, which the method may have refitted, are held in memory; all others are cut when they are read.
@@ -15,17 +16,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compresslab import layerwise
-from compresslab.contract import BlockRemover, Removal, UnitRemover
+from compresslab import layerwise, models
+from compresslab.channels import without_channels
+from compresslab.contract import BlockRemover, ChannelRemover, Removal, UnitRemover
+from compresslab.cutting import NOT_PLAIN, check_runs, head_counts, resized
 from compresslab.errors import CompressLabError
 from compresslab.groups import Group, groups_of, with_units
-from compresslab.models import Source, blocks, build, is_transposed
+from compresslab.models import Source, blocks, is_transposed
 from compresslab.numerics.gram import Gram, Statistic
 from compresslab.plan import OUTSIDE, make_plan
 from compresslab.solving import Pass, read_finite, read_weight
@@ -34,7 +37,7 @@ from compresslab.weights import OverlaidWeights, RenamedWeights, Select, Transfo
 KINDS = ("heads", "neurons")
 
 
-def removed(calibration: Pass, methods: Sequence[UnitRemover | BlockRemover]) -> tuple[Source, str]:
+def removed(calibration: Pass, methods: Sequence[UnitRemover | ChannelRemover | BlockRemover]) -> tuple[Source, str]:
     """The network without what these methods take out, one after the other; and what to tell of it.
 
     Raises:
@@ -44,6 +47,8 @@ def removed(calibration: Pass, methods: Sequence[UnitRemover | BlockRemover]) ->
     for method in methods:
         if isinstance(method, BlockRemover):
             source, said = without_blocks(calibration, method)
+        elif isinstance(method, ChannelRemover):
+            source, said = without_channels(calibration, method)
         else:
             source, said = without_units(calibration, method)
         calibration = dataclasses.replace(calibration, source=source)
@@ -70,9 +75,10 @@ def without_units(calibration: Pass, method: UnitRemover) -> tuple[Source, list[
         config = with_units(config, kind, found[0].count, keep[kind])
         told.append(f"{found[0].count - keep[kind]} of {found[0].count} {kind} of every block taken out")
     everything = [group for found in wanted.values() for group in found]
-    check_shapes(source, config, everything, keep)
+    fields = told_by(source, config, everything, keep)
+    told += [NOT_PLAIN] if "edits" in fields else []
     chosen = _choose(calibration, method, everything, keep)
-    return dataclasses.replace(cut_out(source, everything, chosen), config=config), told
+    return dataclasses.replace(cut_out(source, everything, chosen), **fields), told
 
 
 def _choose(
@@ -139,31 +145,54 @@ def _stored(source: Source, name: str, value: Tensor) -> Tensor:
     return cast
 
 
-def check_shapes(source: Source, config: Any, groups: Sequence[Group], keep: dict[str, int]) -> None:
-    """CompressLabError unless the architecture with this config has just the shapes that the cut weights will have."""
-    wanted: dict[str, tuple[int, int]] = {}
+def told_by(source: Source, config: Any, groups: Sequence[Group], keep: dict[str, int]) -> dict[str, Any]:
+    """What tells the smaller network: its config, or edits of what the whole one's builds, by the Source's field.
+
+    Raises:
+        CompressLabError: if neither does.
+    """
+    skeleton, sizes, settings = source.skeleton(), dict[str, dict[str, list[int]]](), dict[str, dict[str, int]]()
     for group in groups:
         left = keep[group.kind]
-        wanted |= {name: (0, left * rows) for name, rows in group.rows.items()} | {
+        lengths = {name: (0, left * rows) for name, rows in group.rows.items()} | {
             group.reader: (1, left * group.width)
         }
-    trouble = ""
+        for name, (axis, length) in lengths.items():
+            module = skeleton.get_submodule(name)
+            shape = sizes.setdefault(name, {"weight": list(module.weight.shape)})["weight"]  # type: ignore[arg-type]
+            shape[1 - axis if is_transposed(module) else axis] = length
+            if axis == 0 and module.bias is not None:
+                sizes[name]["bias"] = [length]
+        for owner in {name.rpartition(".")[0] for name in group.rows} if group.kind == "heads" else ():
+            settings[owner] = head_counts(skeleton.get_submodule(owner), group.count, left)
+    trouble = _differs(dataclasses.replace(source, config=config), sizes)
+    if not trouble:
+        return {"config": config}
+    edits = [resized(skeleton, name, sizes.get(name, {}), settings.get(name, {})) for name in {**sizes, **settings}]
+    everything = (*source.edits, *edits)
     try:
-        built = build(config)
-        for name, (axis, size) in wanted.items():
-            module = built.get_submodule(name)
-            shape = module.weight.shape
-            if shape[1 - axis if is_transposed(module) else axis] != size:  # type: ignore[index]
-                trouble = f"{name} would be {list(shape)}"  # type: ignore[arg-type]
-                break
-    except (ValueError, TypeError, AssertionError) as error:
-        trouble = " ".join(str(error).split())
-    if trouble:
+        check_runs(dataclasses.replace(source, edits=everything))
+    except CompressLabError as error:
         kinds = " and ".join(keep)
         raise CompressLabError(
-            f"{source.architecture} cannot be built with fewer {kinds} ({trouble}): its config ties them to something else. "
-            "Take out neurons or blocks only"
-        )
+            f"{source.architecture} cannot be built with fewer {kinds} ({trouble}): its config ties them to something else, and "
+            f"its code does not run without them ({error}). Take out neurons or blocks only"
+        ) from None
+    return {"edits": everything}
+
+
+def _differs(source: Source, sizes: Mapping[str, Mapping[str, list[int]]]) -> str:
+    """Where what a config builds has other shapes than these, in words; nothing if it has them."""
+    try:
+        models.reread(source.config)
+        built = source.skeleton()
+    except (CompressLabError, ValueError, TypeError, AssertionError) as error:
+        return " ".join(str(error).split())
+    for name, tensors in sizes.items():
+        shape = list(built.get_submodule(name).weight.shape)  # type: ignore[arg-type]
+        if shape != tensors["weight"]:
+            return f"{name} would be {shape}"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from compresslab.contract import (
     AwareTraining,
     BlockRemover,
     CacheRounding,
+    ChannelRemover,
     Corrector,
     Equalizer,
     Folder,
@@ -42,7 +43,7 @@ from compresslab.rotating import rotated
 _KINDS: tuple[tuple[Any, float, str], ...] = (
     (Folder | Equalizer, math.inf, "any that rewrite (such as batchnorm-folding)"),
     (Rotation, math.inf, "any that rotate (such as quarot)"),
-    (UnitRemover | BlockRemover, math.inf, "any that take out units or blocks (such as ziplm)"),
+    (UnitRemover | ChannelRemover | BlockRemover, math.inf, "any that take out units or blocks (such as ziplm)"),
     (Smoother, math.inf, "any that smooth (such as smoothquant)"),
     (ActivationQuantizer, 1, "at most one for activations (such as dynamic)"),
     (CacheRounding, 1, "at most one for keys and values (kv-cache)"),
@@ -56,7 +57,7 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
 
 
 # What may stand in a recipe that prunes and does not round.
-_WITHOUT_ROUNDING = (UnitRemover, BlockRemover, SparsityAllocation, Pruner, Corrector)
+_WITHOUT_ROUNDING = (UnitRemover, ChannelRemover, BlockRemover, SparsityAllocation, Pruner, Corrector)
 # Of these the kinds that are fitted to a network whose scales will not change.
 NOT_TUNED = tuple(place for place, (kind, *_) in enumerate(_KINDS) if kind in (ActivationQuantizer, Corrector))
 
@@ -72,7 +73,7 @@ class Stages:
     name: str
     rewriters: tuple[Folder | Equalizer, ...]
     rotations: tuple[Rotation, ...]
-    removers: tuple[UnitRemover | BlockRemover, ...]
+    removers: tuple[UnitRemover | ChannelRemover | BlockRemover, ...]
     smoothers: tuple[Smoother, ...]
     activations: ActivationQuantizer | None
     cache: CacheRounding | None
@@ -312,7 +313,7 @@ def planned(source: Source, recipe: Recipe) -> tuple[Plan, LayerMethods, Layout]
     pruners = {} if recipe.pruning is None else pruners_of(source, plan, recipe.pruning)
     if step is None:
         whole: dict[str, Solver] = {layer: Unrounded() for layer in plan.layers}
-        return plan, LayerMethods(solvers=whole, activations={}, pruners=pruners), DenseLayout()
+        return plan, LayerMethods(solvers=whole, activations={}, pruners=pruners), DenseLayout(source.edits)
     solvers: dict[str, Solver] = {layer: _to_plan(step.build(layer)) for layer in plan.layers}
     trained = {layer: method for layer, method in solvers.items() if isinstance(method, aware.Untrained)}
     activations: dict[str, ActivationQuantizer] = {x: m for x, m in trained.items() if m.method.activation_grid()}

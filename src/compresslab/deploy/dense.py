@@ -1,25 +1,35 @@
 """Plain numbers: the layout of a network that was pruned and not rounded.
 
 A layer is written under its own name in the dtype it had, zeros and all, so the folder is an ordinary transformers model that
-needs nothing of ours; it is as large as before. Oracle: transformers' from_pretrained, bit by bit (every run compares).
+needs nothing of ours. Only where the architecture was edited (channels taken out that no config can tell) do the edits stand in
+config.json, and native.py opens the folder. Oracle: transformers' from_pretrained, bit by bit (every run compares).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from compresslab.contract import FloatWeight
+from compresslab.deploy.native import QUANT_METHOD
+from compresslab.edits import Edit
 from compresslab.models import is_transposed, weight_of
 from compresslab.numerics.grid import QuantInput, QuantWeight
 
 
 class DenseLayout:
-    """How the layers of one run are written; the methods are explained at compressed_tensors.Layout."""
+    """How the layers of one run are written; the methods are explained at compressed_tensors.Layout.
 
-    runtime = "transformers"
+    Args:
+        edits: of the architecture.
+    """
+
+    def __init__(self, edits: Sequence[Edit] = ()) -> None:
+        self.edits = tuple(edits)
+        self.runtime = "compresslab" if edits else "transformers"
 
     def check_module(self, name: str, module: nn.Module) -> None:
         """Any module keeps numbers."""
@@ -36,5 +46,8 @@ class DenseLayout:
         return opened.t() if transposed else opened
 
     def config(self, ignore: Sequence[str], in_float: Collection[str] = ()) -> dict[str, Any]:
-        """No quantization_config: there is nothing to say."""
-        return {}
+        """No quantization_config but for edits: there is nothing else to say."""
+        if not self.edits:
+            return {}
+        edits = [dataclasses.asdict(edit) for edit in self.edits]
+        return {"quant_method": QUANT_METHOD, "config_groups": {}, "edits": edits}
