@@ -456,15 +456,15 @@ def test_disk_full_while_a_unit_is_written(shell: Shell, monkeypatch: pytest.Mon
     assert shell("--quiet")[0] == 0
     whole = (shell.out / "model.safetensors").read_bytes()
     shutil.rmtree(shell.out)
-    save, count = artifact.save_file, 0
+    save, count = artifact.write_safetensors, 0
 
-    def fills_up(*args: Any, **kwargs: Any) -> None:
+    def fills_up(path: Path, specs: Any, get: Any) -> None:
         nonlocal count
         count += 1
-        full_disk() if count == call else save(*args, **kwargs)
+        save(path, specs, full_disk if count == call else get)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "save_file", fills_up)
+        patch.setattr(artifact, "write_safetensors", fills_up)
         shell.fails(
             r"cannot write .* \(.*No space left on device\): free some disk and run the same command again", early=False
         )

@@ -150,7 +150,7 @@ def test_tensors_that_the_architecture_has_no_place_for_are_told(llama: Path) ->
     save_file(tensors | third, llama / "model.safetensors", metadata={"format": "pt"})
     source = models.find(llama)
     assert sorted(source.unused) == sorted(third)
-    assert pipeline._describe(source)["tensors_without_a_place"] == ", ".join(source.unused)
+    assert pipeline.described(source)["tensors_without_a_place"] == ", ".join(source.unused)
     assert models.find(tiny.make("llama")).unused == ()
 
 

@@ -145,6 +145,8 @@ class _Stored(Sequence[Any]):
         return int(self.spec["batches"])
 
     def __getitem__(self, batch: Any) -> Any:
+        if not 0 <= batch < len(self):  # by which an iteration ends
+            raise IndexError(batch)
         row = tuple(self.tensor(f"{batch}.{j}") for j in range(self.spec["width"]))
         return row[0] if self.spec["is_tensor"] else row
 

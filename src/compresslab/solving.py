@@ -56,6 +56,10 @@ class Solved:
     bias: Tensor | None = None  # in place of the one that was read; None if that stays
 
 
+def _in_memory(place: int, is_reference: bool) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockState:
     """What is needed to go on after a block: what it returned for every calibration batch.
@@ -68,7 +72,7 @@ class BlockState:
 
     outputs: Sequence[Any]
     references: Sequence[Tensor] = ()
-    opened: Callable[[int, bool], AbstractContextManager[None]] = lambda index, is_reference: nullcontext()
+    opened: Callable[[int, bool], AbstractContextManager[None]] = _in_memory
 
 
 class Sink(Protocol):

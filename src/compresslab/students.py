@@ -135,8 +135,12 @@ def _narrower(student: Source, shape: Shape, remover: type[Any], calibration: Pa
     """The student with a share of its neurons, and of its heads where the architecture has a number for them."""
     shares, told = {"neuron_frac": 1 - shape.width, "head_frac": 0.0}, []
     try:
-        heads = groups.groups_of(student, "heads")[0].count
-        shares["head_frac"] = 1 - max(1, round(shape.width * heads)) / heads
+        found = groups.groups_of(student, "heads")
+        heads, left = found[0].count, max(1, round(shape.width * found[0].count))
+        config = groups.with_units(copy.deepcopy(student.config), "heads", heads, left)
+        if "edits" in removing.told_by(student, config, found, {"heads": left}):
+            raise CompressLabError("a student is a plain folder, and plain transformers would not build it so")
+        shares["head_frac"] = 1 - left / heads
     except CompressLabError:
         told = [f"all heads, as {student.architecture} has no number for them apart from the residual stream's"]
     try:

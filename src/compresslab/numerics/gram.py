@@ -165,8 +165,9 @@ class Gram:
 
     def _mirror(self) -> Tensor:
         """Fill the upper triangle, which the stripes leave out, from the lower one, in place."""
-        self._sum.tril_()
-        self._sum += self._sum.tril(-1).t()
+        with torch.inference_mode():  # in which it may have been added up
+            self._sum.tril_()
+            self._sum += self._sum.tril(-1).t()
         return self._sum
 
     @property
