@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ranks_cases
 import tiny
-from compresslab import layerwise, spilling
+from compresslab import layerwise, learning, pipeline, preflight, spilling
 from compresslab.errors import CompressLabError
 from compresslab.ranks import ALONE
 from compresslab.solving import Pass
@@ -190,3 +190,94 @@ def test_variables_are_not_kept_alive_by_looking(tmp_path: Path) -> None:
     gc.collect()
     assert alive[0]() is None
     assert not list(itertools.chain(spill.on_disk, spill.in_memory))
+
+
+# -- the whole command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.fresh, "measure", tiny.fake_measure)
+
+
+def estimate(model: Path, **more: Any) -> preflight.Estimate:
+    return pipeline.plan_only(model, tiny.recipe(), **more)[1]
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.9f}GB"
+
+
+@pytest.mark.usefixtures("_not_measured")
+def test_a_run_under_a_ceiling_writes_the_same_bytes_also_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = tiny.save("llama", tmp_path / "model", num_hidden_layers=3), tiny.write_text(tmp_path / "words.txt")
+    made: list[Spill] = []
+
+    def build(*arguments: Any) -> Spill:
+        made.append(Spill(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(layerwise, "Spill", build)
+
+    def weights(out: Path, **more: Any) -> bytes:
+        artifact, _ = pipeline.compress(model, tiny.recipe(), str(text), out=out, measure=False, **more)
+        return (artifact.folder / "model.safetensors").read_bytes()
+
+    whole = weights(tmp_path / "whole")
+    monkeypatch.setattr(preflight, "batch_size", lambda length: 1)
+    monkeypatch.setattr(learning, "batch_size", lambda length: 1)
+    apart = weights(tmp_path / "apart")
+    assert len(apart) == len(whole)
+    found = estimate(model)
+    ceiling = gigabytes(preflight._least(found) + 1)
+    made.clear()
+    assert weights(tmp_path / "ceiling", memory=ceiling) == apart
+    assert made[-1].written_bytes > 0
+
+    def stop(layer: str) -> None:
+        if layer == "model.layers.2.self_attn.o_proj":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        weights(tmp_path / "killed", memory=ceiling, progress=pipeline.Progress(step=stop))
+    (tmp_path / "killed.partial" / "waiting-1").mkdir()  # as a kill by the system would have left one
+    assert weights(tmp_path / "killed", memory=ceiling) == apart
+
+
+def test_a_ceiling_costs_time_and_disk_and_too_low_a_one_names_the_least_that_works(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    free = estimate(model)
+    least = preflight._least(free)
+    tight, allowance = preflight.within(free, int(least) + 1)
+    assert allowance <= 1
+    assert tight.memory_bytes == int(least) + 1
+    on_disk = free.waiting_bytes - allowance
+    assert tight.disk_bytes == free.disk_bytes + on_disk
+    assert tight.seconds == pytest.approx(free.seconds + 2 * on_disk * free.waits / preflight.BYTES_PER_SECOND)
+    roomy, allowance = preflight.within(free, int(2 * least))
+    assert roomy == free
+    assert allowance >= free.waiting_bytes
+    for low in (
+        estimate,
+        lambda model, memory: pipeline.compress(model, tiny.recipe(), out=tmp_path / "out", memory=memory),
+    ):
+        with pytest.raises(CompressLabError, match=f"need about {least / 1e9:.2f} GB, the least that works"):
+            low(model, memory="1MB")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_cannot_wait_on_disk_says_so_before_any_work(tmp_path: Path) -> None:
+    model, text = tiny.save("llama", tmp_path / "model"), tiny.write_text(tmp_path / "words.txt")
+    settings = {"group_size": 16, "calibration.samples": 8, "calibration.sequence_length": 16}
+    for call in (
+        lambda: pipeline.plan_only(model, "w4a16-autoround", settings=settings, memory="1MB"),
+        lambda: pipeline.compress(
+            model, "w4a16-autoround", str(text), out=tmp_path / "out", settings=settings, memory="1MB"
+        ),
+    ):
+        with pytest.raises(
+            CompressLabError, match="recipe 'w4a16-autoround' cannot do with less here: raise --memory 1MB"
+        ):
+            call()

@@ -239,8 +239,7 @@ def plan_only(
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
         foretell = preflight.with_tuning if stages.tuner is not None else preflight.with_training
         estimate = foretell(estimate, source, seen, pick_device(device))
-    if memory is not None and stages.can_spill and not has_budget:
-        estimate, _ = preflight.within(estimate, parse_bytes(memory))
+    estimate, _ = _kept_within(estimate, memory, chosen, can_spill=stages.can_spill and not has_budget)
     return plan, estimate, chosen
 
 
@@ -450,18 +449,26 @@ def _room(
     Raises:
         CompressLabError: if the run does not fit this machine, or the memory it may have.
     """
-    allowance = None
-    if memory is not None:
-        ceiling = parse_bytes(memory)
-        if can_spill:
-            needs, allowance = preflight.within(needs, ceiling)
-        elif needs.memory_bytes > ceiling:
-            raise CompressLabError(
-                f"needs about {needs.memory_bytes / 1e9:.1f} GB of memory, and recipe '{recipe.name}' cannot do with less here: "
-                f"raise --memory {memory}, or take fewer calibration tokens (--samples, --sequence-length)"
-            )
+    needs, allowance = _kept_within(needs, memory, recipe, can_spill=can_spill)
     preflight.check(needs, out)
     return allowance, out.parent / f"{out.name}.partial" / f"waiting-{os.getpid()}"
+
+
+def _kept_within(
+    needs: preflight.Estimate, memory: str | None, recipe: Recipe, *, can_spill: bool
+) -> tuple[preflight.Estimate, int | None]:
+    """What a run takes that keeps to a ceiling of memory, and how much of what walks hold may then wait in memory."""
+    if memory is None:
+        return needs, None
+    ceiling = parse_bytes(memory)
+    if can_spill:
+        return preflight.within(needs, ceiling)
+    if needs.memory_bytes > ceiling:
+        raise CompressLabError(
+            f"needs about {needs.memory_bytes / 1e9:.1f} GB of memory, and recipe '{recipe.name}' cannot do with less here: "
+            f"raise --memory {memory}, or take fewer calibration tokens (--samples, --sequence-length)"
+        )
+    return needs, None
 
 
 def _pass(

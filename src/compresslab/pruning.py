@@ -55,14 +55,14 @@ class Unrounded:
 
 
 @dataclasses.dataclass
-class Ungated:
-    """What stands for a layer's pruner until the training that finds its zeros is over."""
+class _Unfound:
+    """What stands for a layer's pruner until its zeros are found with the whole network in view."""
 
     paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
     needs_data: ClassVar[bool] = False  # of the kind that the driver gathers
     needs_labels: ClassVar[bool] = False
 
-    method: TrainedPruner
+    method: Any
     sparsity: float = 0.0
     pattern: str | None = None
 
@@ -70,26 +70,21 @@ class Ungated:
         self.method.check(rows, columns)
 
     def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
-        raise AssertionError("the training comes first")
+        raise AssertionError("the zeros are found first")
 
 
 @dataclasses.dataclass
-class Unscored:
-    """What stands for a layer's pruner until the whole network is scored (scoring.py)."""
+class Ungated(_Unfound):
+    """Until the training that finds them is over (recovering.py)."""
 
-    paper: ClassVar[Paper] = Paper(title="", authors="", year=0, arxiv=None, claim="")
-    needs_data: ClassVar[bool] = False  # of the kind that the driver gathers
-    needs_labels: ClassVar[bool] = False
+    method: TrainedPruner
+
+
+@dataclasses.dataclass
+class Unscored(_Unfound):
+    """Until the whole network is scored (scoring.py)."""
 
     method: NetworkPruner
-    sparsity: float = 0.0
-    pattern: str | None = None
-
-    def check(self, rows: int, columns: int) -> None:
-        self.method.check(rows, columns)
-
-    def prune(self, weight: Tensor, gram: Gram | None) -> Pruned:
-        raise AssertionError("the scores come first")
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
