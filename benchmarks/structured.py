@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import statistics
 import time
@@ -31,6 +30,7 @@ import transformers
 from torch import Tensor, nn
 
 from compresslab import data, models
+from compresslab.architectures.resnet_cifar import ResNetCifarConfig, ResNetCifarForImageClassification
 from compresslab.channels import take_out_
 from compresslab.coupling import couplings
 from compresslab.data.labelled_images import pictures
@@ -120,45 +120,22 @@ def grouping(given: argparse.Namespace) -> dict[str, Any]:
 # --- CIFAR-10 -------------------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    def __init__(self, into: int, out: int, stride: int) -> None:
+class Logits(nn.Module):
+    """What a classifier of transformers' kind says of pictures, alone."""
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(into, out, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn1, self.bn2, self.short = nn.BatchNorm2d(out), nn.BatchNorm2d(out), nn.Sequential()
-        if stride > 1 or into != out:
-            self.short = nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.short(x))
-
-
-class ResNet20(nn.Module):
-    """He et al., arXiv 1512.03385, section 4.2, with shortcuts by 1 x 1 convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        widths = [16] * 4 + [32] * 3 + [64] * 3
-        self.blocks = nn.Sequential(*(Block(a, b, 1 + (a != b)) for a, b in itertools.pairwise(widths)))
-        self.fc = nn.Linear(64, 10)
+        self.network = network
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.fc(self.blocks(torch.relu(self.bn(self.conv(pixel_values)))).mean(dim=(2, 3)))
+        return self.network(pixel_values).logits
 
 
-class SmallViT(nn.Module):
+def small_vit() -> nn.Module:
     """transformers' ViT for pictures of 32 x 32, 6 blocks of 192."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=768,
-                                        image_size=32, patch_size=4, num_labels=10)  # fmt: skip
-        self.vit = transformers.ViTForImageClassification(config)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.vit(pixel_values).logits
+    config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=768,
+                                    image_size=32, patch_size=4, num_labels=10)  # fmt: skip
+    return transformers.ViTForImageClassification(config)
 
 
 def cifar(folder: Path, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
@@ -242,12 +219,12 @@ def on_cifar(given: argparse.Namespace, model: nn.Module, method: Any, rate: flo
 
 def resnet(given: argparse.Namespace) -> dict[str, Any]:
     method = Taylor(channel_frac=0.5, macs_frac=0.5, scope="isomorphic", multiple=4)
-    return on_cifar(given, ResNet20(), method, 0.2, adam=False)
+    return on_cifar(given, Logits(ResNetCifarForImageClassification(ResNetCifarConfig())), method, 0.2, adam=False)
 
 
 def vit(given: argparse.Namespace) -> dict[str, Any]:
     method = Taylor(channel_frac=0.6, head_frac=0.5, macs_frac=0.5, scope="isomorphic", multiple=16)
-    return on_cifar(given, SmallViT(), method, 1e-3, adam=True)
+    return on_cifar(given, Logits(small_vit()), method, 1e-3, adam=True)
 
 
 # --- MiniLM ---------------------------------------------------------------------------------------------------------------
