@@ -50,7 +50,7 @@ class ULD:
         authors="Boizard et al.",
         year=2024,
         arxiv="2402.12030",
-        claim="as good with half the data as learning from the teacher's texts alone, across tokenizers [section 5]",
+        claim="a student of another vocabulary learns more from it than from the texts that its teacher wrote",
     )
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
