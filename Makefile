@@ -9,7 +9,7 @@ DEMO ?= demo/smollm2-135m-w4a16-gptq
 
 help:
 	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
-	@echo "make test    all tests (under 10 minutes on two cores)"
+	@echo "make test    all tests (about 13 minutes on two cores)"
 	@echo "make expectations  every shipped recipe on SmolLM2-135M, within its band (about half an hour)"
 	@echo "make labs    every lab: its grader proven, its notebook executed, its expectations checked (offline)"
 	@echo "make check   lint, types, formatting"
