@@ -1,0 +1,1 @@
+"""What draws the figures: a module for each chapter, with its FIGURES by name."""
