@@ -193,18 +193,25 @@ def test_a_peer_that_measured_something_else_is_an_error(listed: Peer) -> None:
         _beside(math.exp(0.7), {"float_loss": 9.0})
 
 
-def test_a_lab_says_which_peers_are_missing(listed: Peer) -> None:
+def test_a_lab_asks_those_peers_that_are_installed_and_says_which_are_not(
+    listed: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Lab:
         @staticmethod
         def peers(settings: TextSettings) -> list[Asked]:
-            return [Asked(row="toy-4", peer="toy", ours="gptq-4", settings={})]
+            return [Asked(row=f"{peer}-4", peer=peer, ours="gptq-4", settings={}) for peer in ("toy", "torchao")]
 
-    with pytest.raises(CompressLabError, match=r"needs toy: run `compresslab peers install toy`"):
-        beside.asked_by(Lab, "3.3", SETTINGS)
+    said: list[str] = []
+    monkeypatch.setattr(
+        environments, "is_installed", lambda peer: peer.name == "toy" and environments.folder(peer).exists()
+    )
+    with pytest.raises(CompressLabError, match=r"needs torchao, toy: run `compresslab peers install torchao toy`"):
+        beside.asked_by(Lab, "3.3", SETTINGS, said.append)
     environments.install(listed)
-    assert [one.peer for one in beside.asked_by(Lab, "3.3", SETTINGS)] == ["toy"]
+    assert [one.peer for one in beside.asked_by(Lab, "3.3", SETTINGS, said.append)] == ["toy"]
+    assert said == ["without torchao: not installed, run `compresslab peers install torchao`"]
     with pytest.raises(CompressLabError, match="asks no other framework"):
-        beside.asked_by(object(), "3.4", SETTINGS)
+        beside.asked_by(object(), "3.4", SETTINGS, said.append)
 
 
 def test_the_scripts_take_the_loss_as_we_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

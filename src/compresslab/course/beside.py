@@ -64,18 +64,20 @@ class Beside:
     failed: str = ""
 
 
-def asked_by(experiment: Any, number: str, settings: Any) -> list[Asked]:
-    """The peers of a lab at a scale. CompressLabError if it has none there, or if one of them is not installed."""
+def asked_by(experiment: Any, number: str, settings: Any, say: Callable[[str], None]) -> list[Asked]:
+    """The peers of a lab at a scale that are installed. CompressLabError if it has none there, or none is."""
     listed: Callable[[Any], Sequence[Asked]] | None = getattr(experiment, "peers", None)
     if listed is None or not isinstance(settings, TextSettings):
         raise CompressLabError(f"lab {number} asks no other framework at this scale: leave --peers out")
     asked = list(listed(settings))
     missing = sorted({one.peer for one in asked if not environments.is_installed(registry.peer(one.peer))})
+    how = f"run `compresslab peers install {' '.join(missing)}`"
+    there = [one for one in asked if one.peer not in missing]
+    if not there:
+        raise CompressLabError(f"lab {number} --peers needs {', '.join(missing)}: {how}")
     if missing:
-        raise CompressLabError(
-            f"lab {number} --peers needs {', '.join(missing)}: run `compresslab peers install {' '.join(missing)}`"
-        )
-    return asked
+        say(f"without {', '.join(missing)}: not installed, {how}")
+    return there
 
 
 def measure_(

@@ -107,7 +107,7 @@ def run(
         seeds: how many; None for the lab's own number at this scale.
         model: another model than the lab's own at this scale.
         pictures: a folder or .parquet of labelled pictures, for a lab that has a use for them.
-        peers: also ask the frameworks that the lab names; each must be installed.
+        peers: also ask the frameworks that the lab names, those of them that are installed.
         say: told what is being done.
     """
     chosen = lab(number)
@@ -127,7 +127,7 @@ def run(
         settings = dataclasses.replace(settings, seeds=seeds)
     if settings.seeds < 1:
         raise CompressLabError(f"--seeds {settings.seeds}: at least one is needed")
-    asked = beside.asked_by(experiment, number, settings) if peers else []
+    asked = beside.asked_by(experiment, number, settings, say) if peers else []
     started = time.perf_counter()
     measured: list[Rows] = []
     answers: dict[str, Beside] = {}
