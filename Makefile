@@ -36,7 +36,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 expectations: $(VENV)/.ready
-	$(BIN)/python -m pytest -m expectations
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m expectations
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check src tests benchmarks theory
@@ -45,7 +45,7 @@ check: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/test_layering.py
 
 labs: $(VENV)/.ready
-	$(BIN)/compresslab lab verify
+	$(BIN)/compresslab lab verify --jobs 2
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench.py

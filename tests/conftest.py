@@ -6,3 +6,7 @@ import os
 
 # Consoles take their width from it when they are made, and a test process of xdist has one that no terminal set.
 os.environ.pop("COLUMNS", None)
+
+# Tiny networks: threads of several test processes that wait for each other cost more than they give.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -78,3 +79,15 @@ def test_a_grader_that_lets_a_mutant_through_is_reported(tmp_path: Path, monkeyp
     monkeypatch.setattr(catalogue.Lab, "mutants", [mutant])
     monkeypatch.setattr(grading, "grade", lambda lab, file: grading.Verdict(symptom=grader.grade(lab, file)["symptom"]))
     assert list(verifying.grader_faults(LAB)) == ["lab 3.3, harmless.py: the grader says passed, not group"]
+
+
+def told(lab: catalogue.Lab, folder: Path) -> list[str]:
+    return [f"{lab.number} {folder.name} {os.getpid()} {os.environ['OMP_NUM_THREADS']}"]
+
+
+def test_labs_are_proven_in_order_by_processes_that_share_the_cores(tmp_path: Path) -> None:
+    labs = [LAB, *catalogue.labs().values()]
+    found = [said for faults in verifying.in_parallel(labs, tmp_path, 2, told) for said in faults]
+    assert [said.split()[:2] for said in found] == [[lab.number] * 2 for lab in labs]
+    assert {int(said.split()[2]) for said in found}.isdisjoint({os.getpid()})
+    assert {said.split()[3] for said in found} == {str(max(1, (os.cpu_count() or 1) // 2))}

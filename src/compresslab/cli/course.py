@@ -248,14 +248,14 @@ def notebook(
 def verify(
     number: Annotated[str | None, typer.Argument(help="One lab; all if left out.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for notebooks and results.")] = Path("labs-out"),
+    jobs: Annotated[int, typer.Option(min=1, help="Labs at a time.")] = 1,
 ) -> None:
     """Prove the labs: graders, notebooks at micro scale, expectations. Exit code 1 if one does not stand."""
     from compresslab.course import catalogue, verifying
 
     chosen = [catalogue.lab(number)] if number else list(catalogue.labs().values())
     bad = []
-    for lab in chosen:
-        faults = verifying.faults(lab, out / lab.number)
+    for lab, faults in zip(chosen, verifying.in_parallel(chosen, out, jobs), strict=True):
         bad += faults
         _say(f"lab {lab.number}: {'; '.join(faults) or 'ok'}")
     if bad:
