@@ -75,6 +75,8 @@ def test_the_terminal_shows_formulas_as_text(number: str, language: str) -> None
         (r"2^{-m-1} |x|", "2^(-m-1) |x|"),
         (r"\sum_{j \ne k} e_j H_{jk}/H_{kk}", "∑_(j ≠ k) e_j H_jk/H_kk"),
         (r"\tfrac12 \Delta y^\top F", "1/2 Δy^⊤F"),
+        (r"d_{l,o(l)} \ge q_{\tau(i)}", "d_(l,o(l)) ≥ q_(τ(i))"),
+        (r"\alpha = \log p - \log \frac{q_y}{p_y}", "α = log p - log (q_y/p_y)"),
         (r"\begin{pmatrix} 1 & 0.9 \\ 0.9 & 1 \end{pmatrix}", "(1 0.9; 0.9 1)"),
     ],
 )
