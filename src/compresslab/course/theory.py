@@ -59,7 +59,7 @@ def as_text(formula: str) -> str:
     formula = re.sub(r"(\\[A-Za-z]+) +(?=[-+=<>])", r"\1~", formula)  # a space behind a name
     formula = re.sub(r"\\(log|exp) +", r"\1 ", formula)
     formula = re.sub(r"\\[td]?frac *(\w)(\w)", r"\\frac{\1}{\2}", formula)
-    formula = re.sub(r"\\ |\\,", " ", formula)
+    formula = re.sub(r"\\ |\\,", "~", formula)
     formula = re.sub(r"([_^])\{([^{}]*)\}", _script, formula)
     for _ in range(3):  # a fraction in a fraction is deep enough
         formula = re.sub(r"(log )?\\frac\{([^{}]*)\}\{([^{}]*)\}", _fraction, formula)
