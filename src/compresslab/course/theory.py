@@ -55,17 +55,21 @@ def as_text(formula: str) -> str:
     formula = re.sub(r"\}_\{\\text\{(\w+)\}\}", r"}\\ [\1]", formula)  # what a brace is labelled
     formula = re.sub(r"\\[lr]Vert\b", "‖", formula)
     formula = re.sub(r"\\hat ?(\w)", lambda found: f"{found[1]}\u0302", formula)
-    formula = re.sub(r"\\(le|ne|approx|cdot)(?![a-z])", lambda found: f" {SIGNS[found[1]]} ", formula)
+    formula = re.sub(rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: f" {SIGNS[found[1]]} ", formula)
+    formula = re.sub(r"(\\[A-Za-z]+) +(?=[-+=<>])", r"\1~", formula)  # a space behind a name
+    formula = re.sub(r"\\(log|exp) +", r"\1 ", formula)
     formula = re.sub(r"\\[td]?frac *(\w)(\w)", r"\\frac{\1}{\2}", formula)
-    formula = re.sub(r"\\ |\\,", " ", formula)
-    formula = re.sub(r"([_^])\{([^{}]*)\}", lambda found: found[1] + "{" + _bracketed(found[2]) + "}", formula)
+    formula = re.sub(r"\\ |\\,", "~", formula)
+    formula = re.sub(r"([_^])\{([^{}]*)\}", _script, formula)
     for _ in range(3):  # a fraction in a fraction is deep enough
-        formula = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", _fraction, formula)
+        formula = re.sub(r"(log )?\\frac\{([^{}]*)\}\{([^{}]*)\}", _fraction, formula)
     text = LatexNodes2Text(math_mode="text", keep_comments=False).latex_to_text(formula)
     return " ".join(text.split())
 
 
-SIGNS = {"le": "≤", "ne": "≠", "approx": "≈", "cdot": "·"}
+SIGNS = {
+    "le": "≤", "ge": "≥", "ne": "≠", "approx": "≈", "cdot": "·", "to": "→", "ll": "≪", "sim": "∼", "Vert": "‖", "mid": "|",
+}  # fmt: skip
 
 
 def _bracketed(text: str) -> str:
@@ -74,9 +78,15 @@ def _bracketed(text: str) -> str:
     return f"({text})" if re.search(r"[-+<=≤≠ /]", text.lstrip("-")) and not text.startswith("\\text") else text
 
 
+def _script(found: re.Match[str]) -> str:
+    inside = _bracketed(found[2])
+    nested = re.search(r"\w[,_(]", inside) and not inside.startswith(("(", "\\text"))
+    return found[1] + "{" + (f"({inside})" if nested else inside) + "}"
+
+
 def _fraction(found: re.Match[str]) -> str:
-    above, below = (_bracketed(part) for part in found.groups())
-    return f"{above}/{below}"
+    above, below = (_bracketed(part) for part in found.groups()[1:])
+    return f"{found[1]}({above}/{below})" if found[1] else f"{above}/{below}"
 
 
 def _cases(found: re.Match[str]) -> str:
