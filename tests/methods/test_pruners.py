@@ -204,19 +204,20 @@ def test_no_sparsity_is_the_identity(cls: type) -> None:
     )
 
 
+@pytest.mark.parametrize("rows", [80, 1])
 @pytest.mark.parametrize("settings", PATTERNS, ids=str)
 @pytest.mark.parametrize("cls", PRUNERS, ids=NAMES)
-def test_inputs_are_left_alone_and_bits_are_the_same(cls: type, settings: dict[str, Any]) -> None:
-    weight, gram = weights(14, 80), gram_of(inputs(14))
+def test_inputs_are_left_alone_and_bits_are_the_same(cls: type, settings: dict[str, Any], rows: int) -> None:
+    weight, gram = weights(14, rows), gram_of(inputs(14))
     first = cls(**settings).prune(weight, gram).weight
     torch.set_num_threads(2)
     try:
         with torch.inference_mode():
-            second = cls(**settings).prune(weights(14, 80), gram_of(inputs(14))).weight
+            second = cls(**settings).prune(weights(14, rows), gram_of(inputs(14))).weight
     finally:
         torch.set_num_threads(1)
     assert torch.equal(first, second)
-    assert torch.equal(weight, weights(14, 80))
+    assert torch.equal(weight, weights(14, rows))
     assert torch.equal(gram.matrix, gram_of(inputs(14)).matrix)
 
 

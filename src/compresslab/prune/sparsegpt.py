@@ -93,7 +93,7 @@ class SparseGPT(Target):
         n, m = (0, 0) if self.pattern is None else self.n_of_m
         rows, columns = weight.shape
         width = BLOCK if m == 0 else max(BLOCK // m, 1) * m
-        error = weight.cpu().t().contiguous()  # W^T, turned into (W - Q)^T block by block
+        error = weight.cpu().t().clone(memory_format=torch.contiguous_format)  # W^T, turned into (W - Q)^T
         pruned, dropped = torch.empty_like(error), 0
         for start in range(0, columns, width):
             block = slice(start, min(start + width, columns))
