@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import tiny
-from compresslab.course import catalogue, grader, grading, learner, verifying
+from compresslab.course import catalogue, experiment, grader, grading, learner, notebook, verifying
 
 LAB = catalogue.lab("3.3")
 
@@ -78,3 +80,19 @@ def test_a_grader_that_lets_a_mutant_through_is_reported(tmp_path: Path, monkeyp
     monkeypatch.setattr(catalogue.Lab, "mutants", [mutant])
     monkeypatch.setattr(grading, "grade", lambda lab, file: grading.Verdict(symptom=grader.grade(lab, file)["symptom"]))
     assert list(verifying.grader_faults(LAB)) == ["lab 3.3, harmless.py: the grader says passed, not group"]
+
+
+def test_what_is_promised_is_the_least_that_must_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(verdict: str, **promise: str) -> list[str]:
+        found = experiment.Verdict(
+            key="k", better="a", worse="b", metric="perplexity", difference=1.0, deviation=1.0, verdict=verdict
+        )
+        lab = dataclasses.replace(LAB, expectations=({"key": "k", **promise},))
+        monkeypatch.setattr(experiment, "read", lambda path: SimpleNamespace(verdicts=[found]))
+        return verifying.faults(lab, tmp_path)
+
+    monkeypatch.setattr(notebook, "render", lambda lab, folder: None)
+    monkeypatch.setattr(verifying, "grader_faults", lambda lab: iter(()))
+    assert not said("holds") and said("direction only") == ["lab 3.3, k: direction only (1 ± 1)"]
+    assert not said("direction only", at_least="direction only") and said("does not hold", at_least="direction only")
+    assert not any(said(verdict, at_least="does not hold") for verdict in experiment.VERDICTS)  # an open question
