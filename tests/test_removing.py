@@ -89,6 +89,30 @@ def test_what_is_left_is_the_masked_network(kind: str, method: type) -> None:
     assert f"of {everything[0].count} {everything[0].kind}" in told or len(shares) > 1
 
 
+@pytest.mark.parametrize("kept", [[0], [1]])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_kept_entries_leave_what_the_attention_with_silent_heads_says(kind: str, kept: list[int]) -> None:
+    """Every tensor cut by its name alone, the reader's with them, and opened by a plain smaller model."""
+    model, batch = made(kind), inputs(kind)[0]
+    assert model.config.num_attention_heads > model.config.num_key_value_heads == 2  # grouped queries
+    tensors = model.state_dict()
+    for name in {tensor.rpartition(".self_attn.")[0] for tensor in tensors if ".self_attn." in tensor}:
+        prefix = f"{name}.self_attn."
+        own = {tensor.removeprefix(prefix): tensor for tensor in tensors if tensor.startswith(prefix)}
+        shapes = {short: list(tensors[tensor].shape) for short, tensor in own.items()}
+        found = groups.kept_entries(shapes, "o_proj", 2, torch.tensor(kept))
+        assert set(found) == set(own) - {"o_proj.bias"}
+        for short, (axis, entries) in found.items():
+            tensors[own[short]] = tensors[own[short]].index_select(axis, entries)
+        reader = model.get_submodule(f"{prefix}o_proj").weight
+        gone = oracle.spread([1 - kept[0]], reader.shape[1] // 2)
+        with torch.no_grad():
+            reader[:, gone] = 0
+    smaller = type(model)(groups.with_units(models.reread(model.config), "heads", 2, 1))
+    smaller.load_state_dict(tensors)
+    assert torch.allclose(said(smaller.eval(), batch), said(model, batch), rtol=1e-3, atol=1e-4)
+
+
 def layer(out: int = 6, units: int = 5, width: int = 1, tokens: int = 60, seed: int = 0) -> tuple[Tensor, Tensor, Gram]:
     """A weight, an input whose channels say much of each other and have means, and its Gram matrix."""
     generator = torch.Generator().manual_seed(seed)

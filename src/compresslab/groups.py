@@ -6,18 +6,22 @@ unit that can be taken out is such a group of heads, for every query must have i
 
 Which layers play which role is declared here for the common transformer families, by the names that transformers gives them.
 What is not declared is no guess: a block whose feed-forward or attention is not found is an error that names it.
+
+    a block's layers -> Group: how many units there are, and which layer reads them
+      -> units that stay -> kept_entries: which rows and columns of every tensor stay with them
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compresslab.errors import CompressLabError
 from compresslab.models import Source, blocks, is_transposed, linear_layers, matrix_shape
+from compresslab.numerics.selection import columns_of
 
 # What makes a feed-forward's neurons, and what reads them; siblings in one module.
 FEED_FORWARDS = (
@@ -102,6 +106,34 @@ def _group(
             rows = {name: rows // count for name, rows in zip(named, made, strict=True)}
             return Group(kind=kind, block=block, count=count, reader=reader, width=columns // count, rows=rows)
     return None
+
+
+def kept_entries(
+    shapes: Mapping[str, Sequence[int]], reader: str, count: int, kept: Tensor
+) -> dict[str, tuple[int, Tensor]]:
+    """What stays of the tensors around some units when only a few of these do.
+
+    What is left says what the whole would with zeros in the place of the others. Every layer but the reader makes
+    the units, and a unit is one of `count` equal parts of its outputs, all neighbours. So with grouped queries, where units
+    are counted by their keys, its part of the queries is as many heads as read one key.
+
+    Args:
+        shapes: of every tensor by name: [out, in] of "q_proj.weight", [out] of "q_proj.bias", and so on.
+        reader: the layer that reads the units, such as "o_proj".
+        count: how many units there are.
+        kept: int64, those that stay, ascending.
+
+    Returns:
+        tensor -> (axis, int64 of what stays along it, ascending), for every tensor that loses something.
+    """
+    entries = {}
+    for tensor, shape in shapes.items():
+        layer, _, leaf = tensor.rpartition(".")
+        if layer == reader and leaf == "bias":
+            continue  # added once, to the sum over all units
+        axis = 1 if layer == reader else 0
+        entries[tensor] = axis, columns_of(kept, shape[axis] // count)
+    return entries
 
 
 def key_heads(config: Any) -> int:

@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compresslab import layerwise, models
 from compresslab.channels import without_channels
 from compresslab.contract import BlockRemover, ChannelRemover, Removal, UnitRemover
 from compresslab.cutting import NOT_PLAIN, check_runs, head_counts, resized
 from compresslab.errors import CompressLabError
-from compresslab.groups import Group, groups_of, with_units
+from compresslab.groups import Group, groups_of, inputs_of, kept_entries, outputs_of, with_units
 from compresslab.models import Source, blocks, is_transposed
 from compresslab.numerics.gram import Gram, Statistic
 from compresslab.plan import OUTSIDE, make_plan
@@ -121,12 +121,10 @@ def cut_out(source: Source, groups: Sequence[Group], chosen: dict[str, Removal])
     changes: dict[str, Select] = {}
     for group in groups:
         removal = chosen[group.reader]
-        for name, rows in group.rows.items():
-            kept = (removal.kept.cpu()[:, None] * rows + torch.arange(rows)).flatten()
-            axis = 1 if is_transposed(skeleton.get_submodule(name)) else 0
-            changes[f"{name}.weight"] = Select(kept=kept, axis=axis)
-            if f"{name}.bias" in stored:
-                changes[f"{name}.bias"] = Select(kept=kept, axis=0)
+        made = _shapes_of(skeleton, group.rows, stored)
+        for tensor, (axis, kept) in kept_entries(made, group.reader, group.count, removal.kept.cpu()).items():
+            transposed = tensor.endswith(".weight") and is_transposed(skeleton.get_submodule(tensor[: -len(".weight")]))
+            changes[tensor] = Select(kept=kept, axis=1 - axis if transposed else axis)
         weight = removal.weight.cpu()
         weight = weight.t() if is_transposed(skeleton.get_submodule(group.reader)) else weight
         replaced[f"{group.reader}.weight"] = _stored(source, f"{group.reader}.weight", weight)
@@ -135,6 +133,17 @@ def cut_out(source: Source, groups: Sequence[Group], chosen: dict[str, Removal])
             replaced[f"{group.reader}.bias"] = _stored(source, f"{group.reader}.bias", bias)
     weights = OverlaidWeights(TransformedWeights(source.weights, changes), replaced)
     return dataclasses.replace(source, weights=weights)
+
+
+def _shapes_of(skeleton: nn.Module, layers: Iterable[str], stored: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """[out, in] of the weights and [out] of the biases that these layers have, by the tensor's name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in layers:
+        module = skeleton.get_submodule(name)
+        shapes[f"{name}.weight"] = outputs_of(module), inputs_of(module)
+        if f"{name}.bias" in stored:
+            shapes[f"{name}.bias"] = (outputs_of(module),)
+    return shapes
 
 
 def _stored(source: Source, name: str, value: Tensor) -> Tensor:

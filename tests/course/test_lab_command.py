@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import tiny
-from compresslab.course import catalogue, grader, grading, learner, verifying
+from compresslab.course import catalogue, experiment, grader, grading, learner, notebook, verifying
 
 LAB = catalogue.lab("3.3")
 
@@ -91,3 +93,19 @@ def test_labs_are_proven_in_order_by_processes_that_share_the_cores(tmp_path: Pa
     assert [said.split()[:2] for said in found] == [[lab.number] * 2 for lab in labs]
     assert {int(said.split()[2]) for said in found}.isdisjoint({os.getpid()})
     assert {said.split()[3] for said in found} == {str(max(1, (os.cpu_count() or 1) // 2))}
+
+
+def test_what_is_promised_is_the_least_that_must_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(verdict: str, **promise: str) -> list[str]:
+        found = experiment.Verdict(
+            key="k", better="a", worse="b", metric="perplexity", difference=1.0, deviation=1.0, verdict=verdict
+        )
+        lab = dataclasses.replace(LAB, expectations=({"key": "k", **promise},))
+        monkeypatch.setattr(experiment, "read", lambda path: SimpleNamespace(verdicts=[found]))
+        return verifying.faults(lab, tmp_path)
+
+    monkeypatch.setattr(notebook, "render", lambda lab, folder: None)
+    monkeypatch.setattr(verifying, "grader_faults", lambda lab: iter(()))
+    assert not said("holds") and said("direction only") == ["lab 3.3, k: direction only (1 ± 1)"]
+    assert not said("direction only", at_least="direction only") and said("does not hold", at_least="direction only")
+    assert not any(said(verdict, at_least="does not hold") for verdict in experiment.VERDICTS)  # an open question

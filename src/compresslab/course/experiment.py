@@ -29,6 +29,7 @@ from compresslab.measure import environment
 
 SCALES = ("micro", "real", "paper")
 DEVIATIONS = 2.0
+VERDICTS = ("does not hold", "direction only", "holds")  # from the least to the most
 
 Rows = dict[str, dict[str, float]]
 
@@ -42,7 +43,7 @@ class Verdict:
         better, worse: the rows compared, by `metric`.
         difference: mean over the seeds of how much better; positive where the expectation points.
         deviation: standard deviation of that over the seeds; None for a single seed.
-        verdict: "holds", "direction only", "does not hold".
+        verdict: one of VERDICTS.
     """
 
     key: str

@@ -42,11 +42,11 @@ def faults(lab: Lab, folder: Path) -> list[str]:
     with mock.patch.dict(os.environ, OFFLINE):
         notebook.render(lab, folder)
     result = experiment.read(folder / "result.json")
-    promised = {expected["key"]: expected.get("at_least") for expected in lab.expectations}
+    promised = {expected["key"]: expected.get("at_least", "holds") for expected in lab.expectations}
     found += [
         f"lab {lab.number}, {verdict.key}: {verdict.verdict} ({verdict.difference:.3g} ± {verdict.deviation or 0:.2g})"
         for verdict in result.verdicts
-        if verdict.verdict not in ("holds", promised.get(verdict.key))
+        if experiment.VERDICTS.index(verdict.verdict) < experiment.VERDICTS.index(promised[verdict.key])
     ]
     return found
 

@@ -178,3 +178,8 @@ def _in_order(score: Tensor) -> Tensor:
     """int32 patterns that order like the numbers, negative ones too; -0 is 0."""
     bits = (score.cpu().float() + 0.0).contiguous().view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def columns_of(units: Tensor, width: int) -> Tensor:
+    """The channels of these units, each of `width` neighbours: int64 [units * width]."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from compresslab.contract import Paper, Removal
 from compresslab.numerics.gram import Gram
+from compresslab.numerics.selection import columns_of
 from compresslab.prune.units import Units
-from compresslab.prune.ziplm import columns_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from torch import Tensor
 from compresslab.contract import Paper, Removal
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.linalg import damped_cholesky
+from compresslab.numerics.selection import columns_of
 from compresslab.prune.units import Units
 
 
@@ -113,11 +114,6 @@ def squares(weight: Tensor, count: int) -> Tensor:
         return weight.square().sum(0)[:, None, None]
     mine = weight.unflatten(1, (count, -1)).transpose(0, 1)
     return mine.transpose(1, 2) @ mine
-
-
-def columns_of(units: Tensor, width: int) -> Tensor:
-    """The input channels of these units, each of `width` neighbours: int64 [units * width]."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def refit(weight: Tensor, matrix: Tensor, columns: Tensor) -> Tensor:

@@ -1,0 +1,24 @@
+"""Lab 3.6, a mutant: the output projection stays whole.
+
+Symptom: reader-whole
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def kept_entries(
+    shapes: Mapping[str, Sequence[int]], reader: str, count: int, kept: Tensor
+) -> dict[str, tuple[int, Tensor]]:
+    """tensor -> (axis, int64 of what stays along it, ascending), for every tensor that loses something."""
+    entries = {}
+    for tensor, shape in shapes.items():
+        if tensor.startswith(f"{reader}."):
+            continue
+        width = shape[0] // count
+        entries[tensor] = 0, (kept[:, None] * width + torch.arange(width)).flatten()
+    return entries

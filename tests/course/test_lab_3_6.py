@@ -1,0 +1,79 @@
+"""Lab 3.6's own pieces: the controls, the mask with as many weights, fresh weights, and networks timed in turn."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from compresslab.channels import take_out_
+from compresslab.contract import Member
+from compresslab.course import digits
+from compresslab.course.labs.lab_3_6 import experiment
+from compresslab.course.labs.lab_3_6.timing import in_turn
+
+SETTINGS = experiment.Settings(model="digits", seeds=1)
+TRAINING = digits.Training(widths=(8, 16), pictures=256, epochs=1)
+
+
+def network(seed: int = 0) -> Any:
+    return digits.build(TRAINING, seed).eval().requires_grad_(False)
+
+
+def smaller(whole: Any, row: str = "smallest", seed: int = 0) -> Any:
+    found = copy.deepcopy(whole)
+    take_out_(found, experiment.EXAMPLE, experiment.methods(SETTINGS, seed)[row])
+    return found
+
+
+def test_the_controls_rank_the_same_units_in_other_ways() -> None:
+    weight = torch.tensor([[1.0, -1.0], [3.0, 0.0], [0.5, 0.0], [2.0, 2.0]])
+    members = [Member(role="makes", weight=weight, work=1)]
+    methods = experiment.methods(SETTINGS, 0)
+    assert methods["smallest"].score(members).tolist() == [2.0, 3.0, 0.5, 4.0]
+    assert methods["largest"].score(members).tolist() == [-2.0, -3.0, -0.5, -4.0]
+    drawn = [experiment.methods(SETTINGS, seed)["random"].score(members).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_all_ways_to_cut_leave_one_shape() -> None:
+    whole = network()
+    found = [smaller(whole, row) for row in experiment.methods(SETTINGS, 0)]
+    shapes = [[p.shape for p in one.parameters()] for one in found]
+    assert shapes[0] == shapes[1] == shapes[2] != [p.shape for p in whole.parameters()]
+    assert not torch.equal(found[0].conv.weight, found[2].conv.weight)
+
+
+def test_the_mask_leaves_as_many_weights_and_the_largest() -> None:
+    whole = experiment.trained_on(network(), 0, TRAINING)
+    before = [tensor.clone() for tensor in whole.parameters()]
+    count = experiment.parameters(smaller(whole))
+    kept = experiment.largest_weights(whole, count)
+    masked = experiment.trained_on(whole, 0, TRAINING, kept)
+    assert experiment.parameters(masked) == count < experiment.parameters(whole)
+    sizes = {name: whole.get_submodule(name).weight.abs() for name in kept}
+    least = min(float(sizes[name][mask].min()) for name, mask in kept.items() if mask.any())
+    most = max(float(sizes[name][~mask].max()) for name, mask in kept.items() if not mask.all())
+    assert most <= least
+    assert all(not masked.get_submodule(name).weight[~mask].any() for name, mask in kept.items())
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), before, strict=True))  # what is given stays
+    told = experiment.sizes(whole), experiment.sizes(masked), experiment.sizes(smaller(whole))
+    assert told[0]["bytes"] == told[1]["bytes"] > told[2]["bytes"]
+    assert told[0]["mmacs"] == told[1]["mmacs"] > told[2]["mmacs"]
+
+
+def test_fresh_weights_have_the_shape_and_nothing_else() -> None:
+    shape = smaller(network())
+    one, same, other = (experiment.fresh(shape, seed) for seed in (1, 1, 2))
+    assert torch.equal(one.conv.weight, same.conv.weight)
+    assert not torch.equal(one.conv.weight, other.conv.weight)
+    assert one.conv.weight.shape == shape.conv.weight.shape
+    assert not torch.equal(one.layers[0].conv1.weight, shape.layers[0].conv1.weight)
+
+
+def test_networks_are_timed_in_turn() -> None:
+    called: list[str] = []
+    found = in_turn({name: lambda name=name: called.append(name) for name in "ab"}, rounds=3)  # type: ignore[misc]
+    assert called == ["a"] * 3 + ["b"] * 3 + called[:6] * 2  # each once before it counts
+    assert all(taken >= 0 for taken in found.values())
