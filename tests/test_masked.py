@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import tiny
 from compresslab import masked, training
 from compresslab.errors import CompressLabError
-from compresslab.masked import Masks, masking, train_masked_, zeros_of
+from compresslab.masked import Masks, fewer, masking, prune_, train_masked_, zeros_of
 from compresslab.recipe import Training
 from compresslab.training import train_
 
 OPTIMIZERS = {"adamw": 3e-3, "sgd": 3e-2}
+SHAPES = {"first": (5, 8), "last": (3, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -305,3 +306,43 @@ def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
     x, y = examples[0]["x"], examples[0]["y"]
     wanted = before - 0.01 * 2 * (before @ x - y) * x
     torch.testing.assert_close(model.weight.detach(), wanted)
+
+
+def test_fewer_is_one_threshold_over_what_is_kept() -> None:
+    """Against Python's sort of (|w|, layer, place), with equal sizes, and small weights that are masked already."""
+    generator = torch.Generator().manual_seed(5)
+    weights = {name: torch.randint(-6, 7, shape, generator=generator).float() / 4 for name, shape in SHAPES.items()}
+    kept = {name: torch.rand(w.shape, generator=generator) < 0.8 for name, w in weights.items()}
+    left = sorted(
+        (abs(float(weights[name].flatten()[i])), number, i, name)
+        for number, (name, mask) in enumerate(kept.items())
+        for i in mask.flatten().nonzero()[:, 0].tolist()
+    )
+    for share in (0.0, 0.3, 0.77):
+        wanted = {name: mask.flatten().clone() for name, mask in kept.items()}
+        for _, _, i, name in left[: round(share * len(left))]:
+            wanted[name][i] = False
+        found = fewer(weights, kept, share)
+        assert all(torch.equal(found[name].flatten(), wanted[name]) for name in weights)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_prune_holds_what_momentum_would_carry_back(optimizer: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+    more = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    chosen = optimizer(weights.values(), lr=0.1, weight_decay=0.01, **more)
+
+    def step() -> None:
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        chosen.step()
+
+    step()
+    kept = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
+    for count in (45, 31):  # of the 64, and of the 45 that are left
+        kept = prune_(chosen, weights, kept, 0.3)
+        assert sum(int(mask.sum()) for mask in kept.values()) == count
+        for _ in range(3):
+            assert all(torch.equal(weights[name] != 0, mask) for name, mask in kept.items())
+            step()

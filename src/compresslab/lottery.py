@@ -42,8 +42,7 @@ from torch import Tensor, nn
 
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError, unknown
-from compresslab.masked import BUFFER, masking
-from compresslab.numerics.selection import drop_smallest
+from compresslab.masked import BUFFER, fewer, masking
 from compresslab.recipe import Training
 from compresslab.training import KEPT, Loss, Record, split, train_
 
@@ -184,19 +183,17 @@ class Lottery:
 
     def _fewer(self, ticket: Ticket, number: int) -> dict[str, Tensor]:
         """The mask without the smallest of the weights that it keeps."""
-        sizes = [ticket.trained[f"{name}.weight"].float().abs().cpu()[ticket.kept[name].cpu()] for name in self.layers]
+        weights = {name: ticket.trained[f"{name}.weight"] for name in self.layers}
         if self.scope == "global":
-            stays = drop_smallest(torch.cat(sizes), round(self.share * sum(map(len, sizes)))).split([*map(len, sizes)])
+            found = fewer(weights, ticket.kept, self.share)
         else:
-            stays = tuple(drop_smallest(size, round(self.share * len(size))) for size in sizes)
-        fewer = {}
-        for name, stay in zip(self.layers, stays, strict=True):
-            if not stay.any():
+            found = {name: fewer({name: w}, ticket.kept, self.share)[name] for name, w in weights.items()}
+        for name, mask in found.items():
+            if not mask.any():
                 raise CompressLabError(
                     f"round {number} would empty layer {name}: take fewer rounds or a smaller share, or leave the layer out"
                 )
-            fewer[name] = ticket.kept[name].cpu().masked_scatter(ticket.kept[name].cpu(), stay)
-        return fewer
+        return found
 
 
 def shuffled(kept: Masks, seed: int) -> dict[str, Tensor]:

@@ -11,8 +11,11 @@ A mask is a buffer `kept` beside its layer's weight for as long as the training 
 stands in every checkpoint. So a training whose masks change (gradual pruning) goes on after a kill with the masks that it had,
 and the best network leaves with its own. The layer's class does not change. Afterwards nothing is left of it but the zeros.
 
+A training loop of one's own needs no buffers: `prune_` finds masks by magnitude and holds them after every step of an optimiser.
+
 Laws (tests/test_masked.py): zeros are exact after every step of AdamW and of SGD with momentum, with weight decay; a killed and
-resumed training gives the bytes of an undisturbed one; a mask without zeros trains as no mask does.
+resumed training gives the bytes of an undisturbed one; a mask without zeros trains as no mask does. Oracle of `fewer`: Python's
+sort, here and in tests/oracles/lottery.py.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
+from compresslab.numerics.selection import drop_smallest
 from compresslab.recipe import Training
 from compresslab.training import Loss, Record, train_
 
@@ -115,6 +119,51 @@ def train_masked_(
 def zeros_of(network: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
     """The masks that keep what is zero now in the weights of these layers."""
     return {name: _weight(layer).detach() != 0 for name, layer in _named(network, layers).items()}
+
+
+def fewer(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The masks without the smallest of the weights that they keep, by one threshold over all of these layers.
+
+    Args:
+        weights: of any shape, by layer.
+        kept: bool of the same shapes: the masks so far.
+        share: of the weights that they keep, all layers together, that goes now; to the nearest whole number of weights.
+
+    Returns:
+        bool, by layer, on the CPU. Among equals the first ones go, so that the count is exact.
+    """
+    before = {name: kept[name].cpu() for name in weights}
+    sizes = [weight.detach().float().abs().cpu()[before[name]] for name, weight in weights.items()]
+    stays = drop_smallest(torch.cat(sizes), round(share * sum(map(len, sizes)))).split([*map(len, sizes)])
+    return {name: before[name].masked_scatter(before[name], stay) for name, stay in zip(weights, stays, strict=True)}
+
+
+def prune_(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """Mask the smallest weights of all layers together, and hold them at zero through every later step of an optimiser.
+
+    For a training loop of one's own, in which it may be called again and again: what is masked once stays so.
+
+    Args:
+        optimizer: of these weights. Whatever its momentum carries back is set to zero as soon as it has stepped.
+        weights: by layer; changed here and now.
+        kept, share: as `fewer` takes them.
+
+    Returns:
+        The new masks, bool, by layer.
+    """
+    found = fewer(weights, kept, share)
+    gone = {name: ~mask.to(weights[name].device) for name, mask in found.items()}
+
+    @torch.no_grad()
+    def hold(*_: object) -> None:
+        for name, weight in weights.items():
+            weight.masked_fill_(gone[name], 0)
+
+    hold()
+    optimizer.register_step_post_hook(hold)
+    return found
 
 
 def _masking(layer: nn.Module) -> Callable[[Tensor], None]:

@@ -1,7 +1,8 @@
 """A recipe worked on a network in memory: what the labs compare, without a folder for every trial.
 
-network, windows, recipe -> the same plan, smoothing and solving as pipeline.compress -> a network whose weights are what the
-codes stand for, and the bytes that its tensors take on disk, scales and zero points included.
+network, windows, recipe -> the same plan, smoothing, pruning and solving as pipeline.compress -> a network whose weights are what
+the codes stand for, and the bytes that its tensors take on disk, scales and zero points included; zeros are stored like any
+other number.
 
 Inputs of layers are rounded as the runtime rounds them. Training with rounding goes through aware.train, as in the pipeline.
 Oracle: tests/course/test_in_memory.py holds it against an artifact that pipeline.compress wrote and transformers opened.
@@ -33,7 +34,9 @@ from compresslab.models import Source, is_transposed
 from compresslab.numerics.gram import best_precision
 from compresslab.numerics.grid import QuantInput, QuantWeight
 from compresslab.plan import Unit
+from compresslab.pruning import allocated
 from compresslab.recipe import Recipe, Training
+from compresslab.scoring import scored
 from compresslab.smoothing import smoothed
 from compresslab.solving import BlockState, Job, Pass, Solved, best_compute_dtype
 from compresslab.stages import LayerMethods, planned, stages_of
@@ -84,16 +87,17 @@ def rounded(
     batch: int = 8,
     seed: int = 0,
 ) -> Rounded:
-    """A network compressed by a recipe of smoothing, weights and inputs, or trained with its rounding in place.
+    """A network compressed by a recipe of zeros, smoothing, weights and inputs, or trained with its rounding in place.
 
     Args:
         windows: int64 [n, length], to calibrate on.
         wrap: what becomes of the solver of each layer, for controls.
     """
     stages = stages_of(recipe)
-    if stages.tuner or stages.cache or stages.rewriters or stages.rotations:
+    more = stages.tuner or stages.cache or stages.rewriters or stages.rotations or stages.removers
+    if more or stages.recovers or stages.prunes_in_training:
         raise CompressLabError(
-            f"recipe {recipe.name} does more than round, smooth and train with rounding: take pipeline.compress for it"
+            f"recipe {recipe.name} does more than prune once, round, smooth and train with rounding: take pipeline.compress"
         )
     walk, methods, layout = _pass(model, recipe, windows if stages.needs_data else None, batch)
     sink = MemorySink()
@@ -107,10 +111,14 @@ def rounded(
     job = Job(
         **vars(walk), method=stages.name, sink=sink, encode=encode, activations=methods.activations,
         solvers={name: wrap(solver) for name, solver in methods.solvers.items()}, correctors=stages.correctors,
-        refiner=stages.refiner,
+        refiner=stages.refiner, pruners=methods.pruners,
     )  # fmt: skip
     if stages.smoothers:
         job = dataclasses.replace(job, source=smoothed(job, stages.smoothers, methods.solvers, methods.activations))
+    if stages.allocation is not None:
+        job = dataclasses.replace(job, pruners=allocated(job, job.pruners, stages.allocation))
+    if stages.scorer is not None:
+        job = dataclasses.replace(job, pruners=scored(job, job.pruners, stages.scorer, _examples(windows), seed))
     if stages.trains:
         job = _trained(job, recipe, windows, seed)
     layerwise.run(job)

@@ -1,0 +1,92 @@
+"""Lab 3.5's own pieces: pruning in memory, masks and their controls, training that holds them, bytes of a real file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import tiny
+from compresslab.course import in_memory, trials
+from compresslab.course.digits import Training, build
+from compresslab.course.labs.lab_3_5 import experiment
+from compresslab.errors import CompressLabError
+
+SMALL = experiment.Digits(widths=(4, 4, 4), pictures=64, batch=32, more_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def _quick() -> Iterator[None]:
+    with tiny.quick():
+        yield
+
+
+def small() -> experiment.OnDigits:
+    return experiment.OnDigits(SMALL, 100, lambda what: None)
+
+
+def test_masks_and_their_controls_keep_as_many() -> None:
+    found = small()
+    weights = experiment.weights_of(found.start, found.layers)
+    masks = found.masks(found.start, 0.8)
+    kept = {name: [int(mask.sum()) for mask in these.values()] for name, these in masks.items()}
+    total = sum(weight.numel() for weight in weights.values())
+    assert sum(kept["global"]) == sum(kept["random"]) == total - round(0.8 * total)
+    assert kept["shuffled"] == kept["global"] != kept["layer"]
+    assert kept["layer"] == [w.numel() - round(0.8 * w.numel()) for w in weights.values()]
+    for name, mask in masks["layer"].items():  # the smallest of each layer went
+        sizes = weights[name].detach().abs()
+        assert sizes[mask].min() >= sizes[~mask].max()
+
+
+def test_masks_hold_while_it_is_trained_on_and_the_network_given_stays() -> None:
+    found = small()
+    masks = found.masks(found.start, 0.8)["random"]
+    before = found.start.get_parameter("layers.1.conv1.weight").clone()
+    trained = found.trained_on(found.start, masks)
+    assert torch.equal(found.start.get_parameter("layers.1.conv1.weight"), before)
+    for name, weight in experiment.weights_of(trained, masks).items():
+        assert torch.equal(weight != 0, masks[name])
+        assert not torch.equal(weight[masks[name]], found.start.get_parameter(f"{name}.weight")[masks[name]])
+
+
+def test_the_bytes_are_those_of_a_file() -> None:
+    found = small()
+    dense = experiment.file_bytes(found.start, found.layers, None)
+    tensors = sum(t.numel() * t.element_size() for t in found.start.state_dict().values())
+    assert tensors < dense < tensors + 8192  # a header
+    experiment.set_(found.start, found.masks(found.start, 0.95)["global"])
+    assert experiment.file_bytes(found.start, found.layers, None) == dense  # zeros alone make nothing smaller
+    weights = sum(weight.numel() for weight in experiment.weights_of(found.start, found.layers).values())
+    left = weights - round(0.95 * weights)
+    bits = experiment.file_bytes(found.start, found.layers, "bitmask")
+    assert bits > tensors - 4 * (weights - left) + weights / 8
+    big = build(Training(), 0)
+    masks = experiment.OnDigits(experiment.Digits(widths=(16, 32, 64)), 0, lambda what: None).masks(big, 0.95)["global"]
+    experiment.set_(big, masks)
+    layers = list(masks)
+    sizes = [experiment.file_bytes(big, layers, form) for form in ("bitmask", "csr", None)]
+    assert sizes == sorted(sizes)
+
+
+def test_a_recipe_that_prunes_is_worked_in_memory() -> None:
+    model, windows = tiny.make("llama"), tiny.token_batches(4, 16)[0]["input_ids"]
+    settings = experiment.SETTINGS["micro"]
+    for step in ({"method": "magnitude"}, {"method": "wanda"}, {"method": "magnitude", "scope": "global"},
+                 {"method": "random-mask"}):  # fmt: skip
+        found = in_memory.rounded(model, trials.recipe_of([step | {"sparsity": 0.5}], settings), windows)
+        zeros = [float((found.model.get_parameter(f"{name}.weight") == 0).float().mean()) for name in found.solved]
+        if step.get("scope") == "global":
+            assert len(set(zeros)) > 1
+        else:
+            assert zeros == pytest.approx([0.5] * len(zeros), abs=0.02)
+        some = next(iter(found.solved.values())).weight
+        assert experiment.saved(some) < -0.4 * some.values.numel() * some.values.element_size()  # type: ignore[union-attr]
+
+
+def test_a_recipe_of_more_than_that_is_refused() -> None:
+    model, windows = tiny.make("llama"), tiny.token_batches(4, 16)[0]["input_ids"]
+    settings = experiment.SETTINGS["micro"]
+    with pytest.raises(CompressLabError, match=r"more than prune once"):
+        in_memory.rounded(model, trials.recipe_of([{"method": "gradual", "sparsity": 0.5}], settings), windows)
