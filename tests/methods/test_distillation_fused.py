@@ -16,7 +16,7 @@ from compresslab.distill.fused import TeacherHead, head_loss, logit_loss
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.jensen_shannon import JensenShannon
 from compresslab.distill.reverse_kl import ReverseKL
-from compresslab.distill.soft_labels import SoftLabels
+from compresslab.distill.soft_labels import SoftLabels, distillation_loss
 from compresslab.distill.total_variation import TotalVariation
 from oracles import distillation as oracle
 
@@ -214,3 +214,22 @@ def test_a_cache_with_tokens_that_the_student_lacks() -> None:
     torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(*(torch.autograd.grad(x, case.inputs()) for x in (found, whole)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("soft", [0.0, 0.7, 1.0])
+def test_both_parts_in_one_loss_are_their_definitions_and_leave_the_teacher_alone(soft: float) -> None:
+    generator = torch.Generator().manual_seed(8)
+    student, teacher = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.tensor([4, 0, 2])
+    student, teacher = student.requires_grad_(), teacher.requires_grad_()
+    found = distillation_loss(student, teacher, labels, temperature=3.0, soft=soft)
+    rows = zip(student.tolist(), teacher.tolist(), labels.tolist(), strict=True)
+    wanted = sum(soft * oracle.forward_kl(z, t, 3.0) + (1 - soft) * oracle.cross_entropy(z, y, 0.0) for z, t, y in rows)
+    assert float(found.detach()) == pytest.approx(wanted / 3)
+    found.backward()
+    assert teacher.grad is None and student.grad is not None and student.grad.any()
+
+
+def test_a_share_is_from_0_to_1() -> None:
+    with pytest.raises(ValueError, match="soft is a share from 0 to 1, not 2"):
+        distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), soft=2)

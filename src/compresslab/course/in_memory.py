@@ -10,6 +10,7 @@ Oracle: tests/course/test_in_memory.py holds it against an artifact that pipelin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import tempfile
@@ -28,11 +29,14 @@ from compresslab.damage import whole_model
 from compresslab.data.labelled import Example
 from compresslab.deploy import torch_packed
 from compresslab.deploy.layouts import Layout
+from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
+from compresslab.features import FeatureTerms
 from compresslab.measure import speed
 from compresslab.models import Source, is_transposed
 from compresslab.numerics.gram import best_precision
 from compresslab.numerics.grid import QuantInput, QuantWeight
+from compresslab.pairing import Losses
 from compresslab.plan import Unit
 from compresslab.pruning import allocated
 from compresslab.recipe import Recipe, Training
@@ -40,7 +44,8 @@ from compresslab.scoring import scored
 from compresslab.smoothing import smoothed
 from compresslab.solving import BlockState, Job, Pass, Solved, best_compute_dtype
 from compresslab.stages import LayerMethods, planned, stages_of
-from compresslab.training import train_
+from compresslab.teaching import Lesson
+from compresslab.training import split, train_
 
 
 @dataclass
@@ -145,6 +150,23 @@ def tuned(model: nn.Module | str, training: Training, windows: Tensor, *, seed: 
     with tempfile.TemporaryDirectory() as folder:
         train_(network, _examples(windows), training, Path(folder), seed=seed)
     return network.eval().requires_grad_(False)
+
+
+def taught(
+    student: nn.Module, teacher: nn.Module | TeacherCache | None, losses: Losses, windows: Tensor, training: Training, *,
+    seed: int = 0,
+) -> nn.Module:  # fmt: skip
+    """A student after its training towards a teacher on windows of text, as distilling.distill trains it. It is changed."""
+    examples, held_back = split(_examples(windows), training.held_back, seed)
+    terms = None
+    if losses.on_features:
+        assert isinstance(teacher, nn.Module)
+        example = {"input_ids": examples[0]["input_ids"][None]}
+        terms = FeatureTerms(student, teacher, losses.on_features, example, examples=len(examples), seed=seed)
+    with contextlib.nullcontext() if terms is None else terms.at_work(student), tempfile.TemporaryDirectory() as folder:
+        lesson = Lesson.of(losses.on_logits, student, teacher, examples[0], terms)
+        train_(student, examples, training, Path(folder), seed=seed, held_back=held_back, loss=lesson)
+    return student.eval().requires_grad_(False)
 
 
 def _examples(windows: Tensor) -> list[Example]:

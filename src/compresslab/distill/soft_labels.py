@@ -14,7 +14,8 @@ The paper mixes this with the cross-entropy of the labels at T = 1, with a small
       - {method: soft-labels, temperature: 2.0, weight: 0.9}
       - {method: hard-labels, weight: 0.1}
 
-T^2 is what makes such weights mean the same at every T: without it the soft part fades as 1 / T^2.
+T^2 is what makes such weights mean the same at every T: without it the soft part fades as 1 / T^2. `distillation_loss` is the two
+in one, for a loop of one's own.
 
 Forward KL is infinite where the student gives nothing to what the teacher gives something to, so the student spreads over all
 that the teacher holds possible ("mode covering"); reverse_kl.py does the opposite.
@@ -34,8 +35,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compresslab.contract import Paper
+from compresslab.contract import LogitLoss, Paper
 from compresslab.distill.divergence import Divergence
+from compresslab.distill.fused import logit_loss
+from compresslab.distill.hard_labels import HardLabels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +66,24 @@ class SoftLabels(Divergence):
         q = log_q.exp()
         value = torch.xlogy(q, q).sum(1) - torch.linalg.vecdot(q, log_p)
         return value, log_p.exp().sub_(q)
+
+
+def distillation_loss(
+    logits: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 2.0, soft: float = 0.9
+) -> Tensor:
+    """soft T^2 KL(teacher || student) + (1 - soft) cross-entropy of the labels at T = 1, the mean over rows (section 2).
+
+    Args:
+        logits: [rows, classes], of the student; differentiable in these alone.
+        teacher: [rows, classes], logits of the same rows.
+        labels: int64 [rows].
+        soft: from 0 to 1.
+    """
+    if not 0 <= soft <= 1:
+        raise ValueError(f"soft is a share from 0 to 1, not {soft}")
+    losses: list[LogitLoss] = []
+    if soft > 0:
+        losses.append(SoftLabels(temperature=temperature, weight=soft))
+    if soft < 1:
+        losses.append(HardLabels(weight=1 - soft))
+    return logit_loss(logits, teacher, labels, losses)
