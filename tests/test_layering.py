@@ -50,7 +50,7 @@ ROWS: list[tuple[str, ...]] = [
     ("cutting", "channels"),
     ("pruning", "removing", "recovering", "students", "features", "endpoint", "answers", "growing"),
     ("artifact", "measure", "preflight", "budget", "damage", "scoring"),
-    ("rotating", "mixed", "tuning", "exporters"),
+    ("rotating", "mixed", "narrowing", "tuning", "exporters"),
     ("stages",),
     ("questions", "learning"),
     ("teaching", "pairing", "teachers"),

@@ -4,6 +4,11 @@
     80MB       10^6 bytes of all weight files together
     20ms       one step of decoding on this machine, on the kernels that the report measures (deploy/torch_packed.py)
 
+Two more are for recipes that take out channels, and are kept by narrowing.py:
+
+    0.5macs    of the multiply-accumulates that the whole network takes
+    5ms/forward   one example through the network on this machine, by a table of its layers
+
 Milliseconds are taken before anything is chosen: every kind of layer at every choice runs on one row of input, on as many
 copies as do not fit into the processor's caches, since in decoding every layer finds them full of the others. What a step takes
 beside the planned layers (attention, norms, the head) is the difference to a step of the uncompressed model.
@@ -37,7 +42,7 @@ TIMED_PASSES = 9
 PROMPT_TOKENS = 32  # before the timed steps, as in measure/speed.py
 STEPS = 24
 
-Unit = Literal["bits", "MB", "ms"]
+Unit = Literal["bits", "MB", "ms", "macs", "ms/forward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +57,24 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """A budget from "3.5bits", "80MB" or "20ms".
+    """A budget from "3.5bits", "80MB", "20ms", "0.5macs" or "5ms/forward".
 
     >>> str(parse_budget("3.50 bits"))
     '3.5bits'
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
-    units: dict[str, Unit] = {"bits": "bits", "bit": "bits", "mb": "MB", "ms": "ms"}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z/]*)\s*", text)
+    units: dict[str, Unit] = {
+        "bits": "bits",
+        "bit": "bits",
+        "mb": "MB",
+        "ms": "ms",
+        "macs": "macs",
+        "ms/forward": "ms/forward",
+    }
     if found is None or found[2].lower() not in units or float(found[1]) == 0:
         raise CompressLabError(
             f"budget '{text}': give average bits per weight, megabytes of weight files, or milliseconds per decoded token, "
-            "such as 3.5bits, 80MB or 20ms"
+            "such as 3.5bits, 80MB or 20ms; where channels are taken out, a share of the multiply-accumulates such as 0.5macs"
         )
     return Budget(amount=float(found[1]), unit=units[found[2].lower()])
 

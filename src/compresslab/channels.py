@@ -39,7 +39,7 @@ def without_channels(calibration: Pass, method: ChannelRemover) -> tuple[Source,
     """
     source = calibration.source
     coupling = couplings_of(source)
-    groups = _groups(coupling, method, f"{source.name} ({source.architecture})")
+    groups = groups_taken_from(coupling, method, f"{source.name} ({source.architecture})")
     model = models.materialise(source).to(calibration.device)
     ranked = importances(model, coupling, groups, method, calibration.batches)
     del model
@@ -70,13 +70,13 @@ def take_out_(
         CompressLabError: as without_channels; the module is as it was.
     """
     coupling = couplings(model, example)
-    groups = _groups(coupling, method, type(model).__name__)
+    groups = groups_taken_from(coupling, method, type(model).__name__)
     copied = copy.deepcopy(model).float().eval()
     keep, left = choose(method, importances(copied, coupling, groups, method, batches), coupling)
     return cut_(model, coupling, keep, example), _told(groups, keep, left)
 
 
-def _groups(coupling: Coupling, method: ChannelRemover, name: str) -> list[Coupled]:
+def groups_taken_from(coupling: Coupling, method: ChannelRemover, name: str) -> list[Coupled]:
     """Those that the method shall take from. CompressLabError if there are none of a kind that it names."""
     kinds = [kind for kind in ("channels", "heads", "width") if getattr(method, f"{kind.removesuffix('s')}_frac")]
     for kind in kinds:

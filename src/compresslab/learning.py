@@ -58,6 +58,14 @@ class Material:
         masks = [row.bool() for batch in batches for row in batch["attention_mask"]]  # an encoder predicts no token
         return [{"input_ids": row[mask]} for row, mask in zip(rows, masks, strict=True)]
 
+    @property
+    def seen(self) -> list[dict[str, torch.Tensor]]:
+        """What a network can be judged on: the calibration batches, or else the labelled examples."""
+        if self.calibration is not None:
+            return list(self.calibration.batches)
+        rows = self.examples
+        return [collate(rows[i : i + BATCH_PICTURES]) for i in range(0, len(rows), BATCH_PICTURES)]
+
     def fields(self, training: dict[str, Any]) -> dict[str, Any] | None:
         """What the report says of it, and of the training on it."""
         found: Any = self.found

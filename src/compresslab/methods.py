@@ -161,7 +161,14 @@ def build(name: str, settings: dict[str, Any]) -> Method:
 
 
 def _check_type(method: str, key: str, value: Any, annotation: str) -> None:
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None)}
+    kinds: dict[str, Any] = {
+        "int": int,
+        "float": (int, float),
+        "bool": bool,
+        "str": str,
+        "dict": dict,
+        "None": type(None),
+    }
     allowed = [part.strip() for part in annotation.split("|")]
     is_bool = isinstance(value, bool)
     if not any(isinstance(value, kinds[kind]) and (not is_bool or kind == "bool") for kind in allowed):

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compresslab import aware, layerwise, mixed, models, preflight, ranks, recovering, solving, tuning
+from compresslab import aware, layerwise, mixed, models, narrowing, preflight, ranks, recovering, solving, tuning
 from compresslab import budget as budgets
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
@@ -43,7 +43,7 @@ from compresslab.questions import Questions
 from compresslab.recipe import Recipe
 from compresslab.removing import removed
 from compresslab.report import render
-from compresslab.report.schema import Layer, Parity, Report
+from compresslab.report.schema import Layer, Parity, Report, Search
 from compresslab.rotating import said_of
 from compresslab.scoring import scored
 from compresslab.smoothing import smoothed
@@ -88,7 +88,7 @@ def compress(
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
         budget: "3.5bits" per weight, "80MB" of weight files or "20ms" per decoded token: choose the bits of every layer to
-            stay within it.
+            stay within it. "0.5macs" or "5ms/forward": choose how many channels stay of every group, by narrowing.py.
         sensitivity: what to choose them by, a row of damage.SENSITIVITIES; None for the best that the model has.
         memory: "4GB": what the solving may have in memory. Calibration batches wait on disk for each other as far as they must
             for that; the bits are the same.
@@ -101,12 +101,12 @@ def compress(
         CompressLabError: whatever the user can mend, before any file is written where possible.
     """
     progress, out, clock, where, team = progress or Progress(), Path(out), Clock(), pick_device(device), ranks.started()
-    wanted, search = None if budget is None else budgets.parse_budget(budget), None
+    wanted, narrow = _budgets(budget)
 
     with clock("read"), team.leader_first():
         check_output(out, force)
         chosen = recipe_of(recipe, settings)
-        stages = _stages(chosen, wanted is not None, team)
+        stages = _stages(chosen, wanted is not None, team, data, narrow)
         given = models.find(model)
         check_output(out, force, given.folder)
         source = stages.transformed(given)
@@ -123,9 +123,12 @@ def compress(
         room = _room(needs, memory, out, chosen, can_spill=stages.can_spill and wanted is None and team.is_alone)
         passing = partial(_pass, material, where, room)
 
-    source, removal, (plan, methods, layout) = _taken_out(
-        passing(source, plan), stages, chosen, (plan, methods, layout), progress, clock
-    )
+    source, removal, (plan, methods, layout), chosen, search = _taken_out(
+        passing(source, plan), stages, chosen, (plan, methods, layout), progress, clock,
+        None if narrow is None else partial(
+            narrowing.share_out, budget=narrow, batches=material.seen, seed=seed, journal=out.parent / f"{out.name}.partial"
+        ),
+    )  # fmt: skip
     eligible = plan.layers
     if wanted is not None:
         with clock("share out"):
@@ -184,9 +187,26 @@ def compress(
         return team.told((writer.publish(folder), report))
 
 
-def _stages(recipe: Recipe, has_budget: bool, team: ranks.Ranks) -> Stages:
-    """The recipe's stages. CompressLabError, too, for those that several processes cannot share."""
+def _budgets(text: str | None) -> tuple[budgets.Budget | None, budgets.Budget | None]:
+    """A budget as that of bits, or else as that of channels."""
+    found = None if text is None else budgets.parse_budget(text)
+    return (None, found) if found is not None and found.unit in narrowing.UNITS else (found, None)
+
+
+def _stages(
+    recipe: Recipe, has_budget: bool, team: ranks.Ranks, data: Any = None, narrow: budgets.Budget | None = None
+) -> Stages:
+    """The recipe's stages. CompressLabError, too, for those that several processes cannot share, and for a budget of channels
+    without channels or data.
+    """
     stages = stages_of(recipe, has_budget)
+    if narrow is not None:
+        narrowing.check(recipe, narrow)
+        if data is None:
+            raise CompressLabError(f"a budget of {narrow} judges networks on data: name some with --data")
+        if not team.is_alone:
+            raise CompressLabError(f"a budget of {narrow} is searched by one process: start it without torchrun")
+        stages = dataclasses.replace(stages, narrows=True)
     if not team.is_alone and stages.learns:
         raise CompressLabError(
             f"recipe '{recipe.name}' trains, which one process does on all of its data: start it without torchrun, or take one "
@@ -217,8 +237,11 @@ def plan_only(
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
     """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
     chosen = recipe_of(recipe, settings)
-    has_budget = budget is not None and bool(budgets.parse_budget(budget))
+    wanted, narrow = _budgets(budget)
+    has_budget = wanted is not None
     stages = stages_of(chosen, has_budget=has_budget)
+    if narrow is not None:
+        narrowing.check(chosen, narrow)
     source = stages.transformed(models.find(model))
     plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length
@@ -287,16 +310,26 @@ def pick_device(device: str) -> torch.device:
 
 def _taken_out(
     calibration: solving.Pass, stages: Stages, recipe: Recipe, plans: tuple[Plan, LayerMethods, Layout],
-    progress: Progress, clock: Clock,
-) -> tuple[models.Source, str, tuple[Plan, LayerMethods, Layout]]:  # fmt: skip
-    """The source without the neurons, heads and blocks that the recipe takes out; what to tell of it; and the new plans."""
+    progress: Progress, clock: Clock, narrow: Callable[..., tuple[Recipe, Search]] | None,
+) -> tuple[models.Source, str, tuple[Plan, LayerMethods, Layout], Recipe, Search | None]:  # fmt: skip
+    """The source without the neurons, heads and blocks that the recipe takes out; what to tell of it; and the new plans.
+
+    Args:
+        narrow: chooses how many channels stay, by a budget; the recipe that it returns, and its search, are returned too.
+    """
+    search = None
+    if narrow is not None:
+        with clock("choose widths"):
+            progress.stage("judge", narrowing.SIZE * (narrowing.GENERATIONS + 1))
+            recipe, search = narrow(calibration, recipe, on_judged=progress.step)
+            stages = stages_of(recipe)
     if not stages.removers:
-        return calibration.source, "", plans
+        return calibration.source, "", plans, recipe, search
     with clock("take out"):
         progress.stage("take out", 1)
         source, told = removed(calibration, stages.removers)
         progress.step("neurons, heads or blocks")
-    return source, told, planned(source, recipe)
+    return source, told, planned(source, recipe), recipe, search
 
 
 def _prepared(

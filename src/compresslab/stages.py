@@ -67,6 +67,7 @@ class Stages:
     """The methods of a recipe, by what they do; `name` is the solver's, or the pruner's where nothing is rounded.
 
     Attributes:
+        narrows: whether a budget chooses how many channels stay, which is judged on data.
         recovers: whether the network is trained after neurons, heads or blocks were taken out, or with the zeros of a pruner.
     """
 
@@ -84,6 +85,7 @@ class Stages:
     correctors: tuple[Corrector, ...]
     tuner: Tuner | None
     recovers: bool
+    narrows: bool = False
 
     @property
     def trains(self) -> bool:
@@ -101,7 +103,7 @@ class Stages:
     @property
     def passes_need_data(self) -> bool:
         """Whether anything walks through the network block by block on calibration data."""
-        return self.solving_needs_data or any(needs_data(method) for method in self.removers)
+        return self.narrows or self.solving_needs_data or any(needs_data(method) for method in self.removers)
 
     @property
     def scorer(self) -> NetworkPruner | None:

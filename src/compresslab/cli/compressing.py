@@ -33,9 +33,13 @@ def compress(
     budget: Annotated[
         str | None,
         typer.Option(
-            metavar="3.5bits|80MB|20ms",
-            help="Choose each layer's bits to keep to this: per weight, in all, per decoded token.",
+            metavar="3.5bits|80MB|20ms|0.5macs",
+            help="Choose each layer's bits to keep to this (per weight, in all, per decoded token), or how many channels stay.",
         ),
+    ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(metavar="5ms", help="Choose how many channels stay, for one example to take this long here."),
     ] = None,
     sensitivity: Annotated[
         str | None,
@@ -73,6 +77,8 @@ def compress(
     if os.environ.get("RANK", "0") != "0":  # the leader speaks for all
         quiet, as_json = True, False
     settings = settings_of(set_ or [], samples, sequence_length)
+    if latency is not None:
+        budget = _latency_budget(latency, budget)
     if ignore:
         from compresslab import recipe as recipes
 
@@ -98,6 +104,16 @@ def compress(
         out_console.print(render.to_terminal(report))
         out_console.print(f"\nartifact  {artifact.folder}", highlight=False, soft_wrap=True)
         out_console.print(f"report    {artifact.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _latency_budget(latency: str, budget: str | None) -> str:
+    from compresslab.errors import CompressLabError
+
+    if budget is not None:
+        raise CompressLabError("--latency and --budget are both budgets: give one")
+    if not latency.lower().rstrip().endswith("ms"):
+        raise CompressLabError(f"--latency takes milliseconds such as 5ms, not '{latency}'")
+    return f"{latency.strip()}/forward"
 
 
 @app.command()

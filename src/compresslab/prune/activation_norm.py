@@ -44,6 +44,7 @@ class ActivationNorm(Channels):
         macs_frac: scale these shares so that this share of the multiply-accumulates is left.
         scope: "local", "global" or "isomorphic", which units are compared; see channels.py. Only local leaves all blocks alike.
         multiple: channels and width are left in multiples of this, which products on hardware prefer.
+        widths: units that stay, by group, in place of the shares; a budget fills it in.
     """
 
     paper: ClassVar[Paper] = Paper(

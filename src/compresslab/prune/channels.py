@@ -11,7 +11,8 @@ Symbols. I_g [units] the importances of a group g (coupling.py), of `kind` chann
   differently, and not to be compared. There graphs of operations are compared; here, the layers that a unit has a part of.
 
 A layer must keep something: a target that would empty one is an error which names it. With `macs_frac` the shares keep their
-proportions and are scaled until that share of multiply-accumulates is left.
+proportions and are scaled until that share of multiply-accumulates is left. With `widths`, which a search finds (narrowing.py),
+the shares have no say: every group that is named keeps its own number of units, and all others stay whole.
 
 Oracle: tests/oracles/coupling.py sorts in plain Python.
 """
@@ -19,7 +20,7 @@ Oracle: tests/oracles/coupling.py sorts in plain Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ class Channels:
         macs_frac: scale these shares so that this share of the multiply-accumulates is left.
         scope: "local", "global" or "isomorphic"; see the top of this file. Only local leaves all blocks alike.
         multiple: channels and width are left in multiples of this, which products on hardware prefer.
+        widths: units that stay, by group, in place of the shares; a budget fills it in.
     """
 
     channel_frac: float = 0.25
@@ -49,6 +51,7 @@ class Channels:
     macs_frac: float | None = None
     scope: str = "local"
     multiple: int = 8
+    widths: dict | None = None  # methods.build checks the bare type
 
     def __post_init__(self) -> None:
         for name in ("channel_frac", "head_frac", "width_frac"):
@@ -64,9 +67,14 @@ class Channels:
             raise ValueError(f"scope is one of {', '.join(SCOPES)}, not {self.scope!r}")
         if self.multiple < 1:
             raise ValueError(f"multiple is a positive number, not {self.multiple}")
+        for name, width in (self.widths or {}).items():
+            if not isinstance(name, str) or type(width) is not int or width < 1:
+                raise ValueError(f"widths are numbers of units that stay, from 1 on, by group; not {name!r}: {width!r}")
 
     def choose(self, groups: Sequence[Ranked], scale: float = 1.0) -> dict[str, Tensor]:
         """The units that stay of every group that loses some; ValueError naming a group that would lose all."""
+        if self.widths is not None:
+            return _kept(groups, self.widths)
         shares = {"channels": self.channel_frac, "heads": self.head_frac, "width": self.width_frac}
         chosen: dict[str, Tensor] = {}
         for kind, share in shares.items():
@@ -97,6 +105,21 @@ class Channels:
         for group in groups:
             alike.setdefault(group.shape, []).append(group)
         return list(alike.values())
+
+
+def _kept(groups: Sequence[Ranked], widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """The most important units of the groups that are named."""
+    by_name = {group.name: group for group in groups}
+    for name, width in widths.items():
+        if name not in by_name:
+            raise ValueError(f"widths names '{name}', which is no group here: there are {', '.join(by_name)}")
+        if width > (count := len(by_name[name].scores)):
+            raise ValueError(f"widths keeps {width} units of {name}, which has {count}")
+    return {
+        name: largest(by_name[name].scores, width)
+        for name, width in widths.items()
+        if width < len(by_name[name].scores)
+    }
 
 
 def _left(groups: Sequence[Ranked], share: float) -> list[float]:

@@ -45,6 +45,7 @@ class GroupFisher(Channels):
         macs_frac: scale these shares so that this share of the multiply-accumulates is left.
         scope: "local", "global" or "isomorphic", which units are compared; see channels.py. Only local leaves all blocks alike.
         multiple: channels and width are left in multiples of this, which products on hardware prefer.
+        widths: units that stay, by group, in place of the shares; a budget fills it in.
         by_cost: divide by the multiply-accumulates that a unit costs.
     """
 

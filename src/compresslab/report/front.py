@@ -14,7 +14,16 @@ DAMAGE = {
     "fisher": "predicted divergence of the predictions, nats per token",
     "hessian": "predicted rise of the loss, up to a factor",
     "kl": "divergence of the predictions, layer by layer, nats per token",
+    "narrowed": "damage measured on the narrowed network",
     "leave-one-out": "divergence of the predictions, layer by layer, nats per token",
+}
+
+UNITS = {
+    "bits": "bits per weight",
+    "MB": "MB of weight files",
+    "ms": "ms per decoded token",
+    "macs": "share of the multiply-accumulates",
+    "ms/forward": "ms for one example",
 }
 
 
@@ -51,13 +60,14 @@ def front_plot(search: Search | None, *, width: int = 960, height: int = 380) ->
     for x in xs[:: 1 if width > 600 else 2]:
         place = "tick end" if x == xs[-1] else "tick mid"
         parts.append(el("text", f"{x:g}", class_=place, x=at(x, 10.0**first)[0], y=bottom + 20))
-    unit = {"bits": "bits per weight", "MB": "MB of weight files", "ms": "ms per decoded token"}[search.unit]
+    unit = UNITS[search.unit]
     parts.append(el("text", f"{unit} (smaller is better)", class_="axis end", x=right, y=height - 6))
     line = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in front)
     parts.append(el("polyline", class_="trace k0", points=line))
     wanted = []
     for label, point in uniform.items():
         name = f"{label} bits everywhere" if label.isdigit() else f"all in {label}"
+        name = label if " " in label else name
         parts.append(
             glyph(1, *at(*point), 5, title=f"{name}: {amount(point[0], search)}, damage {human(point[1], '1')}")
         )

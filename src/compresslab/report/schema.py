@@ -91,7 +91,7 @@ class Search(Frozen):
     """How a budget was shared out. A point is (what the whole takes in `unit`, damage predicted by `sensitivity`)."""
 
     budget: str  # as asked for, e.g. "3.5bits"
-    unit: str  # "bits" per weight, "MB" or "ms" per decoded token
+    unit: str  # "bits" per weight, "MB", "ms" per decoded token, share of "macs", "ms/forward"
     sensitivity: str
     chosen: tuple[float, float]
     front: tuple[tuple[float, float], ...]  # every allocation on the lower convex hull, from the cheapest

@@ -1,1 +1,1 @@
-"""Choosing what each layer gets: how much it suffers from fewer bits, and how to share a budget out."""
+"""Choosing what each layer gets: bits, by how much it suffers from fewer of them, or channels, by what a device takes."""

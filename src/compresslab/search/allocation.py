@@ -27,6 +27,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+DUST = 1e-9  # of the largest cost; a budget that is missed by less is taken to be missed by this
+
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
@@ -97,7 +99,8 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> Allocati
         found = Allocation(chosen={layer: o for (layer, o), x in zip(flat, solved.x, strict=True) if x > 0.5})
         if found.cost <= budget:
             return found
-        limit -= 2 * (found.cost - budget)  # the solver's tolerance let it over: ask for a little less
+        # The solver's tolerance let it over: ask for a little less, and for more than rounding errors of sums.
+        limit -= max(2 * (found.cost - budget), DUST * unit)
 
 
 def _cost_then_damage(option: Option) -> tuple[float, float]:

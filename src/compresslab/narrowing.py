@@ -1,0 +1,448 @@
+"""Narrowing: how many channels every coupled group keeps, chosen under a budget of multiplications or of measured time.
+
+    compresslab compress MODEL --recipe prune-channels-25 --budget 0.5macs
+    compresslab compress MODEL --recipe prune-channels-25 --latency 5ms
+
+    coupling.py: the groups -> the method's importances: which units stay at each width -> the widths offered (search/widths.py)
+      -> Costs: multiply-accumulates by arithmetic, time by a table of layers measured on this machine (search/latency.py)
+      -> Judge: a configuration cut in memory, and what that does on calibration batches
+      -> each group cut alone, their exact allocation, and an evolution that starts from it and from the uniform configuration
+      -> the recipe with its `widths` filled in
+
+From there on nothing is special about such a run, and the recipe in its report repeats it without a search. What is judged is
+the cut network as it would be written; where the recipe trains afterwards, its batch norms first take new statistics
+(Li et al., "EagleEye", arXiv 2007.02491: what a pruned network is worth shows only with statistics of its own).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from compresslab import models
+from compresslab.budget import Budget
+from compresslab.channels import groups_taken_from, importances
+from compresslab.contract import ChannelRemover, Ranked
+from compresslab.coupling import Coupling
+from compresslab.cutting import Keep, couplings_of, cut_, said
+from compresslab.errors import CompressLabError
+from compresslab.measure import layers as timing
+from compresslab.prune.channels import largest
+from compresslab.recipe import Recipe
+from compresslab.report.schema import Search
+from compresslab.search import latency
+from compresslab.search.evolution import Found, Journal, Judged, evolved
+from compresslab.search.latency import LatencyTable, Predictor
+from compresslab.search.widths import Limit, Space, Widths, allocated, dense, narrowest, offered, uniform
+from compresslab.solving import Pass
+from compresslab.wheels import cache_home
+
+Batches = Sequence[Mapping[str, Tensor]]
+UNITS = ("macs", "ms/forward")  # of budgets that are met so
+LAYERS_MOST = 4096  # in one latency table
+EXAMPLES = 32  # that a configuration is judged on
+SIZE, GENERATIONS = 12, 5  # of the evolution
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is to choose, and what it costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """The groups of a network that may be narrowed, and which of their units stay at each width.
+
+    Attributes:
+        ranked: the groups with the importances of their units.
+        space: the widths that each is offered.
+    """
+
+    coupling: Coupling
+    ranked: tuple[Ranked, ...]
+    space: Space
+
+    def keep(self, widths: Widths) -> dict[str, Tensor]:
+        """The units that stay, of every group that loses some."""
+        return {
+            group.name: largest(group.scores, width)
+            for group, width in zip(self.ranked, widths, strict=True)
+            if width < len(group.scores)
+        }
+
+    def named(self, widths: Widths) -> dict[str, int]:
+        """As a recipe has them."""
+        return {name: len(kept) for name, kept in self.keep(widths).items()}
+
+
+def choices_of(
+    model: nn.Module, coupling: Coupling, method: ChannelRemover, batches: Batches | None, *, steps: int = 8,
+    multiple: int = 1, name: str = "the network",
+) -> Choices:  # fmt: skip
+    """What a method that takes out channels leaves to be chosen.
+
+    Args:
+        model: in float32.
+        batches: for a method that needs data.
+        steps: widths offered of every group: its eighths, if 8.
+        multiple: that widths are multiples of; heads have steps of one.
+    """
+    groups = groups_taken_from(coupling, method, name)
+    ranked = importances(model, coupling, groups, method, batches)
+    space = [offered(len(one.scores), multiple=1 if one.kind == "heads" else multiple, steps=steps) for one in ranked]
+    return Choices(coupling=coupling, ranked=tuple(ranked), space=space)
+
+
+class Shapes:
+    """The shape of every tensor at any widths: each unit that leaves takes its entries along an axis with it."""
+
+    def __init__(self, choices: Choices) -> None:
+        self.shapes = choices.coupling.shapes
+        self.full = dense(choices.space)
+        by_name = {group.name: group for group in choices.coupling.groups}
+        self.cuts: dict[str, list[tuple[int, int, int]]] = {}  # tensor -> axis, group, entries of a unit
+        for place, one in enumerate(choices.ranked):
+            for piece in by_name[one.name].slices:
+                self.cuts.setdefault(piece.tensor, []).append((piece.axis, place, piece.index.shape[1]))
+
+    def of(self, tensor: str, widths: Widths) -> list[int]:
+        shape = list(self.shapes[tensor])
+        for axis, group, entries in self.cuts.get(tensor, ()):
+            shape[axis] -= (self.full[group] - widths[group]) * entries
+        return shape
+
+    def groups_of(self, tensors: Iterable[str]) -> list[int]:
+        """Those whose widths change these tensors."""
+        return sorted({group for tensor in tensors for _, group, _ in self.cuts.get(tensor, ())})
+
+
+class NetworkCosts:
+    """search/widths.py's Costs of one network.
+
+    Attributes:
+        predictors: of its latency, by the batch that they were measured at.
+    """
+
+    def __init__(self, choices: Choices, predictors: Mapping[int, Predictor] | None = None) -> None:
+        self.shapes, self.predictors = Shapes(choices), dict(predictors or {})
+        self._owners = _owners(choices)
+        self.work = choices.coupling.work
+        self.dense = dense(choices.space)
+
+    def macs(self, widths: Widths) -> float:
+        """Multiply-accumulates of the traced forward; equal to cutting.macs of the units that stay."""
+        total = 0.0
+        for work in self.work:
+            if work.owner is not None:
+                group = self._owners.get(work.owner)
+                total += work.times * (1.0 if group is None else widths[group] / self.dense[group])
+            else:
+                total += work.times * (torch.Size(self.shapes.of(work.tensor, widths)).numel() if work.tensor else 1)
+        return total
+
+    def macs_frac(self, widths: Widths) -> float:
+        return self.macs(widths) / self.macs(self.dense)
+
+    def latency_ms(self, widths: Widths, batch: int) -> float:
+        if batch not in self.predictors:
+            raise CompressLabError(
+                f"no latency was measured at a batch of {batch}, only at {sorted(self.predictors)}: measure a table for it"
+            )
+        return self.predictors[batch].ms(widths)
+
+    def latency_frac(self, widths: Widths, batch: int) -> float:
+        return self.latency_ms(widths, batch) / self.latency_ms(self.dense, batch)
+
+
+def _owners(choices: Choices) -> dict[tuple[str, int, int], int]:
+    """Group by an entry that one of its units owns; all units of a group have the same attention work."""
+    wanted = {work.owner for work in choices.coupling.work if work.owner is not None}
+    by_name = {group.name: group for group in choices.coupling.groups}
+    found: dict[tuple[str, int, int], int] = {}
+    for place, one in enumerate(choices.ranked):
+        for piece in by_name[one.name].slices:
+            entries = set(piece.index.flatten().tolist())
+            found |= {o: place for o in wanted if o[:2] == (piece.tensor, piece.axis) and o[2] in entries}
+    return found
+
+
+def measured_predictor(
+    model: nn.Module, choices: Choices, inputs: Mapping[str, Tensor], table: LatencyTable | None = None
+) -> Predictor:
+    """The latency of every configuration at the batch of these inputs; what the table lacks is measured now and put into it.
+
+    Args:
+        table: of this machine and batch; None for an empty one.
+
+    Raises:
+        CompressLabError: a table of other conditions, or more layers than one table shall hold.
+    """
+    wanted = timing.conditions(len(next(iter(inputs.values()))))
+    table = LatencyTable(conditions=wanted) if table is None else table
+    if table.conditions != wanted:
+        raise CompressLabError(
+            f"the latency table is of a batch of {table.conditions.batch} and {table.conditions.threads} threads on "
+            f"{table.conditions.machine}, not of a batch of {wanted.batch} and {wanted.threads} threads here: measure another"
+        )
+    shapes, seen = Shapes(choices), timing.seen(model, inputs)
+
+    def sizes(layer: timing.Seen, widths: Widths) -> dict[str, list[int]]:
+        return {
+            leaf: shapes.of(tensor, widths) for leaf, tensor in layer.tensors.items() if leaf != "num_batches_tracked"
+        }
+
+    def layers(widths: Widths) -> list[str]:
+        return [timing.layer_name(layer, sizes(layer, widths)) for layer in seen]
+
+    missing: dict[str, tuple[timing.Seen, dict[str, list[int]]]] = {}
+    full = dense(choices.space)
+    for layer in seen:
+        groups = shapes.groups_of(layer.tensors.values())
+        for some in itertools.product(*(choices.space[group] for group in groups)):
+            widths = list(full)
+            for group, width in zip(groups, some, strict=True):
+                widths[group] = width
+            found = sizes(layer, tuple(widths))
+            if (name := timing.layer_name(layer, found)) not in table.ms:
+                missing[name] = (layer, found)
+            if len(missing) > LAYERS_MOST:
+                raise CompressLabError(
+                    f"the latency table would hold more than {LAYERS_MOST} layers: raise `multiple`, or give a budget in macs"
+                )
+    for name, (layer, found) in missing.items():
+        table.ms[name] = timing.time_layer_ms(layer, found)
+    whole = "network " + hashlib.sha256("\n".join(layers(full)).encode()).hexdigest()[:16]
+    if whole not in table.ms:
+        table.ms[whole] = timing.time_network_ms(model, inputs)
+    return latency.corrected(table, layers, full, table.ms[whole])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it does to the network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def narrowed(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
+    """A copy of the network without the units that do not stay."""
+    smaller = copy.deepcopy(model)
+    cut_(smaller, coupling, keep)
+    return smaller
+
+
+def renew_batch_norms_(model: nn.Module, batches: Batches) -> None:
+    """Give all batch norms the statistics of these batches, in place of those that they had."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+    if not norms:
+        return
+    was_training, momenta = [norm.training for norm in norms], [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            model(**_without_labels(batch))
+    for norm, training, momentum in zip(norms, was_training, momenta, strict=True):
+        norm.train(training)
+        norm.momentum = momentum
+
+
+def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+class Judge:
+    """The damage of a configuration, on batches.
+
+    The mean cross-entropy of classes where they are known; else of predictions the divergence from the dense network's, in nats;
+    else the squared error of what it returns, relative to that.
+    """
+
+    def __init__(self, model: nn.Module, choices: Choices, batches: Batches, *, renew: Batches | None = None) -> None:
+        """Args: renew: what batch norms take new statistics from before a configuration is judged; None leaves theirs."""
+        self.model, self.choices, self.batches, self.renew = model, choices, batches, renew
+        self.wanted = [self._said(model, batch) for batch in batches]
+        with torch.no_grad():
+            returned = model(**_without_labels(batches[0]))
+        self.predicts = isinstance(returned, Tensor) or hasattr(returned, "logits")
+
+    def __call__(self, widths: Widths) -> float:
+        smaller = narrowed(self.model, self.choices.coupling, self.choices.keep(widths))
+        if self.renew is not None:
+            renew_batch_norms_(smaller, self.renew)
+        return self.damage_of(smaller)
+
+    @torch.no_grad()
+    def damage_of(self, model: nn.Module) -> float:
+        """Of any network that says what this one says."""
+        total, count = 0.0, 0
+        for batch, wanted in zip(self.batches, self.wanted, strict=True):
+            found, rows = self._said(model, batch), len(wanted)
+            if "labels" in batch and batch["labels"].dim() == 1:
+                loss = nn.functional.cross_entropy(found, batch["labels"].to(found.device))
+            elif self.predicts:
+                p, q = wanted.log_softmax(dim=-1), found.log_softmax(dim=-1)
+                loss = (p.exp() * (p - q)).sum(dim=-1).mean()
+            else:
+                mask = batch.get("attention_mask", torch.ones(found.shape[:-1]))[..., None].to(found.device)
+                loss = ((found - wanted) * mask).square().sum() / (wanted * mask).square().sum()
+            total, count = total + float(loss) * rows, count + rows
+        return total / count
+
+    @staticmethod
+    def _said(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return said(model, _without_labels(batch))
+
+
+def alone(space: Space, judge: Callable[[Widths], float]) -> list[dict[int, float]]:
+    """The damage of every group at every width it is offered, when it alone is cut; nothing for what stays whole."""
+    full, found = dense(space), []
+    whole = judge(full)
+    for group, choices in enumerate(space):
+        found.append(
+            {w: 0.0 if w == full[group] else judge((*full[:group], w, *full[group + 1 :])) - whole for w in choices}
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A recipe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(recipe: Recipe, budget: Budget) -> None:
+    """CompressLabError unless the recipe takes out channels in one step whose widths can be chosen."""
+    steps = [step for step in recipe.removing if isinstance(step.build(), ChannelRemover)]
+    if len(recipe.removing) != 1 or len(steps) != 1:
+        raise CompressLabError(
+            f"a budget of {budget} chooses how many channels stay, and recipe '{recipe.name}' has no single step that takes some "
+            "out: take one such as prune-channels-25"
+        )
+    if budget.unit == "macs" and budget.amount >= 1:
+        raise CompressLabError(
+            f"a budget of {budget} leaves the network as it is: give a share below 1, such as 0.5macs"
+        )
+
+
+def share_out(
+    calibration: Pass, recipe: Recipe, budget: Budget, batches: Batches | None, *, seed: int = 0, journal: Path | None = None,
+    on_judged: Callable[[str], None] = lambda what: None,
+) -> tuple[Recipe, Search]:  # fmt: skip
+    """The recipe with the `widths` that do least damage within the budget.
+
+    Args:
+        batches: examples to judge by, with their labels where there are any.
+        journal: the folder in which the search notes what it has measured; a run that was killed goes on from there.
+
+    Returns:
+        The recipe, and what else was found for how much.
+
+    Raises:
+        CompressLabError: a budget that nothing meets, naming the closest, or a recipe without channels to choose.
+    """
+    check(recipe, budget)
+    if not batches:
+        raise CompressLabError(f"a budget of {budget} judges networks on data: name some with --data")
+    [step] = recipe.removing
+    method = step.build()
+    assert isinstance(method, ChannelRemover)
+    source = calibration.source
+    model = models.materialise(source).to(calibration.device).float().eval()
+    choices = choices_of(
+        model,
+        couplings_of(source),
+        method,
+        calibration.batches,
+        multiple=step.settings.get("multiple", 1),
+        name=source.name,
+    )
+    some = _first(batches, EXAMPLES)
+    costs, limit = NetworkCosts(choices), Limit(frac=budget.amount, of="macs")
+    if budget.unit == "ms/forward":
+        inputs = {key: value[:1] for key, value in _without_labels(some[0]).items()}
+        costs.predictors[1] = _table_of_this_machine(model, choices, inputs)
+        limit = Limit(frac=budget.amount / costs.latency_ms(costs.dense, 1), of="latency", batch=1)
+    scale = budget.amount / limit.frac
+    if limit.frac >= 1:
+        raise CompressLabError(
+            f"a budget of {budget} leaves the network as it is: it takes {scale:.3g} {budget.unit} whole"
+        )
+    if (least := limit.taken(costs, narrowest(choices.space))) > limit.frac:
+        raise CompressLabError(
+            f"a budget of {budget} cannot be met: the least possible is {least * scale:.4g}{budget.unit}"
+        )
+    judge: Callable[[Widths], float] = Judge(model, choices, some, renew=some if recipe.training else None)
+    if journal is not None:
+        key = _key(recipe, budget, choices, some, seed)
+        judge = Journal(journal / f"search-{key}.jsonl", key, judge)
+
+    def told(widths: Widths) -> float:
+        on_judged("a configuration")
+        return judge(widths)
+
+    same = uniform(choices.space, costs, limit)
+    shared = allocated(choices.space, alone(choices.space, told), costs, limit)
+    found = evolved(
+        choices.space, costs, limit, told, seed=seed, size=SIZE, generations=GENERATIONS, start=(same, shared)
+    )
+    chosen = choices.named(found.best.widths)
+    settings = {f"{step.method}.widths": chosen, f"{step.method}.macs_frac": None}
+    return recipe.override(settings), _described(found, costs, limit, scale, same, told(same), budget)
+
+
+def _first(batches: Batches, count: int) -> list[dict[str, Tensor]]:
+    """The first examples, in batches as they come."""
+    found: list[dict[str, Tensor]] = []
+    for batch in batches:
+        left = count - sum(len(next(iter(one.values()))) for one in found)
+        if left <= 0:
+            break
+        found.append({key: value[:left] for key, value in batch.items()})
+    return found
+
+
+def _table_of_this_machine(model: nn.Module, choices: Choices, inputs: Mapping[str, Tensor]) -> Predictor:
+    """From the cache as far as it was measured before, and back into it."""
+    wanted = timing.conditions(len(next(iter(inputs.values()))))
+    digest = hashlib.sha256(json.dumps(vars(wanted), sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_home() / "latency" / f"{digest}.json"
+    table = latency.read(path, wanted) if path.exists() else LatencyTable(conditions=wanted)
+    predictor = measured_predictor(model, choices, inputs, table)
+    table.save(path)
+    return predictor
+
+
+def _key(recipe: Recipe, budget: Budget, choices: Choices, batches: Batches, seed: int) -> str:
+    digest = hashlib.sha256(json.dumps([recipe.model_dump(mode="json"), str(budget), seed]).encode())
+    for group in choices.ranked:
+        digest.update(group.name.encode() + group.scores.numpy().tobytes())
+    for batch in batches:
+        for value in batch.values():
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _described(
+    found: Found, costs: NetworkCosts, limit: Limit, scale: float, same: Widths, damage: float, budget: Budget
+) -> Search:
+    """The search as the report shows it: the configurations that none of those judged beats."""
+
+    def point(one: Judged) -> tuple[float, float]:
+        return limit.taken(costs, one.widths) * scale, one.damage
+
+    points = sorted({point(one) for one in found.judged})
+    front = [p for i, p in enumerate(points) if all(q[1] > p[1] for q in points[:i])]
+    return Search(
+        budget=str(budget), unit=budget.unit, sensitivity="narrowed", chosen=point(found.best), front=tuple(front),
+        uniform={"the same share of every group": point(Judged(widths=same, damage=damage))},
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""Latency tables: sums by hand, the correction, and what a table refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compresslab.errors import CompressLabError
+from compresslab.search import latency
+from compresslab.search.latency import Conditions, LatencyTable, corrected
+from compresslab.search.widths import Widths
+
+HERE = Conditions(batch=4, threads=1, machine="a processor", torch="2.8")
+
+
+def layers(widths: Widths) -> list[str]:
+    return [f"first {widths[0]}", f"second {widths[0]} {widths[1]}", "head"]
+
+
+def table() -> LatencyTable:
+    return LatencyTable(
+        conditions=HERE,
+        ms={"first 8": 1.0, "first 4": 0.7, "second 8 6": 2.0, "second 4 6": 1.25, "second 4 3": 0.5, "head": 0.25},
+    )
+
+
+def test_a_network_takes_the_sum_of_its_layers_and_what_the_table_leaves_out() -> None:
+    found = corrected(table(), layers, (8, 6), measured_ms=4.0)
+    assert found.offset_ms == pytest.approx(4.0 - 3.25)
+    assert found.ms((8, 6)) == pytest.approx(4.0)
+    assert found.ms((4, 6)) == pytest.approx(0.7 + 1.25 + 0.25 + 0.75)
+    assert found.ms((4, 3)) == pytest.approx(0.7 + 0.5 + 0.25 + 0.75)
+
+
+def test_a_layer_that_was_not_measured_is_named() -> None:
+    with pytest.raises(CompressLabError, match="no layer 'second 8 3'"):
+        corrected(table(), layers, (8, 6), measured_ms=4.0).ms((8, 3))
+
+
+def test_a_table_comes_back_from_disk(tmp_path: Path) -> None:
+    path = tmp_path / "tables" / "one.json"
+    table().save(path)
+    assert latency.read(path, HERE) == table()
+    assert [one.name for one in path.parent.iterdir()] == ["one.json"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch", 1), ("threads", 2), ("machine", "another"), ("torch", "2.9")])
+def test_a_table_of_other_conditions_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    path = tmp_path / "one.json"
+    table().save(path)
+    with pytest.raises(CompressLabError, match=f"is of {name} .*, not {value}"):
+        latency.read(path, Conditions(**vars(HERE) | {name: value}))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"ms": {}}', '{"conditions": {"batch": 1}, "ms": {}}', '{"conditions": 3, "ms": 4}']
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(CompressLabError, match="no latency table"):
+        latency.read(path, HERE)

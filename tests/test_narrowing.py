@@ -1,0 +1,253 @@
+"""Narrowing: costs against the cut network itself, tables of this machine, and whole runs under a budget of channels."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from compresslab import models, narrowing, pipeline
+from compresslab.architectures import ResNetCifarConfig, ResNetCifarForImageClassification
+from compresslab.budget import parse_budget
+from compresslab.coupling import Coupling, couplings
+from compresslab.cutting import macs
+from compresslab.errors import CompressLabError
+from compresslab.measure import layers as timing
+from compresslab.prune.group_magnitude import GroupMagnitude
+from compresslab.recipe import Recipe, parse
+from compresslab.search import latency
+from compresslab.search.latency import LatencyTable
+from compresslab.search.widths import Limit, dense, drawn, narrowest, uniform
+
+PICTURE = {"pixel_values": torch.zeros(2, 1, 8, 8)}
+
+
+def resnet(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = ResNetCifarConfig(blocks=1, widths=(8, 16), num_channels=1, image_size=8, num_labels=4)
+    model = ResNetCifarForImageClassification(config).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
+    return model
+
+
+def choices_of(model: nn.Module, example: dict[str, Tensor], method: GroupMagnitude | None = None) -> narrowing.Choices:
+    return narrowing.choices_of(model, couplings(model, example), method or GroupMagnitude(), None, steps=4)
+
+
+def recipe_of(**settings: object) -> Recipe:
+    step = {"method": "group-magnitude", "multiple": 1} | settings
+    return parse(
+        {"name": "narrow", "version": 1, "steps": [step], "calibration": {"samples": 4, "sequence_length": 12}}, "test"
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
+def test_multiply_accumulates_are_those_of_the_units_that_stay(kind: str) -> None:
+    """Also of heads, whose products of queries and keys belong to no weight."""
+    source = models.find(tiny.make(kind))
+    model = models.materialise(source)
+    found = choices_of(model, source.example(), GroupMagnitude(channel_frac=0.25, head_frac=0.25))
+    costs, draw = narrowing.NetworkCosts(found), random.Random(0)
+    assert {one.kind for one in found.ranked} == {"channels", "heads"}
+    for _ in range(8):
+        widths = drawn(found.space, draw)
+        assert costs.macs(widths) == macs(found.coupling, found.keep(widths))
+
+
+def test_shapes_and_layers_are_those_of_the_network_that_was_cut() -> None:
+    model = resnet()
+    found = choices_of(model, PICTURE)
+    predictor = narrowing.measured_predictor(model, found, PICTURE)
+    draw = random.Random(1)
+    for _ in range(4):
+        widths = drawn(found.space, draw)
+        cut = narrowing.narrowed(model, found.coupling, found.keep(widths))
+        seen = timing.seen(cut, PICTURE)
+        own = [
+            timing.layer_name(
+                one, {leaf: list(getattr(one.module, leaf).shape) for leaf in one.tensors if "num" not in leaf}
+            )
+            for one in seen
+        ]
+        assert predictor.layers(widths) == own  # what is looked up is what runs
+        assert [one.reads for one in seen] == [
+            timing._reads(one, {"weight": list(one.module.weight.shape)}) for one in seen
+        ]  # type: ignore[arg-type]
+        assert predictor.ms(widths) == pytest.approx(
+            sum(predictor.table.ms[name] for name in own) + predictor.offset_ms
+        )
+
+
+def test_a_table_is_reused_and_another_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = resnet()
+    found = choices_of(model, PICTURE)
+    first = narrowing.measured_predictor(model, found, PICTURE)
+    monkeypatch.setattr(timing, "time_layer_ms", lambda *given: pytest.fail("measured again"))
+    again = narrowing.measured_predictor(model, found, PICTURE, first.table)
+    assert again.ms(narrowest(found.space)) == first.ms(narrowest(found.space))
+    with pytest.raises(CompressLabError, match="is of a batch of 2 .* not of a batch of 1"):
+        narrowing.measured_predictor(model, found, {"pixel_values": torch.zeros(1, 1, 8, 8)}, first.table)
+    costs = narrowing.NetworkCosts(found, {2: first})
+    assert costs.latency_frac(dense(found.space), 2) == 1
+    with pytest.raises(CompressLabError, match=r"no latency was measured at a batch of 1, only at \[2\]"):
+        costs.latency_frac(dense(found.space), 1)
+
+
+def test_the_search_reads_time_from_the_table() -> None:
+    """A machine on which the second group alone takes time: only that one is narrowed."""
+    model = resnet()
+    found = choices_of(model, PICTURE)
+    table = LatencyTable(conditions=timing.conditions(2))
+
+    def layers(widths: tuple[int, ...]) -> list[str]:
+        name = f"wide {widths[1]}"
+        table.ms[name] = float(widths[1])
+        return [name]
+
+    costs = narrowing.NetworkCosts(found, {2: latency.Predictor(table=table, layers=layers)})
+    limit = Limit(frac=0.5, of="latency", batch=2)
+    assert uniform(found.space, costs, limit)[1] == found.space[1][-1] // 2
+    assert costs.latency_frac((*dense(found.space)[:1], 4, *dense(found.space)[2:]), 2) == 4 / found.space[1][-1]
+
+
+def test_a_judge_sees_the_cut_network_and_leaves_the_whole_one_alone() -> None:
+    model = resnet()
+    found, before = choices_of(model, PICTURE), {k: v.clone() for k, v in model.state_dict().items()}
+    pixels = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    judge = narrowing.Judge(model, found, [{"pixel_values": pixels[:4]}, {"pixel_values": pixels[4:]}])
+    assert judge(dense(found.space)) == pytest.approx(0, abs=1e-6)
+    widths = narrowest(found.space)
+    cut = narrowing.narrowed(model, found.coupling, found.keep(widths))
+    p, q = (m(pixel_values=pixels).logits.double().log_softmax(dim=-1) for m in (model, cut))
+    assert judge(widths) == pytest.approx(float((p.exp() * (p - q)).sum(dim=-1).mean()), rel=1e-4)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    judge = narrowing.Judge(model, found, [{"pixel_values": pixels, "labels": labels}])
+    assert judge(widths) == pytest.approx(float(-q[torch.arange(6), labels].mean()), rel=1e-4)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_batch_norms_take_the_statistics_of_what_they_see() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3)).eval()
+    batches = [torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            found: Tensor = self.inner(pixel_values)
+            return found
+
+    narrowing.renew_batch_norms_(Named(), [{"pixel_values": one} for one in batches])
+    outs = [model[0](one).transpose(0, 1).flatten(1) for one in batches]
+    norm = model[1]
+    torch.testing.assert_close(norm.running_mean, torch.stack([o.mean(dim=1) for o in outs]).mean(dim=0))
+    torch.testing.assert_close(norm.running_var, torch.stack([o.var(dim=1) for o in outs]).mean(dim=0))
+    assert norm.momentum == 0.1 and not norm.training
+
+
+def test_a_group_alone_is_judged_at_every_width() -> None:
+    space = [(1, 2), (3, 6, 9)]
+    found = narrowing.alone(space, lambda widths: 10.0 * widths[0] + widths[1])
+    assert found == [{1: -10.0, 2: 0.0}, {3: -6.0, 6: -3.0, 9: 0.0}]
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrowing, "SIZE", 4)
+    monkeypatch.setattr(narrowing, "GENERATIONS", 1)
+
+
+def test_a_budget_fills_in_the_widths_and_the_recipe_repeats_the_run(tmp_path: Path, few: None) -> None:
+    text = tiny.write_text(tmp_path / "words.txt")
+    model = tiny.save("llama", tmp_path / "model")
+    artifact, report = pipeline.compress(
+        model, recipe_of(), str(text), out=tmp_path / "out", budget="0.8macs", measure=False, device="cpu"
+    )
+    assert report.search is not None and report.search.unit == "macs"
+    assert report.search.chosen[0] <= 0.8
+    [step] = report.recipe["steps"]
+    assert step["widths"] and step["macs_frac"] is None
+    assert report.search.chosen[1] <= report.search.uniform["the same share of every group"][1]
+    again, _ = pipeline.compress(
+        model, parse(report.recipe, "report"), None, out=tmp_path / "again", measure=False, device="cpu"
+    )
+    first, second = (torch.cat([p.flatten() for p in a.load().state_dict().values()]) for a in (artifact, again))
+    assert torch.equal(first, second)
+    whole = sum(p.numel() for p in models.load(model).parameters())
+    assert sum(p.numel() for p in artifact.load().parameters()) < whole
+
+
+def test_a_latency_is_promised_by_a_table_that_is_kept(
+    tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are made up: every layer takes what its weight has elements, the whole network 10 % more."""
+    monkeypatch.setenv("COMPRESSLAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(timing, "time_layer_ms", lambda layer, sizes: torch.Size(sizes["weight"]).numel() / 1e3)
+    text = tiny.write_text(tmp_path / "words.txt")
+    model = tiny.save("llama", tmp_path / "model")
+    whole = sum(
+        m.weight.numel() for m in models.load(model).modules() if isinstance(m, nn.Linear) or "Norm" in type(m).__name__
+    ) / 1e3  # fmt: skip
+    monkeypatch.setattr(timing, "time_network_ms", lambda model, inputs: 1.1 * whole)
+    ask = {"out": tmp_path / "out", "measure": False, "device": "cpu"}
+    with pytest.raises(CompressLabError, match="cannot be met: the least possible is"):
+        pipeline.compress(model, recipe_of(), str(text), budget="0.01ms/forward", **ask)  # type: ignore[arg-type]
+    with pytest.raises(CompressLabError, match="leaves the network as it is: it takes"):
+        pipeline.compress(model, recipe_of(), str(text), budget=f"{2 * whole:.3f}ms/forward", **ask)  # type: ignore[arg-type]
+    _, report = pipeline.compress(model, recipe_of(), str(text), budget=f"{0.9 * whole:.3f}ms/forward", **ask)  # type: ignore[arg-type]
+    assert report.search is not None and report.search.chosen[0] <= 0.9 * whole
+    [kept] = (tmp_path / "home" / "latency").glob("*.json")
+    assert json.loads(kept.read_text())["conditions"]["batch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "budget", "why"),
+    [
+        ("w4a16-rtn", "wiki", "0.5macs", "no single step that takes some out"),
+        ("prune-neurons-25", "wiki", "0.5macs", "no single step that takes some out"),
+        ("prune-channels-25", None, "0.5macs", "judges networks on data: name some with --data"),
+        ("prune-channels-25", "wiki", "1.5macs", "leaves the network as it is: give a share below 1"),
+        ("prune-channels-25", "wiki", "0macs", "budget '0macs'"),
+        ("prune-channels-25", "wiki", "5furlongs", "a share of the multiply-accumulates such as 0.5macs"),
+    ],
+)
+def test_what_a_budget_of_channels_refuses(
+    tmp_path: Path, recipe: str, data: str | None, budget: str, why: str
+) -> None:
+    with pytest.raises(CompressLabError, match=why):
+        pipeline.compress(tiny.make("llama"), recipe, data, out=tmp_path / "out", budget=budget, device="cpu")
+
+
+def test_widths_that_no_group_has_are_refused() -> None:
+    coupling: Coupling = couplings(resnet(), PICTURE)
+    with pytest.raises(ValueError, match="widths names 'nothing'"):
+        choose(coupling, {"nothing": 3})
+    with pytest.raises(ValueError, match="keeps 99 units of conv, which has 8"):
+        choose(coupling, {"conv": 99})
+    with pytest.raises(CompressLabError, match="widths are numbers of units that stay"):
+        recipe_of(widths={"conv": 0})
+    kept = choose(coupling, {"conv": 3})
+    assert list(kept) == ["conv"] and len(kept["conv"]) == 3
+
+
+def choose(coupling: Coupling, widths: dict[str, int]) -> dict[str, Tensor]:
+    found = narrowing.choices_of(resnet(), coupling, GroupMagnitude(), None)
+    return GroupMagnitude(widths=widths).choose(found.ranked)
+
+
+def test_budgets_of_channels_are_read() -> None:
+    assert [str(parse_budget(text)) for text in ("0.5macs", " 5 ms/forward", ".25 MACs")] == [
+        "0.5macs", "5ms/forward", "0.25macs",
+    ]  # fmt: skip
