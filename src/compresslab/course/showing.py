@@ -46,7 +46,7 @@ def _many(result: Result, course: Lab, metrics: Sequence[str], lang: str) -> lis
         if metric == "bytes":
             return number(result.mean(row, metric), metric)
         spread = result.spread(row, metric)
-        return f"{result.mean(row, metric):.4g}" + (f" ± {spread:.1g}" if spread else "")
+        return f"{result.mean(row, metric):.4g}" + (f" ± {float(f'{spread:.1g}'):g}" if spread else "")  # 10, not 1e+01
 
     columns = ["bytes", *metrics]
     head = [course.say(key, lang) for key in ("row", *columns)]
