@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 
 from compresslab.channels import take_out_
 from compresslab.contract import Member
 from compresslab.course import digits
-from compresslab.course.labs.lab_3_6 import experiment
+from compresslab.course.labs.lab_3_6 import experiment, pretrained
 from compresslab.course.labs.lab_3_6.timing import in_turn
+from compresslab.methods import METHODS
 
 SETTINGS = experiment.Settings(model="digits", seeds=1)
 TRAINING = digits.Training(widths=(8, 16), pictures=256, epochs=1)
@@ -77,3 +79,30 @@ def test_networks_are_timed_in_turn() -> None:
     found = in_turn({name: lambda name=name: called.append(name) for name in "ab"}, rounds=3)  # type: ignore[misc]
     assert called == ["a"] * 3 + ["b"] * 3 + called[:6] * 2  # each once before it counts
     assert all(taken >= 0 for taken in found.values())
+
+
+@pytest.mark.parametrize(
+    ("ways", "prefix", "blocks", "neurons", "of_a_neuron", "of_attention"),
+    [
+        (pretrained.ENCODER, "encoder", 6, 1536, 2 * 384, 4 * 384**2),  # MiniLM-L6
+        (pretrained.ENCODER, "encoder", 24, 4096, 2 * 1024, 4 * 1024**2),  # BERT-Large
+        (pretrained.LANGUAGE_MODEL, "lm", 30, 1536, 3 * 576, 2 * 576**2 + 2 * 576 * 192),  # SmolLM2-135M
+        (pretrained.LANGUAGE_MODEL, "lm", 24, 8192, 3 * 2048, 4 * 2048**2),  # SmolLM2-1.7B
+    ],
+)
+def test_neurons_blocks_and_mask_leave_as_many_weights(
+    ways: pretrained.Ways, prefix: str, blocks: int, neurons: int, of_a_neuron: int, of_attention: int
+) -> None:
+    def method(way: str) -> Any:
+        (settings,) = ways[f"{prefix}-{way}"]
+        return METHODS[settings["method"]](**{key: value for key, value in settings.items() if key != "method"})
+
+    block = neurons * of_a_neuron + of_attention
+    kept = method("neurons").kept_of("neurons", neurons)
+    assert kept == method("smallest").kept_of("neurons", neurons)
+    left = [
+        blocks * (block - (neurons - kept) * of_a_neuron),
+        len(method("blocks").keep_blocks(range(blocks))) * block,
+        (1 - method("mask").sparsity) * blocks * block,
+    ]
+    assert max(left) < 1.02 * min(left), left

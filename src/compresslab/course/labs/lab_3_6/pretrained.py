@@ -62,7 +62,7 @@ class Pretrained:
 
     Attributes:
         model: an encoder.
-        samples, window: calibration texts and their tokens.
+        samples, window: calibration texts and their tokens; for the language model half as many that are twice as long.
         passages: texts whose embeddings are compared.
         tokens: of each text that is timed.
     """
@@ -73,7 +73,7 @@ class Pretrained:
     samples: int = 64
     window: int = 128
     passages: int = 128
-    test_windows: int = 8
+    test_windows: int = 6
     test_length: int = 512
     tokens: int = 128
     rounds: int = 7
@@ -111,7 +111,7 @@ def _encoder(settings: Pretrained, seed: int, say: Callable[[str], None]) -> Row
 def _language_model(settings: Pretrained, seed: int, say: Callable[[str], None]) -> Rows:
     tokenizer = models.find(settings.language_model).tokenizer()
     given = data.calibration(
-        "wiki", tokenizer, samples=settings.samples, sequence_length=settings.window * 2, seed=seed, batch_size=8
+        "wiki", tokenizer, samples=settings.samples // 2, sequence_length=settings.window * 2, seed=seed, batch_size=8
     )
     networks, rows = _opened(settings.language_model, "lm-whole", LANGUAGE_MODEL, given, seed, say)
     test = data.windows("wiki", tokenizer, length=settings.test_length, count=settings.test_windows)
