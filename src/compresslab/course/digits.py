@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Literal
@@ -113,7 +113,7 @@ def trained(seed: int, settings: Training | None = None) -> nn.Module:
     if path.exists():
         network.load_state_dict(load_file(path))
     else:
-        _train_(network, seed, settings)
+        train_(network, seed, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{random.getrandbits(32):08x}")
         save_file(network.state_dict(), partial)
@@ -121,8 +121,15 @@ def trained(seed: int, settings: Training | None = None) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _train_(network: nn.Module, seed: int, settings: Training) -> None:
-    """AdamW with a cosine to zero, the pictures in another order in every epoch."""
+def train_(
+    network: nn.Module, seed: int, settings: Training, *, after_step: Callable[[], None] = lambda: None
+) -> None:  # fmt: skip
+    """AdamW with a cosine to zero, the pictures of the seed in another order in every epoch.
+
+    Args:
+        settings: of these, how long and on what; widths and blocks are the network's own.
+        after_step: called as soon as the optimiser has changed the weights.
+    """
     shown = pictures("train", settings.pictures, seed, noise=settings.noise)
     generator = torch.Generator().manual_seed(seed)
     steps = settings.epochs * math.ceil(len(shown.labels) / settings.batch)
@@ -136,6 +143,7 @@ def _train_(network: nn.Module, seed: int, settings: Training) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            after_step()
             schedule.step()
 
 
