@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from compresslab.course import digits
+from compresslab.course import catalogue, digits
 from compresslab.course.labs.lab_3_7 import experiment, tasks
 from compresslab.errors import CompressLabError
 
@@ -105,3 +105,10 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(CompressLabError, match="resnet-9: this lab prunes ResNets"):
         tasks.blocks_of("resnet-9")
     assert [tasks.blocks_of(f"resnet-{n}") for n in (8, 20, 56)] == [1, 3, 9]
+
+
+@pytest.mark.parametrize("scale", experiment.SETTINGS)
+def test_every_direction_that_a_scale_promises_is_measured_there(scale: str) -> None:
+    rows = {f"{name}-{percent}" for percent, names in experiment.SETTINGS[scale].rows.items() for name in names}
+    expected = catalogue.lab("3.7").expected(scale)
+    assert expected and {one[side] for one in expected for side in ("better", "worse")} <= rows

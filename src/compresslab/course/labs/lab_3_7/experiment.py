@@ -109,7 +109,7 @@ SETTINGS: dict[str, Settings] = {
     ),
     "real": OnPictures(
         model="resnet-20", seeds=1, task=tasks.OfPictures(steps=120, batch=128),
-        rows={95: (*BEFORE, "after"), 98: ("snip", "synflow")},
+        rows={95: ("random", "snip", "shuffled", "grasp", "synflow", "after")},
     ),
     "paper": OnPictures(
         model="resnet-20", seeds=1, task=tasks.OfPictures(steps=62_400, batch=128, augmented=True),
