@@ -41,8 +41,9 @@ from compresslab.methods import METHODS
 from compresslab.models import is_transposed
 from compresslab.numerics.selection import drop_lowest
 from compresslab.plan import make_plan
+from compresslab.prune.rounds import Found
 from compresslab.recipe import Training
-from compresslab.scoring import Found, find_masks, network_of
+from compresslab.scoring import find_masks, network_of
 from compresslab.solving import Pass
 from compresslab.training import collate, train_
 

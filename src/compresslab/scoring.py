@@ -1,8 +1,7 @@
 """Pruning by what weights mean to the whole network: scores, one threshold, masks; in rounds.
 
-recipe -> the whole network in memory (damage.py opens it) as a function of the planned layers' weights -> in every round: scores
-of what is left, the share that stays (1 - s)^(round / rounds), one threshold over all layers or one in each; what is gone
-stays gone -> a mask for every layer, which the driver applies like any pruner's (pruning.py, masks.py).
+recipe -> the whole network in memory (damage.py opens it) as a function of the planned layers' weights -> scores of what is left
+in every round (prune/rounds.py) -> a mask for every layer, which the driver applies like any pruner's (pruning.py, masks.py).
 
 A method (contract.NetworkPruner) sees losses and flows as functions of weights [out, in], and knows nothing of models. A run that
 was killed scores again, finds the same masks, and goes on from there.
@@ -21,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresslab.contract import Loss, NetworkPruner, Pruner, Weights
+from compresslab.contract import Loss, NetworkPruner, Pruner, Scores, Weights
 from compresslab.damage import whole_model
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.models import PROPORTIONAL_ATTENTION, Source, is_language_model, is_transposed
-from compresslab.numerics.selection import drop_lowest
 from compresslab.positive import make_positive_, ones_for
+from compresslab.prune.rounds import Found, asking, prune_in_rounds
 from compresslab.pruning import Marked
 from compresslab.solving import Pass, read_weight
 from compresslab.training import IGNORED_LABEL, collate
@@ -194,24 +193,6 @@ def _some(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [examples[i] for i in sorted(order[:count])]
 
 
-def asking(weights: Weights) -> dict[str, Tensor]:
-    """Copies of weights that ask for gradients."""
-    return {layer: weight.detach().clone().requires_grad_(True) for layer, weight in weights.items()}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Found:
-    """What pruning left of every layer.
-
-    Attributes:
-        kept: layer -> bool [out, in].
-        weights: layer -> float32 [out, in], zero wherever `kept` is False.
-    """
-
-    kept: dict[str, Tensor]
-    weights: dict[str, Tensor]
-
-
 def find_masks(method: NetworkPruner, network: Any, on_round: Callable[[], None] = lambda: None) -> Found:
     """Masks in which the method's share of the weights is zero, to the last one.
 
@@ -221,41 +202,18 @@ def find_masks(method: NetworkPruner, network: Any, on_round: Callable[[], None]
     Raises:
         ValueError: scores that are no numbers.
     """
-    original = weights = {layer: weight.detach() for layer, weight in network.weights.items()}
-    kept = {layer: torch.ones_like(weight, dtype=torch.bool) for layer, weight in weights.items()}
-    rounds = method.rounds if method.sparsity else 0
-    for number in range(1, rounds + 1):
-        with torch.inference_mode(False), torch.enable_grad():
-            scores = method.score(dataclasses.replace(network, weights=asking(weights)))
-        values = {layer: _checked(layer, scores.values[layer]).where(kept[layer].cpu(), -torch.inf) for layer in kept}
-        gone = 1 - (1 - method.sparsity) ** (number / rounds)
-        kept = _below_threshold(values, gone, method.scope, {x: weight.device for x, weight in weights.items()})
-        with torch.no_grad():
-            changed = weights if scores.updated is None else scores.updated(kept)
-            weights = {layer: changed[layer] * kept[layer] for layer in kept}
-        on_round()
-    if method.shuffled:
-        kept = _shuffled(kept, network.seed)
-        weights = {layer: original[layer] * kept[layer] for layer in kept}
-    return Found(kept=kept, weights=weights)
+    original = {layer: weight.detach() for layer, weight in network.weights.items()}
 
+    def score(weights: Weights) -> Scores:
+        return method.score(dataclasses.replace(network, weights=weights))
 
-def _below_threshold(
-    values: Weights, gone: float, scope: str, devices: Mapping[str, torch.device]
-) -> dict[str, Tensor]:
-    groups = [list(values)] if scope == "global" else [[layer] for layer in values]
-    kept: dict[str, Tensor] = {}
-    for layers in groups:
-        drop = round(gone * sum(values[layer].numel() for layer in layers))
-        masks = drop_lowest([values[layer] for layer in layers], drop)
-        kept |= {layer: mask.to(devices[layer]) for layer, mask in zip(layers, masks, strict=True)}
-    return kept
-
-
-def _checked(layer: str, values: Tensor) -> Tensor:
-    if not torch.isfinite(values).all():
-        raise ValueError(f"the scores of layer {layer} are not finite: its loss or its gradients overflow")
-    return values.cpu()
+    found = prune_in_rounds(
+        score, original, sparsity=method.sparsity, rounds=method.rounds, scope=method.scope, on_round=on_round
+    )
+    if not method.shuffled:
+        return found
+    kept = _shuffled(found.kept, network.seed)
+    return Found(kept=kept, weights={layer: original[layer] * kept[layer] for layer in kept})
 
 
 def _shuffled(kept: Weights, seed: int) -> dict[str, Tensor]:

@@ -79,6 +79,7 @@ def test_every_kept_result_is_shown_whole(path: Path, lang: str) -> None:
     assert len(table) == len(result.rows) + 1 and len({len(line) for line in table}) == 1
     assert len(showing.verdicts(result, lang)) == len(result.verdicts) + 1
     beside = showing.peers(result, lang)
-    assert len(beside) == 1 + len({found.ours for found in result.peers.values()}) + len(result.peers)
-    assert {len(line) for line in beside} == {4}
+    ours = {found.ours for found in result.peers.values()}
+    assert len(beside) == (1 + len(ours) + len(result.peers) if ours else 0)
+    assert {len(line) for line in beside} <= {4}
     assert showing.papers(result, lang)

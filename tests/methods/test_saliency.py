@@ -20,7 +20,7 @@ from compresslab.prune.obd import OBD
 from compresslab.prune.obs import OBS
 from compresslab.prune.random_mask import RandomMask
 from compresslab.prune.snip import SNIP
-from compresslab.prune.synflow import SynFlow
+from compresslab.prune.synflow import SynFlow, prune_by_flow
 from compresslab.scoring import find_masks
 from oracles import saliency as oracle
 
@@ -319,6 +319,15 @@ def test_synflow_in_one_shot_empties_a_layer_and_in_rounds_does_not() -> None:
     for layer in LAYERS:  # something still comes through
         x = (net.weights[layer].detach().abs() * often[layer]) @ x
     assert float(x.sum()) > 0
+
+
+def test_pruning_by_a_flow_alone_is_synflow_and_starts_at_the_given_weights() -> None:
+    net = network(widths=(4, 12, 12, 3))
+    before = as_list(net.weights)
+    found = prune_by_flow(net.weights, net.flow, sparsity=0.7, rounds=5)
+    expected = find_masks(SynFlow(sparsity=0.7, rounds=5), net).kept
+    assert all(torch.equal(found[layer], expected[layer]) for layer in LAYERS)
+    assert all(torch.equal(a, b) for a, b in zip(before, as_list(net.weights), strict=True))
 
 
 @pytest.mark.parametrize("cls", PRUNERS, ids=NAMES)

@@ -182,7 +182,7 @@ def run(
     scale: Annotated[str, typer.Option(help="micro (offline, minutes), real (a pre-trained model), paper.")] = "micro",
     seeds: Annotated[int | None, typer.Option(help="How many; the lab's own number if left out.")] = None,
     model: Annotated[str | None, typer.Option(help="Another model than the lab's.")] = None,
-    pictures: Annotated[str | None, typer.Option(help="Labelled pictures, for lab 3.1 at real: a folder or .parquet.")] = None,
+    pictures: Annotated[str | None, typer.Option(help="Labelled pictures, if the lab reads some: a folder or .parquet.")] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Ask the lab's other frameworks too; see `compresslab peers`.")] = False,
     out: Annotated[Path | None, typer.Option(help="The result file; in your folder if left out.")] = None,
     prediction: Annotated[bool, typer.Option(help="Ask for your prediction first.")] = True,

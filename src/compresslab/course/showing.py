@@ -84,7 +84,9 @@ def papers(result: Result, lang: str) -> list[list[str]]:
 
 
 def peers(result: Result, lang: str) -> list[list[str]]:
-    """Head, and each row of ours that others were asked for, followed by theirs; dashes where one failed."""
+    """Head, and each row of ours that others were asked for, followed by theirs; dashes where one failed; else nothing."""
+    if not result.peers:
+        return []
     course = lab(result.lab)
     lines = [[course.say(key, lang) for key in ("peer-row", "perplexity", "bytes", "peer-seconds")]]
 

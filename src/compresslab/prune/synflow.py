@@ -34,13 +34,16 @@ Oracle. tests/oracles/saliency.py: all paths of a small network one by one, in P
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from compresslab.contract import Network, Paper, Scores
+from compresslab.contract import Network, Paper, Scores, Weights
 from compresslab.numerics.curvature import gradients
+from compresslab.prune.rounds import prune_in_rounds
 from compresslab.prune.saliency import Saliency
 
 
@@ -68,21 +71,49 @@ class SynFlow(Saliency):
     rounds: int = 100
 
     def score(self, network: Network) -> Scores:
-        magnitudes = {
-            layer: weight.detach().double().abs().requires_grad_(True) for layer, weight in network.weights.items()
-        }
-        flow = network.flow(magnitudes)
-        if not torch.isfinite(flow):
-            raise ValueError("the products of its layers' weights leave float64: prune it with another method")
-        flows = gradients(flow, list(magnitudes.values()))
-        scores = [flow * weight.detach() for flow, weight in zip(flows, magnitudes.values(), strict=True)]
-        largest = max(float(score.max()) for score in scores)
-        if largest == 0:
-            raise ValueError("nothing flows from its input to its output: a layer of zeros is in the way")
-        return Scores(values={x: (score / largest).float() for x, score in zip(magnitudes, scores, strict=True)})
+        return Scores(values=saliencies(network.weights, network.flow))
 
     def passes(self, examples: int) -> float:
         return 0
 
     def numbers_per_weight(self, examples: int) -> int:
         return 8
+
+
+def saliencies(weights: Weights, flow: Callable[[Weights], Tensor]) -> dict[str, Tensor]:
+    """What the paths through every weight contribute to the flow, relative to the largest: float32 of the shapes of the weights.
+
+    Raises:
+        ValueError: a flow of nothing, or one that no float64 can hold.
+    """
+    magnitudes = {layer: weight.detach().double().abs().requires_grad_(True) for layer, weight in weights.items()}
+    total = flow(magnitudes)
+    if not torch.isfinite(total):
+        raise ValueError("the products of its layers' weights leave float64: prune it with another method")
+    flows = gradients(total, list(magnitudes.values()))
+    scores = [slope * weight.detach() for slope, weight in zip(flows, magnitudes.values(), strict=True)]
+    largest = max(float(score.max()) for score in scores)
+    if largest == 0:
+        raise ValueError("nothing flows from its input to its output: a layer of zeros is in the way")
+    return {layer: (score / largest).float() for layer, score in zip(magnitudes, scores, strict=True)}
+
+
+def prune_by_flow(
+    weights: Weights, flow: Callable[[Weights], Tensor], *, sparsity: float, rounds: int = 100
+) -> dict[str, Tensor]:  # fmt: skip
+    """SynFlow of anything that has a flow: masks in which a share of the weights is False, to the last one.
+
+    Args:
+        weights: by layer, of any shape and either sign; must not be changed.
+        flow: weights -> the sum of the outputs for an input of ones, differentiable. It takes the weights as they are given:
+            with signs, paths would cancel.
+        sparsity: share of all weights that goes, from 0 to below 1.
+        rounds: in how many steps, each of which scores what is left anew.
+
+    Returns:
+        bool, by layer, of the shapes of the weights.
+    """
+    found = prune_in_rounds(
+        lambda left: Scores(values=saliencies(left, flow)), weights, sparsity=sparsity, rounds=rounds
+    )
+    return found.kept

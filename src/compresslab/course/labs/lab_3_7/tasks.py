@@ -1,0 +1,195 @@
+"""What the networks of Lab 3.7 learn: digits at micro, and pictures that the user brings at the other scales.
+
+digits: a small ResNet and the training of course/digits.py, one thread, as two would wait for each other.
+pictures: ResNet-20; a folder or .parquet of pictures of 32 x 32 -> some to test on and some held back, always the same ones, and
+the rest to train on -> training with masks (masked.train_masked_), SGD with momentum as in the papers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresslab import data
+from compresslab.architectures.resnet_cifar import ResNetCifarConfig, ResNetCifarForImageClassification
+from compresslab.course import digits
+from compresslab.data.labelled import Example
+from compresslab.errors import CompressLabError
+from compresslab.masked import masking, train_masked_
+from compresslab.recipe import Training
+from compresslab.training import train_
+
+SIDE, CLASSES = 32, 10
+MEAN, DEVIATION = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's colours
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfDigits:
+    """Digits and how they are learned.
+
+    Attributes:
+        training: its epochs are those of a whole training, an even number.
+        scored, tested: pictures.
+    """
+
+    training: digits.Training
+    scored: int = 128
+    tested: int = 1000
+
+
+class Digits:
+    """experiment.Task of one seed of digits."""
+
+    def __init__(self, settings: OfDigits, model: str, seed: int) -> None:
+        self.settings, self.seed = settings, seed
+        self.training = dataclasses.replace(settings.training, blocks=blocks_of(model))
+        self.test = digits.pictures("test", settings.tested, noise=self.training.noise)
+
+    @cached_property
+    def examples(self) -> Sequence[Example]:
+        shown = digits.pictures("train", self.training.pictures, self.seed, noise=self.training.noise)
+        return shown.examples()[: self.settings.scored]
+
+    def initial(self) -> nn.Module:
+        return digits.build(self.training, self.seed)
+
+    def train_(self, network: nn.Module, kept: Mapping[str, Tensor], share: float) -> None:
+        part = dataclasses.replace(self.training, epochs=round(share * self.training.epochs))
+        with one_thread(), masking(network, kept) as masks:
+            digits.train_(network, self.seed, part, after_step=masks.apply_)
+        network.eval()
+
+    def accuracy(self, network: nn.Module) -> float:
+        with one_thread():
+            return 100 * digits.accuracy(network, self.test)
+
+
+def blocks_of(model: str) -> int:
+    """Of each of the three stages of "resnet-N", where N = 6 n + 2."""
+    found = re.fullmatch(r"resnet-(\d+)", model)
+    if found is None or int(found[1]) < 8 or int(found[1]) % 6 != 2:
+        raise CompressLabError(
+            f"{model}: this lab prunes ResNets of CIFAR's kind: name resnet-8, resnet-20, resnet-32 or so"
+        )
+    return int(found[1]) // 6
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfPictures:
+    """How pictures are learned.
+
+    Attributes:
+        steps, batch, learning_rate: of a whole training.
+        augmented: flipped and moved by up to four pixels by chance.
+        scored, tested, held_back: pictures.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float = 0.1
+    augmented: bool = False
+    scored: int = 128
+    tested: int = 2000
+    held_back: int = 500
+
+
+class Pictures:
+    """experiment.Task of one seed of pictures."""
+
+    def __init__(self, settings: OfPictures, model: str, source: str | None, seed: int) -> None:
+        if source is None:
+            raise CompressLabError(
+                "this scale learns pictures of 32 x 32 pixels in ten classes, and there are none: name a folder or a .parquet, "
+                "such as CIFAR-10's training split, with --pictures"
+            )
+        self.settings, self.seed, self.blocks = settings, seed, blocks_of(model)
+        every = opened(source)
+        self.test, self.held_back, self.shown = (
+            every[: settings.tested],
+            every[settings.tested : settings.tested + settings.held_back],
+            every[settings.tested + settings.held_back :],
+        )
+
+    @cached_property
+    def examples(self) -> Sequence[Example]:
+        order = torch.randperm(len(self.shown), generator=torch.Generator().manual_seed(self.seed))
+        return [self.shown[i] for i in order[: self.settings.scored].tolist()]
+
+    def initial(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return ResNetCifarForImageClassification(ResNetCifarConfig(blocks=self.blocks))
+
+    def train_(self, network: nn.Module, kept: Mapping[str, Tensor], share: float) -> None:
+        settings = Training(
+            steps=round(share * self.settings.steps), batch=self.settings.batch, optimizer="sgd", weight_decay=5e-4,
+            learning_rate=self.settings.learning_rate, checks=2,
+        )  # fmt: skip
+        shown: Sequence[Example] = Augmented(self.shown) if self.settings.augmented else self.shown
+        network.requires_grad_(True)
+        with tempfile.TemporaryDirectory() as folder:
+            if kept:
+                train_masked_(network, kept, shown, settings, Path(folder), seed=self.seed, held_back=self.held_back)
+            else:
+                train_(network, shown, settings, Path(folder), seed=self.seed, held_back=self.held_back)
+
+    @torch.no_grad()
+    def accuracy(self, network: nn.Module) -> float:
+        pixels = torch.stack([example["pixel_values"] for example in self.test])
+        labels = torch.stack([example["labels"] for example in self.test])
+        said = torch.cat([network.eval()(pixel_values=part).logits.argmax(dim=1) for part in pixels.split(250)])
+        return 100 * float((said == labels).double().mean())
+
+
+class Augmented(Sequence[Example]):
+    """Pictures flipped and moved by up to four pixels, as torch's seed has it."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        example = self.examples[index]
+        down, across, flip = (int(torch.randint(0, n, ())) for n in (9, 9, 2))
+        moved = nn.functional.pad(example["pixel_values"], (4, 4, 4, 4))[:, down : down + SIDE, across : across + SIDE]
+        return example | {"pixel_values": moved.flip(2) if flip else moved}
+
+
+@cache
+def opened(source: str) -> list[Example]:
+    """All pictures of a source, in an order that is always the same."""
+    from PIL import Image
+
+    found = data.pictures(source, "all")
+    labels = data.label_ids(found, {}, CLASSES)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, DEVIATION))
+    examples: list[Example] = []
+    for i in order:
+        image = Image.open(io.BytesIO(found.open(i))).convert("RGB").resize((SIDE, SIDE))
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
+        examples.append({"pixel_values": (pixels.permute(2, 0, 1) / 255 - mean) / deviation, "labels": labels[i]})
+    return examples
