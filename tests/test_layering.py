@@ -142,7 +142,7 @@ def test_a_method_knows_nothing_but_the_contract_numerics_and_a_method_it_builds
 
 @pytest.mark.parametrize("module", [module for module in MODULES if within(module, "compresslab.search")])
 def test_search_knows_nothing_but_the_contract_and_numerics(module: str) -> None:
-    assert outsiders(module) <= {"torch", "numpy", "scipy"}
+    assert outsiders(module) <= {"torch", "numpy", "scipy", "optuna"}
     allowed = ("compresslab.numerics", "compresslab.contract", "compresslab.errors", "compresslab.search")
     assert all(within(name, *allowed) for name in insiders(module))
 

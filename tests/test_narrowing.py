@@ -48,6 +48,18 @@ def recipe_of(**settings: object) -> Recipe:
     )
 
 
+@pytest.fixture
+def by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are made up: a layer takes what its weight has elements, a whole network 10 % more."""
+
+    def network(model: nn.Module, inputs: object, repeats: int) -> float:
+        layers = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) or "Norm" in type(m).__name__)
+        return 1.1 * sum(m.weight.numel() for m in layers) / 1e3  # type: ignore[operator, union-attr, misc]
+
+    monkeypatch.setattr(timing, "time_layer_ms", lambda layer, sizes: torch.Size(sizes["weight"]).numel() / 1e3)
+    monkeypatch.setattr(timing, "time_network_ms", network)
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
 def test_multiply_accumulates_are_those_of_the_units_that_stay(kind: str) -> None:
     """Also of heads, whose products of queries and keys belong to no weight."""
@@ -61,7 +73,7 @@ def test_multiply_accumulates_are_those_of_the_units_that_stay(kind: str) -> Non
         assert costs.macs(widths) == macs(found.coupling, found.keep(widths))
 
 
-def test_shapes_and_layers_are_those_of_the_network_that_was_cut() -> None:
+def test_shapes_and_layers_are_those_of_the_network_that_was_cut(by_size: None) -> None:
     model = resnet()
     found = choices_of(model, PICTURE)
     predictor = narrowing.measured_predictor(model, found, PICTURE)
@@ -81,11 +93,11 @@ def test_shapes_and_layers_are_those_of_the_network_that_was_cut() -> None:
             timing._reads(one, {"weight": list(one.module.weight.shape)}) for one in seen
         ]  # type: ignore[arg-type]
         assert predictor.ms(widths) == pytest.approx(
-            sum(predictor.table.ms[name] for name in own) + predictor.offset_ms
+            predictor.slope * sum(predictor.table.ms[name] for name in own) + predictor.offset_ms
         )
 
 
-def test_a_table_is_reused_and_another_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_reused_and_another_batch_is_refused(by_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = resnet()
     found = choices_of(model, PICTURE)
     first = narrowing.measured_predictor(model, found, PICTURE)
@@ -190,17 +202,12 @@ def test_a_budget_fills_in_the_widths_and_the_recipe_repeats_the_run(tmp_path: P
 
 
 def test_a_latency_is_promised_by_a_table_that_is_kept(
-    tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, few: None, by_size: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Times are made up: every layer takes what its weight has elements, the whole network 10 % more."""
     monkeypatch.setenv("COMPRESSLAB_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(timing, "time_layer_ms", lambda layer, sizes: torch.Size(sizes["weight"]).numel() / 1e3)
     text = tiny.write_text(tmp_path / "words.txt")
     model = tiny.save("llama", tmp_path / "model")
-    whole = sum(
-        m.weight.numel() for m in models.load(model).modules() if isinstance(m, nn.Linear) or "Norm" in type(m).__name__
-    ) / 1e3  # fmt: skip
-    monkeypatch.setattr(timing, "time_network_ms", lambda model, inputs: 1.1 * whole)
+    whole = timing.time_network_ms(models.load(model), {}, repeats=1) / 1.1
     ask = {"out": tmp_path / "out", "measure": False, "device": "cpu"}
     with pytest.raises(CompressLabError, match="cannot be met: the least possible is"):
         pipeline.compress(model, recipe_of(), str(text), budget="0.01ms/forward", **ask)  # type: ignore[arg-type]

@@ -220,10 +220,14 @@ def measured_predictor(
                 )
     for name, (layer, found) in missing.items():
         table.ms[name] = timing.time_layer_ms(layer, found)
-    whole = "network " + hashlib.sha256("\n".join(layers(full)).encode()).hexdigest()[:16]
-    if whole not in table.ms:
-        table.ms[whole] = timing.time_network_ms(model, inputs)
-    return latency.corrected(table, layers, full, table.ms[whole])
+    anchors = []
+    for whole in (full, narrowest(choices.space)):
+        name = "network " + hashlib.sha256("\n".join(layers(whole)).encode()).hexdigest()[:16]
+        if name not in table.ms:
+            cut = narrowed(model, choices.coupling, choices.keep(whole))
+            table.ms[name] = timing.time_network_ms(cut, inputs, repeats=2 * timing.REPEATS)
+        anchors.append((whole, table.ms[name]))
+    return latency.corrected(table, layers, *anchors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

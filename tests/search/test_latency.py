@@ -25,17 +25,19 @@ def table() -> LatencyTable:
     )
 
 
-def test_a_network_takes_the_sum_of_its_layers_and_what_the_table_leaves_out() -> None:
-    found = corrected(table(), layers, (8, 6), measured_ms=4.0)
-    assert found.offset_ms == pytest.approx(4.0 - 3.25)
-    assert found.ms((8, 6)) == pytest.approx(4.0)
-    assert found.ms((4, 6)) == pytest.approx(0.7 + 1.25 + 0.25 + 0.75)
-    assert found.ms((4, 3)) == pytest.approx(0.7 + 0.5 + 0.25 + 0.75)
+def test_the_sum_of_layers_is_corrected_by_two_whole_networks() -> None:
+    """Their layers add up to 3.25 and 1.45; what lies between takes 0.5, and everything 1.5 times what it does alone."""
+    found = corrected(table(), layers, ((8, 6), 0.5 + 1.5 * 3.25), ((4, 3), 0.5 + 1.5 * 1.45))
+    assert (found.offset_ms, found.slope) == (pytest.approx(0.5), pytest.approx(1.5))
+    assert found.ms((8, 6)) == pytest.approx(0.5 + 1.5 * 3.25)
+    assert found.ms((4, 6)) == pytest.approx(0.5 + 1.5 * (0.7 + 1.25 + 0.25))
+    with pytest.raises(CompressLabError, match="no use as a budget here"):
+        corrected(table(), layers, ((8, 6), 2.0), ((4, 3), 2.1))
 
 
 def test_a_layer_that_was_not_measured_is_named() -> None:
     with pytest.raises(CompressLabError, match="no layer 'second 8 3'"):
-        corrected(table(), layers, (8, 6), measured_ms=4.0).ms((8, 3))
+        corrected(table(), layers, ((8, 6), 4.0), ((4, 3), 2.0)).ms((8, 3))
 
 
 def test_a_table_comes_back_from_disk(tmp_path: Path) -> None:

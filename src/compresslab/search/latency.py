@@ -3,11 +3,12 @@
 Papers. Yang et al., "NetAdapt", arXiv 1804.03230, section 3.3: a table of measured latencies for every layer and width, whose
 sum stands for the network. Cai et al., "Once for All", arXiv 1908.09791, searches under such a table.
 
-Symbols. t(l, w) the median of one layer's forward in ms, at the widths that a configuration w gives it; T the dense network's
-measured latency. What lies between the layers (activations, additions, memory) is in no table, so what the dense network takes
-beyond its own sum is added to every prediction:
+Symbols. t(l, w) the median of one layer's forward in ms, at the widths that a configuration w gives it, and S(w) their sum; T the
+measured latency of a whole network. A layer that is timed alone finds its weights and its input in the caches, and what lies
+between layers (activations, additions, padding) is in no table. So two whole networks are measured as well, the dense and the
+narrowest, and a straight line through both corrects the sum:
 
-    predicted(w) = sum over l of t(l, w) + (T - sum over l of t(l, dense))
+    predicted(w) = T(dense) + slope (S(w) - S(dense))      slope = (T(dense) - T(narrowest)) / (S(dense) - S(narrowest))
 
 A table belongs to one batch, number of threads, machine and version of torch: layers that are compute-bound at one batch are
 memory-bound at another, and multiply-accumulates say nothing of either. It refuses to be read for anything else.
@@ -97,21 +98,34 @@ class Predictor:
 
     Attributes:
         layers: the names of its layers in the table, for a configuration.
-        offset_ms: what the dense network takes beyond the sum of its layers.
+        offset_ms, slope: of the line that corrects their sum.
     """
 
     table: LatencyTable
     layers: Named
     offset_ms: float = 0.0
+    slope: float = 1.0
 
     def ms(self, widths: Widths) -> float:
-        return self.table.total_ms(self.layers(widths)) + self.offset_ms
+        return self.slope * self.table.total_ms(self.layers(widths)) + self.offset_ms
 
 
-def corrected(table: LatencyTable, layers: Named, dense: Widths, measured_ms: float) -> Predictor:
-    """The predictor that is right for the dense network.
+def corrected(
+    table: LatencyTable, layers: Named, wide: tuple[Widths, float], narrow: tuple[Widths, float]
+) -> Predictor:
+    """The predictor that is right for two networks.
 
     Args:
-        measured_ms: the latency of the whole dense network.
+        wide, narrow: a configuration, and the latency that was measured of the whole network, in ms.
+
+    Raises:
+        CompressLabError: if the narrow one is no faster, by the table or as measured.
     """
-    return Predictor(table=table, layers=layers, offset_ms=measured_ms - table.total_ms(layers(dense)))
+    (sum_wide, sum_narrow) = (table.total_ms(layers(widths)) for widths, _ in (wide, narrow))
+    if not (wide[1] > narrow[1] and sum_wide > sum_narrow):
+        raise CompressLabError(
+            f"the narrowest network takes {narrow[1]:.3g} ms and the whole one {wide[1]:.3g} (their layers {sum_narrow:.3g} and "
+            f"{sum_wide:.3g}): time is no use as a budget here; give one in macs, or measure on a quieter machine"
+        )
+    slope = (wide[1] - narrow[1]) / (sum_wide - sum_narrow)
+    return Predictor(table=table, layers=layers, slope=slope, offset_ms=wide[1] - slope * sum_wide)

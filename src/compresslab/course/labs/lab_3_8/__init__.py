@@ -1,0 +1,1 @@
+"""Lab 3.8: can a machine choose the sparsities for this device?"""

@@ -1,0 +1,44 @@
+"""Bayesian search for widths by Optuna: the alternative to evolution.py for a user who has it.
+
+Paper. Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework", arXiv 1907.10902; its tree-structured
+Parzen estimator models which widths good configurations have, group by group, and proposes the next one by that.
+
+What is proposed is made to fit (widths.fitted) before it is judged, and the damage is told of what was proposed: the sampler
+learns of regions, and nothing is judged over the limit. Needs the extra compresslab[search].
+"""
+
+from __future__ import annotations
+
+import random
+
+from compresslab.errors import CompressLabError
+from compresslab.search.evolution import Found, Judge, Judged
+from compresslab.search.widths import Costs, Limit, Space, Widths, fitted
+
+
+def proposed_best(space: Space, costs: Costs, limit: Limit, judge: Judge, *, seed: int, evaluations: int) -> Found:
+    """The best of what Optuna's sampler proposes, made to fit; each configuration is judged once.
+
+    Raises:
+        CompressLabError: if optuna is not installed.
+        ValueError: if nothing in the space is within the limit.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise CompressLabError("a Bayesian search needs optuna: pip install 'compresslab[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    generator, seen, least = random.Random(seed), dict[Widths, float](), list[float]()
+    for _ in range(evaluations):
+        trial = study.ask()
+        asked = tuple(
+            choices[trial.suggest_int(f"group {group}", 0, len(choices) - 1)] for group, choices in enumerate(space)
+        )
+        widths = fitted(asked, space, lambda one: limit.fits(costs, one), generator)
+        if widths not in seen:
+            seen[widths] = judge(widths)
+        study.tell(trial, seen[widths])
+        least.append(min(seen.values()))
+    judged = tuple(Judged(widths=widths, damage=damage) for widths, damage in seen.items())
+    return Found(best=min(judged, key=lambda one: one.damage), judged=judged, generations=tuple(least))
