@@ -79,15 +79,32 @@ def wider(source: Source, kind: str, factor: float, *, noise: float = 0.0, seed:
     return grown, f"{after} {kind} in every block instead of {before}"
 
 
+def with_copies(
+    reader: Tensor, units: int, after: int, *, noise: float = 0.0, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """More units that are copies of some, and the weight that reads them all as the old one read the few.
+
+    Args:
+        reader: [out, units * width], floating; the columns of a unit lie beside each other.
+        after: how many units there shall be, `units` or more.
+        noise: how far the shares of a unit's copies may be from equal, from 0 to below 1.
+
+    Returns:
+        g [after], the unit that each is a copy of, j itself for j < units; the grown reader [out, after * width].
+    """
+    drawn = torch.randint(units, (after - units,), generator=generator)
+    kept = torch.cat([torch.arange(units), drawn])
+    raw = 1 + noise * (2 * torch.rand(after, generator=generator, dtype=torch.float64) - 1)
+    shares = raw / torch.zeros(units, dtype=torch.float64).index_add_(0, kept, raw)[kept]
+    by_unit = reader.unflatten(1, (units, -1))
+    return kept, (by_unit[:, kept] * shares[:, None].to(reader.dtype)).flatten(1)
+
+
 def _copied(source: Source, group: Group, after: int, noise: float, generator: torch.Generator) -> Removal:
     """Units with copies, and what reads them."""
-    drawn = torch.randint(group.count, (after - group.count,), generator=generator)
-    kept = torch.cat([torch.arange(group.count), drawn])
-    raw = 1 + noise * (2 * torch.rand(after, generator=generator, dtype=torch.float64) - 1)
-    shares = raw / torch.zeros(group.count, dtype=torch.float64).index_add_(0, kept, raw)[kept]
     weight = read_weight(source, group.reader, source.skeleton().get_submodule(group.reader)).double()
-    by_unit = weight.unflatten(1, (group.count, group.width))
-    return Removal(kept=kept, weight=(by_unit[:, kept] * shares[:, None]).flatten(1).float())
+    kept, reader = with_copies(weight, group.count, after, noise=noise, generator=generator)
+    return Removal(kept=kept, weight=reader.float())
 
 
 def deeper(source: Source, blocks: int) -> tuple[Source, str]:

@@ -1,0 +1,20 @@
+"""Lab 3.11, the solution.
+
+The sum of what a unit's copies count is taken by index_add_, one entry for each old unit, and read back by g.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def with_copies(
+    reader: Tensor, units: int, after: int, *, noise: float = 0.0, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """g, int64 [after], and the grown reader, [out, after * width], in the dtype of the old one."""
+    by_unit = reader.unflatten(1, (units, -1))  # [out, units, width]
+    g = torch.cat([torch.arange(units), torch.randint(units, (after - units,), generator=generator)])
+    counts = 1 + noise * (2 * torch.rand(after, generator=generator) - 1)
+    shares = counts / torch.zeros(units).index_add_(0, g, counts)[g]
+    return g, (by_unit[:, g] * shares[:, None].to(reader.dtype)).flatten(1)

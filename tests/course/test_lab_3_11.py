@@ -1,0 +1,74 @@
+"""Lab 3.11's own pieces: compute that is counted, steps that are shared out, paths that teach, growth that parts copies."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from compresslab import models
+from compresslab.course import character_model
+from compresslab.course.labs.lab_3_11 import experiment
+from compresslab.growing import wider, with_copies
+
+TINY = character_model.Training(hidden=16, intermediate=32, blocks=3, steps=2, window=16)
+
+
+@pytest.fixture
+def school(monkeypatch: pytest.MonkeyPatch) -> experiment.School:
+    """A network that nobody trained, in the place of the characters' model."""
+    monkeypatch.setitem(character_model.SIZES, "tiny", TINY)
+    monkeypatch.setattr(character_model, "trained", lambda seed, settings: character_model.build(settings).eval())
+    settings = dataclasses.replace(
+        experiment.SETTINGS["micro"], model="tiny", samples=40, window=16, test_windows=2, test_length=16, steps=6, large_steps=4,
+        layers=(2, 1),
+    )  # fmt: skip
+    return experiment.School(settings, 0, lambda what: None)
+
+
+def test_steps_are_shared_out_to_the_last_one() -> None:
+    assert experiment.shared(60, 3) == [20, 20, 20] and experiment.shared(7, 3) == [2, 2, 3]
+
+
+def test_compute_is_weights_by_tokens_three_times_for_who_learns(school: experiment.School) -> None:
+    block, head = 4 * 16 * 16 + 3 * 16 * 32, 16 * len(character_model.ALPHABET)
+    one, whole = block + head, 3 * block + head
+    leap = school.path([1], [4])
+    assert experiment.work(leap.network) == one and leap.compute == 4 * (3 * one + whole)
+    two = school.path([2, 1], [2, 3])
+    assert two.compute == 2 * (3 * (2 * block + head) + whole) + 3 * (3 * one + whole)
+    assistant = school.path([2, 1], [2, 3], teacher="last")
+    assert assistant.compute == 2 * (3 * (2 * block + head) + whole) + 3 * (3 * one + 2 * block + head)
+    assert school.path([1], [4], teacher=None).compute == 12 * one
+    assert school.afford(leap, experiment.Learned(network=leap.network, compute=6 * 3 * one)) == round(
+        6 * leap.compute / (18 * one)
+    )
+
+
+def test_growing_takes_as_much_compute_as_starting_large(school: experiment.School) -> None:
+    school.grow()
+    rows = school.trials.rows
+    assert rows["large"]["bytes"] == rows["grown"]["bytes"] > rows["small"]["bytes"]
+    for name in ("small", "grown"):
+        assert rows[name]["compute"] == pytest.approx(rows["large"]["compute"], rel=0.1)
+
+
+def test_a_path_starts_from_copied_blocks_unless_they_are_fresh(school: experiment.School) -> None:
+    blocks = [school.whole.state_dict()[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]
+
+    def apart(fresh: bool) -> float:
+        taught = school.path([1], [1], fresh=fresh).network.state_dict()["model.layers.0.mlp.up_proj.weight"]
+        return min(float((taught - block).norm()) for block in blocks)
+
+    assert apart(False) < apart(True) / 3
+
+
+def test_copies_part_only_if_their_shares_differ(school: experiment.School) -> None:
+    """What the exercise's noise is for: without it the wider network has no more different units than the narrow one."""
+    for noise, apart in ((0.0, False), (0.3, True)):
+        grown = wider(models.find(school.whole), "neurons", 2.0, noise=noise, seed=1)[0]
+        taught = school.taught(grown, 3).network
+        g, _ = with_copies(torch.zeros(1, 32), 32, 64, generator=torch.Generator().manual_seed(1))
+        units = taught.state_dict()["model.layers.0.mlp.up_proj.weight"]
+        assert (float((units[32:] - units[g[32:]]).abs().max()) > 1e-6) == apart
