@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch  # noqa: F401 - for what you write
+import torch
 from torch import Tensor
 
 
