@@ -77,8 +77,8 @@ SETTINGS = {
         steps=6, multiple=1, size=8, generations=6, renewed=128, judged=256, tuned=1280, learning_rate=2e-3, batch=64,
     ),
     "real": Settings(
-        model="efficientnet-lite0", seeds=1, limits={"": Limit(frac=0.7, of="latency", batch=1)}, steps=4, multiple=8, size=8,
-        generations=4, renewed=32, judged=32, tuned=96, tested=250, learning_rate=1e-4, batch=1, side=160,
+        model="efficientnet-lite0", seeds=1, limits={"": Limit(frac=0.9, of="latency", batch=1)}, steps=6, multiple=8, size=12,
+        generations=8, renewed=32, judged=24, tuned=96, tested=250, learning_rate=1e-3, batch=1, side=160,
     ),
     "paper": Settings(
         model="google/mobilenet_v2_1.0_224", seeds=1, limits={"": Limit(frac=0.5, of="latency", batch=1)}, steps=8, multiple=8,
