@@ -19,7 +19,7 @@ from compresslab.distill.contrastive import Contrastive
 from compresslab.distill.distilbert import DistilBERT
 from compresslab.distill.early_exits import EarlyExits
 from compresslab.distill.flow_of_solution import FlowOfSolution
-from compresslab.distill.hints import Hints
+from compresslab.distill.hints import Hints, hint_loss
 from compresslab.distill.minilm import MiniLM
 from compresslab.distill.neuron_selectivity import NeuronSelectivity
 from compresslab.distill.relational import Relational
@@ -104,6 +104,21 @@ def test_hints_are_the_mean_square_through_the_matrix() -> None:
     assert direct == pytest.approx(
         oracle.mean_square(*oracle.lists(mine[1].values, its[1].values, counted(), identity))
     )
+
+
+def test_hints_of_networks_of_ones_own_take_the_last_block_of_each_run() -> None:
+    mine, its = [feature(2, seed) for seed in (1, 2)], [feature(3, seed) for seed in (3, 4, 5, 6)]
+    matrices = [random(3, 2, seed=seed) for seed in (7, 8)]
+    leaves = [one.values.clone().requires_grad_() for one in its]
+    found = hint_loss([one.values for one in mine], leaves, [m.requires_grad_() for m in matrices], counted())
+    expected = sum(
+        oracle.mean_square(*oracle.lists(s.values, t.values, counted(), matrix.detach()))
+        for s, t, matrix in zip(mine, (its[1], its[3]), matrices, strict=True)
+    )
+    assert float(found.detach()) == pytest.approx(expected)
+    found.backward()
+    assert all(leaf.grad is None for leaf in leaves)
+    assert all(matrix.grad is not None and matrix.grad.any() for matrix in matrices)
 
 
 def test_hints_average_the_larger_picture() -> None:

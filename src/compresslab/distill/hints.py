@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from compresslab.contract import Feature, Paper
 from compresslab.distill.divergence import check_weight
+from compresslab.distill.layer_maps import chosen
 from compresslab.distill.pairs import LEARNED, Linears, Pairs, aligned, channels, mean_counted
 
 PROJECT = ("always", "needed")
@@ -106,8 +107,32 @@ class Judge(nn.Module):
         for place, feature in enumerate(student):
             target = teacher[place] if self.mixing is None else mixture(teacher, self.mixing[place])
             mine, its, counted = aligned(feature, target)
-            found.append(mean_counted((self.projections[place](mine) - its).square(), counted))
+            found.append(apart(self.projections[place](mine), its, counted))
         return torch.stack(found).sum()
+
+
+def apart(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+    """The mean squared difference of [examples, positions, d] over the positions that count and their channels."""
+    return mean_counted((student - teacher).square(), counted)
+
+
+def hint_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], regressors: Sequence[Tensor], counted: Tensor
+) -> Tensor:
+    """The loss by the map "skip": each block of the student beside the last of its run of the teacher's; for a loop of one's own.
+
+    Args:
+        student: [examples, positions, c] of each block; differentiable in these and in the regressors.
+        teacher: [examples, positions, d] of each block.
+        regressors: R [d, c] of each block of the student.
+        counted: bool [examples, positions]; what is padding counts for nothing.
+    """
+    places = chosen("skip", len(student), len(teacher))
+    found = [
+        apart(mine @ regressor.T, teacher[place].detach(), counted)
+        for mine, regressor, place in zip(student, regressors, places, strict=True)
+    ]
+    return torch.stack(found).sum()
 
 
 def mixture(features: Sequence[Feature], numbers: Tensor) -> Feature:

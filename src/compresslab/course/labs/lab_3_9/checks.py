@@ -39,8 +39,9 @@ def _compare(function: Any, case: tuple[Any, ...], wrong: dict[str, float], othe
         return
     symptom = next((name for name, value in wrong.items() if _near(found, value)), otherwise)
     raise Wrong(
-        symptom, expected=torch.tensor([wanted]), yours=torch.tensor([found]), temperature=case[3], soft=case[4]
-    )
+        symptom, expected=torch.tensor([wanted]), yours=torch.tensor([found]), temperature=f"{case[3]:g}",
+        soft=f"{case[4]:g}",
+    )  # fmt: skip
 
 
 def soft(function: Any) -> None:

@@ -1,0 +1,128 @@
+"""What Lab 3.10 measures: a language model with half of its blocks, taught by what its teacher says and by what it thinks.
+
+model of a seed -> a student of the last block of each run of its blocks, always the same one -> trained for as many steps on the
+same windows with
+
+    labels, the teacher's logits, and logits with hints: hidden states towards those of the block that each was copied from; the
+    controls: hints that belong to other places (shuffled), by a map drawn by lot (random), all from the last block (last), hints
+    without logits (alone); a student of fresh weights, with labels (scratch) and with logits and hints
+
+-> perplexity on text that nobody was trained on. The learning rate is the one of 1e-3, 3e-3 and 6e-3 at which logits alone do
+best with half the batch, the weight of hints one of 0.1, 1 and 10, both chosen on seeds 100 and 101.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compresslab import models
+from compresslab.contract import Feature, FeatureLoss, LogitLoss
+from compresslab.course import in_memory
+from compresslab.course.trials import TextSettings, Trials, opened
+from compresslab.distill.hard_labels import HardLabels
+from compresslab.distill.hints import Hints
+from compresslab.distill.soft_labels import SoftLabels
+from compresslab.pairing import Losses
+from compresslab.recipe import Training
+from compresslab.students import Shape, student_of
+
+FRESH = 1000  # added to the seed of a student with fresh weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TextSettings):
+    """One scale of the lab."""
+
+    layers: int
+    steps: int
+    batch: int
+    learning_rate: float
+    weight: float = 1.0
+
+
+SETTINGS = {
+    "micro": Settings(
+        model="characters", seeds=5, samples=512, window=64, test_windows=64, test_length=128, layers=2, steps=40, batch=16,
+        learning_rate=3e-3,
+    ),
+}  # fmt: skip
+
+
+def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Rows of one seed."""
+    trials = Trials(settings, seed, say)
+    teacher = opened(trials.model).float()
+    student, _ = student_of(models.find(trials.model), Shape(layers=settings.layers, take="skip"))
+    untaught = models.materialise(student)
+    rows = {"teacher": trials.rows["float"], "untaught": trials.row(untaught, in_memory.float_bytes(untaught))}
+    training = Training(
+        steps=settings.steps,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        checks=1,
+        held_back=0.05,
+        warmup=0.1,
+    )
+    fresh, _ = student_of(models.find(trials.model), Shape(layers=settings.layers, fresh=True, seed=FRESH + seed))
+    for name, losses in taught_by(settings, len(models.blocks(teacher)), seed).items():
+        say(f"seed {seed}: {name}")
+        start = models.materialise(fresh if name.startswith("scratch") else student).requires_grad_(True)
+        network = in_memory.taught(start, teacher, losses, trials.windows, training, seed=seed)
+        rows[name] = trials.row(network, in_memory.float_bytes(network))
+    return rows
+
+
+def taught_by(settings: Settings, blocks: int, seed: int) -> dict[str, Losses]:
+    """The losses of each row, for a teacher of so many blocks."""
+
+    def told(on_logits: Sequence[LogitLoss], *on_features: FeatureLoss) -> Losses:
+        return Losses(on_logits=on_logits, on_features=on_features)
+
+    logits, told_by = (SoftLabels(temperature=1.0),), {"weight": settings.weight, "project": "needed"}
+    run, count = blocks // settings.layers, settings.layers
+    own = [(m + 1) * run - 1 for m in range(count)]
+    last = ", ".join(f"{m}:{blocks - 1}" for m in range(count))
+    drawn, draw = own, random.Random(seed)
+    while any(a == b for a, b in zip(drawn, own, strict=True)):
+        drawn = draw.sample(range(blocks), count)
+    by_lot = ", ".join(f"{m}:{place}" for m, place in enumerate(drawn))
+    return {
+        "labels": told((HardLabels(),)),
+        "logits": told(logits),
+        "hints": told(logits, Hints(blocks="skip", **told_by)),  # type: ignore[arg-type]
+        "shuffled": told(logits, ShuffledHints(blocks="skip", **told_by)),  # type: ignore[arg-type]
+        "last": told(logits, Hints(blocks=last, **told_by)),  # type: ignore[arg-type]
+        "random": told(logits, Hints(blocks=by_lot, **told_by)),  # type: ignore[arg-type]
+        "alone": told((), Hints(blocks="skip", **told_by)),  # type: ignore[arg-type]
+        "scratch": told((HardLabels(),)),
+        "scratch-hints": told(logits, Hints(blocks="skip", **told_by)),  # type: ignore[arg-type]
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffledHints(Hints):
+    """The control: each position is shown the teacher's hidden state at another one of the batch."""
+
+    def judge(self, student: Sequence[Feature], teacher: Sequence[Feature], examples: int) -> nn.Module:
+        return Shuffled(super().judge(student, teacher, examples))
+
+
+class Shuffled(nn.Module):
+    def __init__(self, judge: nn.Module) -> None:
+        super().__init__()
+        self.judge, self.generator = judge, torch.Generator().manual_seed(0)
+
+    def forward(self, student: Sequence[Feature], teacher: Sequence[Feature]) -> Tensor:
+        rows = teacher[0].values.shape[:2].numel()
+        order = torch.randperm(rows, generator=self.generator)
+        elsewhere = [
+            dataclasses.replace(one, values=one.values.flatten(0, 1)[order].view_as(one.values)) for one in teacher
+        ]
+        found: Tensor = self.judge(student, elsewhere)
+        return found
