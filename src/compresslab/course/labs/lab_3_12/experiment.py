@@ -83,6 +83,9 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[s
             [functional.cross_entropy(z, labels[at], label_smoothing=smoothing) for z in said]
         ).sum()
 
+    def from_peers(weights: str) -> Loss:
+        return lambda said, at: mutual_loss(said, labels[at], weights=weights)
+
     def taught(targets: Sequence[Tensor], *, has_labels: bool) -> Loss:
         apart = school.apart(targets)
         if not has_labels:
@@ -94,7 +97,7 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[s
     alone = row("alone", school.learned(pixels, hard()), together="together")
     row("smoothed", school.learned(pixels, hard(settings.smoothing)))
     for name, weights in (("mutual", MEAN), ("adaptive", ADAPTIVE)):
-        learned = school.learned(pixels, lambda said, at, by=weights: mutual_loss(said, labels[at], weights=by))
+        learned = school.learned(pixels, from_peers(weights))
         row(name, learned, together=f"{name}-together")
     row("exits", school.learned(pixels, hard(), exits=EarlyExits(exits=2)))
     everyone = Ensemble(alone)
