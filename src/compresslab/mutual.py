@@ -14,6 +14,8 @@ found something that the others have not; together they come to flatter minima t
 All students are one module for the training loop, so that one optimiser, one checkpoint and one resume are theirs; what leaves
 are plain folders, and the losses of each on the examples held back. With one student this is plain training on labels.
 
+With "adaptive" weights the mean over l becomes a weighted one, of each row's own weights (teachers.py).
+
 Cost. K students' steps. Memory: K students with their optimiser's states.
 
 Differences from the paper. All students step on the same batch at once, from each other's last state; in the paper one after
@@ -38,6 +40,7 @@ from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.recipe import Training
 from compresslab.students import write
+from compresslab.teachers import MEAN, log_weights
 from compresslab.training import IGNORED_LABEL, Record, split, train_
 
 TOLD = "mutual.json"
@@ -94,8 +97,13 @@ def mutual(
     return folders, record
 
 
-def mutual_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """The sum over students of loss_k, mean over rows."""
+def mutual_loss(logits: Sequence[Tensor], labels: Tensor, *, weights: str = MEAN) -> Tensor:
+    """The sum over students of loss_k, mean over rows.
+
+    Args:
+        weights: of the peers who teach a student, over their sum: "mean", all alike, as in the paper; or "adaptive", in every
+            row by how sure a peer is of it, exp(-entropy), see teachers.py.
+    """
     log_p = [z.float().log_softmax(1) for z in logits]
     taught = [x.detach() for x in log_p]
     found = []
@@ -103,8 +111,9 @@ def mutual_loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
         found.append(nn.functional.nll_loss(own, labels))
         others = [teacher for place, teacher in enumerate(taught) if place != k]
         if others:
-            apart = [(teacher.exp() * (teacher - own)).sum(1).mean() for teacher in others]
-            found.append(torch.stack(apart).mean())
+            peers = torch.stack(others)  # [peers, rows, classes]
+            shares = log_weights(peers, weights).exp().squeeze(2)
+            found.append((shares * (peers.exp() * (peers - own)).sum(2)).sum(0).mean())
     return torch.stack(found).sum()
 
 

@@ -101,15 +101,18 @@ class Ensemble(nn.Module):
 
 def mixed(log_probs: Tensor, weights: str | Sequence[float]) -> Tensor:
     """log sum_m w_m exp(l_m) of log-probabilities [teachers, ..., classes], the weights over their sum."""
+    return (log_probs + log_weights(log_probs, weights)).logsumexp(0)
+
+
+def log_weights(log_probs: Tensor, weights: str | Sequence[float]) -> Tensor:
+    """log w_m for log-probabilities [teachers, ..., classes]: one class wide; "adaptive" ones differ by row."""
     if weights == ADAPTIVE:
         entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1, keepdim=True)
-        log_w = (-entropy).log_softmax(0)
-    elif weights == MEAN:
-        log_w = log_probs.new_zeros(len(log_probs)).log_softmax(0).view(-1, *[1] * (log_probs.dim() - 1))
-    else:
-        numbers = torch.tensor(list(weights), dtype=log_probs.dtype, device=log_probs.device)
-        log_w = (numbers / numbers.sum()).log().view(-1, *[1] * (log_probs.dim() - 1))
-    return (log_probs + log_w).logsumexp(0)
+        return (-entropy).log_softmax(0)
+    if weights == MEAN:
+        return log_probs.new_zeros(len(log_probs)).log_softmax(0).view(-1, *[1] * (log_probs.dim() - 1))
+    numbers = torch.tensor(list(weights), dtype=log_probs.dtype, device=log_probs.device)
+    return (numbers / numbers.sum()).log().view(-1, *[1] * (log_probs.dim() - 1))
 
 
 def network_of(pair: Pair, losses: Losses, where: torch.device) -> nn.Module:
