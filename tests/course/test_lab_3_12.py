@@ -1,13 +1,18 @@
-"""Lab 3.12's own pieces: rows that start alike and see the same batches, batches of one size, and weights of peers by row."""
+"""Lab 3.12's own pieces: rows that start alike and see the same batches, weights of peers by row, pictures of a user."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from compresslab.course import catalogue
 from compresslab.course.labs.lab_3_12 import experiment
+from compresslab.errors import CompressLabError
 from compresslab.mutual import mutual_loss
 
 SETTINGS = dataclasses.replace(experiment.SETTINGS["micro"], labelled=40, unlabelled=20, test=20, steps=3, batch=16)
@@ -42,3 +47,42 @@ def test_a_peer_who_is_sure_of_a_row_counts_for_more_there() -> None:
         apart = [sure[i] * float((p[i] * (p[i] / p[k]).log()).sum()) for i in others]
         total += sum(apart) / sum(sure[i] for i in others) - float(p[k][0].log())
     assert float(mutual_loss(said, labels, weights="adaptive")) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.fixture
+def brought(tmp_path: Path) -> experiment.OnPictures:
+    """A folder of 40 pictures in ten classes, and a scale that they are enough for."""
+    generator = torch.Generator().manual_seed(0)
+    for label in range(10):
+        (tmp_path / str(label)).mkdir()
+        for i in range(4):
+            buffer = io.BytesIO()
+            pixels = torch.randint(0, 255, (32, 32, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(buffer, "png")
+            (tmp_path / str(label) / f"{i}.png").write_bytes(buffer.getvalue())
+    real = experiment.SETTINGS["real"]
+    small = dataclasses.replace(real, labelled=12, unlabelled=8, test=10, networks=2, steps=2, batch=4)
+    assert isinstance(small, experiment.OnPictures)
+    return dataclasses.replace(small, pictures=str(tmp_path))
+
+
+def test_pictures_of_a_user_are_learned_and_tested_apart(brought: experiment.OnPictures) -> None:
+    schools = [experiment.School(brought, seed) for seed in (0, 1)]
+    for school in schools:
+        parts = [{tuple(p.flatten().tolist()) for p in x.pixels} for x in (school.train, school.more, school.test)]
+        assert [len(part) for part in parts] == [12, 8, 10] and len(set.union(*parts)) == 30
+    assert torch.equal(schools[0].test.pixels, schools[1].test.pixels)
+    assert not torch.equal(schools[0].train.pixels, schools[1].train.pixels)
+
+
+def test_every_row_is_measured_on_pictures_of_a_user(brought: experiment.OnPictures) -> None:
+    rows = experiment.measure(brought, 0, lambda what: None)
+    promised = {one[side] for one in catalogue.lab("3.12").expected("real") for side in ("better", "worse")}
+    assert promised <= set(rows) and rows["together"]["bytes"] == 2 * rows["alone"]["bytes"]
+
+
+def test_too_few_pictures_and_none_are_told(brought: experiment.OnPictures) -> None:
+    with pytest.raises(CompressLabError, match="has 40 pictures, and this scale needs 41"):
+        experiment.School(dataclasses.replace(brought, test=21), 0)
+    with pytest.raises(CompressLabError, match="--pictures"):
+        experiment.School(dataclasses.replace(brought, pictures=None), 0)

@@ -12,7 +12,7 @@ from compresslab.channels import take_out_
 from compresslab.contract import Member
 from compresslab.course import digits
 from compresslab.course.labs.lab_3_6 import experiment, pretrained
-from compresslab.course.labs.lab_3_6.timing import in_turn
+from compresslab.course.timing import in_turn
 from compresslab.methods import METHODS
 
 SETTINGS = experiment.Settings(model="digits", seeds=1)

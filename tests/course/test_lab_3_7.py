@@ -102,7 +102,7 @@ def test_pictures_of_a_user_are_scored_trained_and_tested_apart(tmp_path: Path) 
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(CompressLabError, match="--pictures"):
         tasks.Pictures(tasks.OfPictures(steps=2, batch=4), "resnet-20", None, seed=0)
-    with pytest.raises(CompressLabError, match="resnet-9: this lab prunes ResNets"):
+    with pytest.raises(CompressLabError, match="resnet-9: this lab takes ResNets"):
         tasks.blocks_of("resnet-9")
     assert [tasks.blocks_of(f"resnet-{n}") for n in (8, 20, 56)] == [1, 3, 9]
 

@@ -157,7 +157,15 @@ def taught(
     seed: int = 0,
 ) -> nn.Module:  # fmt: skip
     """A student after its training towards a teacher on windows of text, as distilling.distill trains it. It is changed."""
-    examples, held_back = split(_examples(windows), training.held_back, seed)
+    return taught_on(student, teacher, losses, _examples(windows), training, seed=seed)
+
+
+def taught_on(
+    student: nn.Module, teacher: nn.Module | TeacherCache | None, losses: Losses, shown: Sequence[Example],
+    training: Training, *, seed: int = 0,
+) -> nn.Module:  # fmt: skip
+    """The same on any texts: an encoder's differ in length, and have no labels."""
+    examples, held_back = split(shown, training.held_back, seed)
     terms = None
     if losses.on_features:
         assert isinstance(teacher, nn.Module)

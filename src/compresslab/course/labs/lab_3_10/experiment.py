@@ -9,21 +9,22 @@ same windows with
 
 -> perplexity on text that nobody was trained on. The learning rate is the one of 1e-3, 3e-3 and 6e-3 at which logits alone do
 best with half the batch, the weight of hints one of 0.1, 1 and 10, both chosen on seeds 100 and 101.
+
+At `real` and `paper` the student is an encoder with half of its blocks: pretrained.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from compresslab import models
-from compresslab.contract import Feature, FeatureLoss, LogitLoss
+from compresslab.contract import FeatureLoss, LogitLoss
 from compresslab.course import in_memory
+from compresslab.course.labs.lab_3_10 import pretrained
+from compresslab.course.labs.lab_3_10.controls import ShuffledHints
 from compresslab.course.trials import TextSettings, Trials, opened
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.hints import Hints
@@ -46,16 +47,19 @@ class Settings(TextSettings):
     weight: float = 1.0
 
 
-SETTINGS = {
+SETTINGS: dict[str, Settings | pretrained.Settings] = {
     "micro": Settings(
         model="characters", seeds=5, samples=512, window=64, test_windows=64, test_length=128, layers=2, steps=40, batch=16,
         learning_rate=3e-3,
     ),
+    **pretrained.SETTINGS,
 }  # fmt: skip
 
 
-def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def measure(settings: Any, seed: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """Rows of one seed."""
+    if isinstance(settings, pretrained.Settings):
+        return pretrained.measure(settings, seed, say)
     trials = Trials(settings, seed, say)
     teacher = opened(trials.model).float()
     student, _ = student_of(models.find(trials.model), Shape(layers=settings.layers, take="skip"))
@@ -103,26 +107,3 @@ def taught_by(settings: Settings, blocks: int, seed: int) -> dict[str, Losses]:
         "scratch": told((HardLabels(),)),
         "scratch-hints": told(logits, Hints(blocks="skip", **told_by)),  # type: ignore[arg-type]
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShuffledHints(Hints):
-    """The control: each position is shown the teacher's hidden state at another one of the batch."""
-
-    def judge(self, student: Sequence[Feature], teacher: Sequence[Feature], examples: int) -> nn.Module:
-        return Shuffled(super().judge(student, teacher, examples))
-
-
-class Shuffled(nn.Module):
-    def __init__(self, judge: nn.Module) -> None:
-        super().__init__()
-        self.judge, self.generator = judge, torch.Generator().manual_seed(0)
-
-    def forward(self, student: Sequence[Feature], teacher: Sequence[Feature]) -> Tensor:
-        rows = teacher[0].values.shape[:2].numel()
-        order = torch.randperm(rows, generator=self.generator)
-        elsewhere = [
-            dataclasses.replace(one, values=one.values.flatten(0, 1)[order].view_as(one.values)) for one in teacher
-        ]
-        found: Tensor = self.judge(student, elsewhere)
-        return found

@@ -19,7 +19,7 @@ lesson.expectations()
 result = lesson.measure()
 
 # %%
-lesson.front(result, "perplexity")
+lesson.front(result, "perplexity", "document_similarity")
 
 # %%
 lesson.verdicts(result)

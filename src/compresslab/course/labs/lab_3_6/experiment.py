@@ -24,7 +24,7 @@ from compresslab.contract import Member
 from compresslab.course import digits, in_memory
 from compresslab.course.labs.lab_3_6 import pretrained
 from compresslab.course.labs.lab_3_6.pretrained import Pretrained
-from compresslab.course.labs.lab_3_6.timing import in_turn
+from compresslab.course.timing import in_turn
 from compresslab.masked import masking
 from compresslab.measure import counts
 from compresslab.numerics.selection import drop_smallest

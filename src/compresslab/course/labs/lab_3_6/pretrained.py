@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import compresslab
 from compresslab import data, models, recipe
-from compresslab.course.labs.lab_3_6.timing import in_turn
+from compresslab.course.timing import in_turn
 from compresslab.measure import embedding, size, speed
 from compresslab.measure.perplexity import perplexity
 

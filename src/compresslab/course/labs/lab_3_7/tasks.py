@@ -8,30 +8,23 @@ the rest to train on -> training with masks (masked.train_masked_), SGD with mom
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compresslab import data
-from compresslab.architectures.resnet_cifar import ResNetCifarConfig, ResNetCifarForImageClassification
 from compresslab.course import digits
+from compresslab.course.own_pictures import SIDE, blocks_of, opened, resnet
 from compresslab.data.labelled import Example
-from compresslab.errors import CompressLabError
 from compresslab.masked import masking, train_masked_
 from compresslab.recipe import Training
 from compresslab.training import train_
-
-SIDE, CLASSES = 32, 10
-MEAN, DEVIATION = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's colours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +68,6 @@ class Digits:
             return 100 * digits.accuracy(network, self.test)
 
 
-def blocks_of(model: str) -> int:
-    """Of each of the three stages of "resnet-N", where N = 6 n + 2."""
-    found = re.fullmatch(r"resnet-(\d+)", model)
-    if found is None or int(found[1]) < 8 or int(found[1]) % 6 != 2:
-        raise CompressLabError(
-            f"{model}: this lab prunes ResNets of CIFAR's kind: name resnet-8, resnet-20, resnet-32 or so"
-        )
-    return int(found[1]) // 6
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -118,12 +101,7 @@ class Pictures:
     """experiment.Task of one seed of pictures."""
 
     def __init__(self, settings: OfPictures, model: str, source: str | None, seed: int) -> None:
-        if source is None:
-            raise CompressLabError(
-                "this scale learns pictures of 32 x 32 pixels in ten classes, and there are none: name a folder or a .parquet, "
-                "such as CIFAR-10's training split, with --pictures"
-            )
-        self.settings, self.seed, self.blocks = settings, seed, blocks_of(model)
+        self.settings, self.model, self.seed = settings, model, seed
         every = opened(source)
         self.test, self.held_back, self.shown = (
             every[: settings.tested],
@@ -137,9 +115,7 @@ class Pictures:
         return [self.shown[i] for i in order[: self.settings.scored].tolist()]
 
     def initial(self) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            return ResNetCifarForImageClassification(ResNetCifarConfig(blocks=self.blocks))
+        return resnet(self.model, self.seed)
 
     def train_(self, network: nn.Module, kept: Mapping[str, Tensor], share: float) -> None:
         settings = Training(
@@ -176,20 +152,3 @@ class Augmented(Sequence[Example]):
         down, across, flip = (int(torch.randint(0, n, ())) for n in (9, 9, 2))
         moved = nn.functional.pad(example["pixel_values"], (4, 4, 4, 4))[:, down : down + SIDE, across : across + SIDE]
         return example | {"pixel_values": moved.flip(2) if flip else moved}
-
-
-@cache
-def opened(source: str) -> list[Example]:
-    """All pictures of a source, in an order that is always the same."""
-    from PIL import Image
-
-    found = data.pictures(source, "all")
-    labels = data.label_ids(found, {}, CLASSES)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, DEVIATION))
-    examples: list[Example] = []
-    for i in order:
-        image = Image.open(io.BytesIO(found.open(i))).convert("RGB").resize((SIDE, SIDE))
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
-        examples.append({"pixel_values": (pixels.permute(2, 0, 1) / 255 - mean) / deviation, "labels": labels[i]})
-    return examples
