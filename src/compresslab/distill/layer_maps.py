@@ -5,8 +5,7 @@
     first    the lowest ones
     last     the highest ones: PKD-last
 
-A student copies its layers from these (students.py), and losses that compare layers compare these. A map can also be learned:
-see `learned.py`.
+A student copies its layers from these (students.py), and losses that compare layers compare these.
 """
 
 from __future__ import annotations
