@@ -39,6 +39,7 @@ ROWS: list[tuple[str, ...]] = [
         "masked",
         "masks",
         "lottery",
+        "batch_norms",
         "supernet",
         "ranks",
         "spilling",

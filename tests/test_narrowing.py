@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tiny
 from compresslab import models, narrowing, pipeline
 from compresslab.architectures import ResNetCifarConfig, ResNetCifarForImageClassification
+from compresslab.batch_norms import renew_batch_norms_
 from compresslab.budget import parse_budget
 from compresslab.coupling import Coupling, couplings
 from compresslab.cutting import macs
@@ -158,7 +159,7 @@ def test_batch_norms_take_the_statistics_of_what_they_see() -> None:
             found: Tensor = self.inner(pixel_values)
             return found
 
-    narrowing.renew_batch_norms_(Named(), [{"pixel_values": one} for one in batches])
+    renew_batch_norms_(Named(), [{"pixel_values": one} for one in batches])
     outs = [model[0](one).transpose(0, 1).flatten(1) for one in batches]
     norm = model[1]
     torch.testing.assert_close(norm.running_mean, torch.stack([o.mean(dim=1) for o in outs]).mean(dim=0))

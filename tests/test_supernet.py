@@ -112,16 +112,7 @@ def test_sorted_channels_change_nothing_in_the_largest_network_and_keep_what_mat
             assert (sizes.diff() <= 0).all()
 
 
-def test_batch_norms_that_are_counted_anew_have_the_statistics_of_the_examples() -> None:
-    network = nn.Sequential(nn.BatchNorm2d(1))
-    network.forward = lambda pixel_values: network[0](pixel_values)  # type: ignore[method-assign, assignment]
-    network[0].running_mean.fill_(9)
-    supernets.counted_(network, examples(40), batch=20)
-    shown = pixels(40)
-    assert not network.training and network[0].momentum == 0.1
-    torch.testing.assert_close(network[0].running_mean, shown.mean().view(1))
-    halves = torch.stack([half.var() for half in shown.split(20)]).mean()
-    torch.testing.assert_close(network[0].running_var, halves.view(1))
+def test_a_network_cannot_be_taken_out_without_examples() -> None:
     with pytest.raises(CompressLabError, match="give it examples"):
         made().taken(SPACE.largest, [])
 

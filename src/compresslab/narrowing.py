@@ -11,7 +11,7 @@
 
 From there on nothing is special about such a run, and the recipe in its report repeats it without a search. What is judged is
 the cut network as it would be written; where the recipe trains afterwards, its batch norms first take new statistics
-(Li et al., "EagleEye", arXiv 2007.02491: what a pruned network is worth shows only with statistics of its own). Time is that of
+(batch_norms.py). Time is that of
 one example in float32, which a network that is stored in 16 bits is judged in too.
 
 Cost. A forward of EXAMPLES examples for every group and width, and SIZE (GENERATIONS + 1) more; the network twice in memory.
@@ -30,9 +30,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from compresslab import models
+from compresslab.batch_norms import renew_batch_norms_
 from compresslab.budget import Budget
 from compresslab.channels import groups_taken_from, importances
 from compresslab.contract import ChannelRemover, Ranked
@@ -244,24 +244,6 @@ def narrowed(model: nn.Module, coupling: Coupling, keep: Keep) -> nn.Module:
     smaller = copy.deepcopy(model)
     cut_(smaller, coupling, keep)
     return smaller
-
-
-def renew_batch_norms_(model: nn.Module, batches: Batches) -> None:
-    """Give all batch norms the statistics of these batches, in place of those that they had."""
-    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
-    if not norms:
-        return
-    was_training, momenta = [norm.training for norm in norms], [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            model(**_without_labels(batch))
-    for norm, training, momentum in zip(norms, was_training, momenta, strict=True):
-        norm.train(training)
-        norm.momentum = momentum
 
 
 def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

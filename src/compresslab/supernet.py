@@ -48,6 +48,7 @@ from compresslab.architectures.inverted_residuals import (
     InvertedResidualsConfig,
     InvertedResidualsForImageClassification,
 )
+from compresslab.batch_norms import renew_batch_norms_
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.recipe import Training
@@ -240,24 +241,9 @@ class Supernet(nn.Module):
             if name in wanted and name not in found:
                 found[name] = tensor[tuple(slice(n) for n in wanted[name].shape)]
         made.load_state_dict({name: tensor.detach().clone() for name, tensor in found.items()})
-        counted_(made, examples, batch)
+        made.eval()
+        renew_batch_norms_(made, (collate(examples[i : i + batch]) for i in range(0, len(examples), batch)))
         return made
-
-
-@torch.no_grad()
-def counted_(model: nn.Module, examples: Sequence[Example], batch: int = 64) -> None:
-    """The running statistics of every batch norm, as the mean over batches of these examples; leaves the model in eval mode."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    kept = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean
-    model.train()
-    for start in range(0, len(examples), batch):
-        model(pixel_values=collate(examples[start : start + batch])["pixel_values"])
-    for norm, momentum in zip(norms, kept, strict=True):
-        norm.momentum = momentum
-    model.eval()
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:

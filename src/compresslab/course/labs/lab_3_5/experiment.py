@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compresslab.batch_norms import renew_batch_norms_
 from compresslab.course import digits
 from compresslab.course.digits import Pictures
 from compresslab.course.trials import TextSettings, Trials
@@ -206,17 +207,12 @@ class OnDigits:
             schedule.step()
         return found.eval()
 
-    @torch.no_grad()
     def restated(self, network: nn.Module) -> nn.Module:
         """A copy whose batch norms have the statistics of the pictures that a training would have shown it."""
-        found = copy.deepcopy(network).train()
-        for module in found.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.reset_running_stats()
-                module.momentum = None  # the mean over all batches
-        for pixels in self.shown.pixels.split(self.settings.batch)[: self.settings.more_steps]:
-            found(pixel_values=pixels)
-        return found.eval()
+        found = copy.deepcopy(network).eval()
+        seen = self.shown.pixels.split(self.settings.batch)[: self.settings.more_steps]
+        renew_batch_norms_(found, ({"pixel_values": pixels} for pixels in seen))
+        return found
 
     @torch.no_grad()
     def ms(self, network: nn.Module) -> float:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import data, methods, models, narrowing
+from compresslab.batch_norms import renew_batch_norms_
 from compresslab.contract import ChannelRemover
 from compresslab.coupling import couplings
 from compresslab.course import digits, in_memory
@@ -149,7 +150,7 @@ def _compared(
         for name, widths in chosen(settings, choices, costs, limit, judge, seed, say, every=not prefix).items():
             say(f"seed {seed}: {prefix}{name}")
             smaller = narrowing.narrowed(network, choices.coupling, choices.keep(widths))
-            narrowing.renew_batch_norms_(smaller, subject.renew)
+            renew_batch_norms_(smaller, subject.renew)
             row = _tested(smaller, subject) | _costs(costs, widths, settings.batch)
             row |= {"bytes": float(in_memory.float_bytes(smaller))}
             row["measured_ms"] = timing.time_network_ms(smaller, subject.example)
