@@ -76,8 +76,8 @@ def measure(settings: Chain, pictures: str, seed: int, say: Callable[[str], None
     for name, found, by in (("leap", leap, teacher), ("labels", labels, None)):
         more = round(steps * both.compute / found.compute)
         school.row(f"{name}-equal", school.taught(settings.student, more, by))
-    for found in school.rows.values():
-        found["compute"] /= leap.compute
+    for row in school.rows.values():
+        row["compute"] /= leap.compute
     return school.rows
 
 
@@ -142,4 +142,4 @@ def brought(settings: Chain, pictures: str, seed: int) -> tuple[list[Example], P
         Pictures(pixels=pixels[part], labels=labels[part])
         for part in (slice(None, settings.test), slice(settings.test, None))
     )
-    return shown.examples(), test
+    return list(shown.examples()), test
