@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 
 from compresslab import models
 from compresslab.contract import Feature
-from compresslab.course import catalogue
+from compresslab.course import catalogue, encoders
 from compresslab.course.labs.lab_3_10 import controls, experiment, pretrained
 from compresslab.distill.hints import Hints
 
@@ -76,7 +76,8 @@ def test_students_of_an_encoder_learn_of_texts_that_differ_in_length() -> None:
     ids = torch.randint(1, 40, (6, 9))
     texts = {f"{kind}.{name}": value for kind in ("passages", "rated") for name, value in (
         ("input_ids", ids), ("attention_mask", torch.ones_like(ids)))}  # fmt: skip
-    rows = pretrained.judged(networks, texts | {"rated.similarity": torch.rand(6, 6, dtype=torch.double)}, TINY)
+    texts |= {"rated.similarity": torch.rand(6, 6, dtype=torch.double)}
+    rows = encoders.judged(networks, texts, tokens=TINY.tokens, rounds=TINY.rounds)
     assert rows["encoder-teacher"]["embedding_cosine"] == pytest.approx(1)
     moved = [row["embedding_cosine"] for row in rows.values()]
     assert len(set(moved)) == len(moved)  # each row is another network

@@ -15,25 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from compresslab import data, models
 from compresslab.contract import FeatureLoss
-from compresslab.course import in_memory
+from compresslab.course import encoders, in_memory
+from compresslab.course.encoders import Rows
 from compresslab.course.labs.lab_3_10.controls import ShuffledHints
-from compresslab.course.timing import in_turn
 from compresslab.data.labelled import Example
 from compresslab.distill.hints import Hints
-from compresslab.measure import embedding
 from compresslab.models import Source
 from compresslab.pairing import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of
 
 FRESH = 1000  # added to the seed of a student with fresh weights
-Rows = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,9 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     source = models.find(settings.model)
     tokenizer = source.tokenizer()
     texts = data.encoder_texts("wiki", tokenizer, count=settings.passages, longest=256)
-    return judged(taught(source, passages(settings, tokenizer, seed), settings, seed, say), texts, settings)
+    shown = encoders.passages(tokenizer, samples=settings.samples, window=settings.window, seed=seed)
+    networks = taught(source, shown, settings, seed, say)
+    return encoders.judged(networks, texts, tokens=settings.tokens, rounds=settings.rounds)
 
 
 def taught(
@@ -99,15 +98,6 @@ def taught(
     return networks
 
 
-def passages(settings: Settings, tokenizer: object, seed: int) -> list[Example]:
-    """Texts to learn from, without their padding."""
-    found = data.calibration_passages(
-        "wiki", tokenizer, samples=settings.samples, sequence_length=settings.window, seed=seed
-    )
-    rows = [pair for batch in found.batches for pair in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    return [{"input_ids": ids[mask.bool()]} for ids, mask in rows]
-
-
 def taught_by(settings: Settings, blocks: int) -> dict[str, FeatureLoss]:
     """The loss of each row, for a teacher of so many blocks."""
     hints = Hints(blocks="skip", project="needed")
@@ -117,27 +107,3 @@ def taught_by(settings: Settings, blocks: int) -> dict[str, FeatureLoss]:
         "encoder-shuffled": ShuffledHints(blocks="skip", project="needed"),
         "encoder-scratch": hints,
     }
-
-
-def judged(networks: dict[str, nn.Module], texts: dict[str, Tensor], settings: Settings) -> Rows:
-    """Quality, bytes and milliseconds of each network; the first of them is the teacher."""
-
-    def embedded(network: nn.Module, kind: str) -> Tensor:
-        return embedding.embeddings(network, texts[f"{kind}.input_ids"], texts[f"{kind}.attention_mask"])
-
-    reference = embedded(next(iter(networks.values())), "passages")
-    rows = {}
-    for name, network in networks.items():
-        human = embedding.human_documents(embedded(network, "rated"), texts["rated.similarity"])[0]
-        near = embedding.agreement(reference, embedded(network, "passages"))[0]
-        rows[name] = {
-            "document_similarity": human.value,
-            "embedding_cosine": near.value,
-            "bytes": float(in_memory.float_bytes(network)),
-        }
-    for batch in (1, 16):
-        ids = texts["passages.input_ids"][:1, : settings.tokens].expand(batch, -1).contiguous()
-        calls = {name: partial(network, input_ids=ids) for name, network in networks.items()}
-        for name, taken in in_turn(calls, settings.rounds).items():
-            rows[name][f"ms_{batch}"] = taken
-    return rows
