@@ -84,9 +84,9 @@ def test_a_pretrained_model_leaps_for_as_much_compute_as_the_path(
     rows = experiment.measure(settings, 0, lambda what: None)
     assert set(rows) == {
         "lm-float",
-        *(f"lm-{x}" for x in ("leap", "steps", "leap-equal", "labels", "labels-equal", "scratch")),
+        *(f"lm-{x}" for x in ("leap", "steps", "leap-equal", "labels-equal", "scratch")),
     }
-    assert rows["lm-leap"]["compute"] == 1 and rows["lm-labels"]["compute"] < 0.8
+    assert rows["lm-leap"]["compute"] == 1
     assert rows["lm-leap-equal"]["compute"] == pytest.approx(rows["lm-steps"]["compute"], rel=0.1)
     for name in ("lm-labels-equal", "lm-scratch"):
         assert rows[name]["compute"] == pytest.approx(1, rel=0.1)

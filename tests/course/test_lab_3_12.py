@@ -92,8 +92,12 @@ def test_every_row_is_measured_on_pictures_of_a_user(
     promised = {one[side] for one in catalogue.lab("3.12").expected("real") for side in ("better", "worse")}
     peers = {name for name in promised if not name.startswith("encoder-")}
     assert peers < set(rows) and rows["together"]["bytes"] == 2 * rows["alone"]["bytes"]
-    assert list(experiment.measure(dataclasses.replace(brought, pictures=None), 0, given.append)) == ["encoder-whole"]
-    assert given[:2] == [brought.encoder] * 2 and "without --pictures" in given[2]
+    assert list(experiment.measure(dataclasses.replace(brought, pictures=None), 0, lambda what: None)) == [
+        "encoder-whole"
+    ]
+    assert given == [brought.encoder] * 2
+    alone = experiment.measure(dataclasses.replace(brought, parts=["peers"]), 0, lambda what: None)
+    assert set(alone) == set(rows) - {"encoder-whole"} and len(given) == 2
 
 
 TINY = exits.Encoder(

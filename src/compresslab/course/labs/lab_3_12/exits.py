@@ -47,7 +47,7 @@ class Encoder:
     learning_rate: float
     passages: int = 128
     tokens: int = 128
-    rounds: int = 5
+    rounds: int = 3
 
 
 def measure(settings: Encoder, seed: int, say: Callable[[str], None]) -> Rows:

@@ -68,11 +68,13 @@ class OnPictures(Settings):
     """A scale whose pictures the user brings; `model` is a ResNet of CIFAR's kind, widths, blocks and noise are of no use.
 
     Attributes:
-        encoder: whose exits are taught; without pictures this is all that is measured.
+        encoder: whose exits are taught.
+        parts: which are measured: networks on pictures, if there are any; the encoder.
     """
 
     encoder: exits.Encoder
     pictures: str | None = None
+    parts: Sequence[str] = ("peers", "encoder")
 
 
 SETTINGS: dict[str, Settings] = {
@@ -104,11 +106,12 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
     if not isinstance(settings, OnPictures):
         return peers(settings, seed, say)
-    rows = exits.measure(settings.encoder, seed, say)
-    if settings.pictures is None:
-        say("without --pictures there are no networks that learn from each other")
-        return rows
-    return peers(settings, seed, say) | rows
+    rows: Rows = {}
+    if "peers" in settings.parts and settings.pictures is not None:
+        rows |= peers(settings, seed, say)
+    if "encoder" in settings.parts:
+        rows |= exits.measure(settings.encoder, seed, say)
+    return rows
 
 
 def peers(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
