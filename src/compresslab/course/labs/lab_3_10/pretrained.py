@@ -9,11 +9,13 @@ steps on the same passages with
 -> embeddings of texts beside the teacher's and beside human judgement of pairs of documents, milliseconds, bytes.
 
 There is no row "without the teacher": an encoder without a head has nothing to say that a text could correct.
+
+Beside it the opposite: a language model that shows no inner signal at all, behind an API (black_box.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,6 +24,8 @@ from compresslab import data, models
 from compresslab.contract import FeatureLoss
 from compresslab.course import encoders, in_memory
 from compresslab.course.encoders import Rows
+from compresslab.course.labs.lab_3_10 import black_box
+from compresslab.course.labs.lab_3_10.black_box import BlackBox
 from compresslab.course.labs.lab_3_10.controls import ShuffledHints
 from compresslab.data.labelled import Example
 from compresslab.distill.hints import Hints
@@ -43,6 +47,8 @@ class Settings:
         samples, window: texts to learn from, and their tokens at most.
         passages: texts whose embeddings are compared.
         tokens, rounds: of each text that is timed, and how often.
+        black_box: a language model that is no more than asked.
+        parts: which are measured, the encoder or the language model.
     """
 
     model: str
@@ -53,6 +59,8 @@ class Settings:
     steps: int
     batch: int
     learning_rate: float
+    black_box: BlackBox
+    parts: Sequence[str] = ("encoder", "lm")
     passages: int = 128
     tokens: int = 128
     rounds: int = 7
@@ -61,16 +69,29 @@ class Settings:
 SETTINGS = {
     "real": Settings(
         model="minilm-l6", seeds=1, layers=3, samples=256, window=128, steps=40, batch=8, learning_rate=2e-4,
+        black_box=BlackBox(
+            model="smollm2-135m", layers=20, questions=64, held_out=16, begins=24, goes_on=24, steps=20, batch=4,
+            learning_rate=3e-4, test_windows=4, test_length=512,
+        ),
     ),
     "paper": Settings(
         model="sentence-transformers/all-MiniLM-L12-v2", seeds=1, layers=6, samples=4096, window=128, steps=2000, batch=32,
         learning_rate=2e-4, passages=512,
+        black_box=BlackBox(
+            model="HuggingFaceTB/SmolLM2-1.7B", layers=16, questions=4096, held_out=256, begins=64, goes_on=128, steps=1500,
+            batch=8, learning_rate=2e-4, test_windows=64, test_length=2048,
+        ),
     ),
 }  # fmt: skip
 
 
 def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
+    rows = _encoder(settings, seed, say) if "encoder" in settings.parts else {}
+    return rows | (black_box.measure(settings.black_box, seed, say) if "lm" in settings.parts else {})
+
+
+def _encoder(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     source = models.find(settings.model)
     tokenizer = source.tokenizer()
     texts = data.encoder_texts("wiki", tokenizer, count=settings.passages, longest=256)
