@@ -84,12 +84,26 @@ def test_a_pretrained_model_leaps_for_as_much_compute_as_the_path(
     rows = experiment.measure(settings, 0, lambda what: None)
     assert set(rows) == {
         "lm-float",
-        *(f"lm-{x}" for x in ("leap", "steps", "leap-equal", "labels-equal", "scratch")),
+        *(
+            f"lm-{x}"
+            for x in ("cut", "cut-same", "leap", "steps", "leap-equal", "leap-same", "labels-equal", "scratch")
+        ),
     }
     assert rows["lm-leap"]["compute"] == 1
     assert rows["lm-leap-equal"]["compute"] == pytest.approx(rows["lm-steps"]["compute"], rel=0.1)
     for name in ("lm-labels-equal", "lm-scratch"):
         assert rows[name]["compute"] == pytest.approx(1, rel=0.1)
+
+
+def test_a_leap_goes_to_the_very_blocks_of_a_path(school: experiment.School) -> None:
+    real = experiment.School.__new__(experiment.School)
+    real.whole = character_model.build(dataclasses.replace(TINY, blocks=30))
+    real.settings = experiment.SETTINGS["real"]
+    kept = real.blocks_of_path()
+    assert kept[:6] == [0, 2, 5, 6, 8, 11] and len(kept) == 15 and kept[-1] == 29
+    blocks = [school.whole.state_dict()[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]
+    found = school.cut(2, [0, 1]).network.state_dict()
+    assert all(torch.equal(found[f"model.layers.{i}.mlp.up_proj.weight"], blocks[i]) for i in (0, 1))
 
 
 CHAIN = pictures.Chain(

@@ -11,7 +11,7 @@ Compute is counted, not timed: weights that a token passes through, three times 
 Growing starts from networks of character_model, so it is measured at `micro` alone.
 
 At `real` and `paper` a pre-trained model is cut, with the controls that matter most: the leap for as much compute as the path,
-the text alone, fresh weights. Where the user brings pictures, a ResNet is taught through an assistant as well: pictures.py.
+to evenly chosen blocks and to the path's own; the text alone; fresh weights. Where the user brings pictures, a ResNet is taught through an assistant as well: pictures.py.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from compresslab.course.labs.lab_3_11.pictures import Chain
 from compresslab.course.trials import TextSettings, Trials
 from compresslab.damage import whole_model
 from compresslab.distill.hard_labels import HardLabels
+from compresslab.distill.layer_maps import chosen
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.models import Source
 from compresslab.recipe import Training
@@ -138,10 +139,13 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
 
 def _pretrained(settings: Pretrained, seed: int, say: Callable[[str], None]) -> Rows:
     school = School(settings, seed, say)
-    steps, last = settings.steps, settings.layers[-1]
+    steps, last, same = settings.steps, settings.layers[-1], school.blocks_of_path()
+    for name, take in (("cut", "uniform"), ("cut-same", same)):
+        school.row(name, school.cut(last, take))
     leap = school.row("leap", school.path([last], [steps]))
     path = school.row("steps", school.path(settings.layers, shared(steps, len(settings.layers))))
-    school.row("leap-equal", school.path([last], [school.afford(path, leap)]))
+    for name, take in (("leap-equal", "uniform"), ("leap-same", same)):
+        school.row(name, school.path([last], [school.afford(path, leap)], take=take))
     more = school.afford(leap, school.unaided(leap))
     school.row("labels-equal", school.path([last], [more], teacher=None))
     school.row("scratch", school.path([last], [more], teacher=None, fresh=True))
@@ -174,14 +178,33 @@ class School:
                 found["compute"] /= leap.compute
         return self.trials.rows
 
+    def blocks_of_path(self) -> list[int]:
+        """What the path leaves of the whole model: where the cuts do not divide, other blocks than an even leap takes."""
+        kept = list(range(len(models.blocks(self.whole))))
+        for count in self.settings.layers:
+            kept = [kept[place] for place in chosen("uniform", count, len(kept))]
+        return kept
+
+    def cut(self, blocks: int, take: str | Sequence[int]) -> Learned:
+        """Some of the blocks, as they are."""
+        source = self.made(
+            self.first, Stage(student_of="first", taught_by="first", shape=Shape(layers=blocks, take=take))
+        )
+        return Learned(network=whole_model(source, torch.device("cpu"), torch.float32), compute=0)
+
     def path(
-        self, layers: Sequence[int], steps: Sequence[int], *, teacher: str | None = "first", fresh: bool = False
-    ) -> Learned:
-        """Cut and taught, once for each stage: by the "first" network, by the "last" one, or by the text alone (None)."""
+        self, layers: Sequence[int], steps: Sequence[int], *, teacher: str | None = "first", fresh: bool = False,
+        take: str | Sequence[int] = "uniform",
+    ) -> Learned:  # fmt: skip
+        """Cut and taught, once for each stage: by the "first" network, by the "last" one, or by the text alone (None).
+
+        Args:
+            take: which blocks of the network before; numbers are for a single stage.
+        """
         source, teaches, compute = self.first, self.whole, 0.0
         learned = Learned(network=self.whole, compute=0)
         for blocks, count in zip(layers, steps, strict=True):
-            shape = Shape(layers=blocks, fresh=fresh, seed=self.seed)
+            shape = Shape(layers=blocks, take=take, fresh=fresh, seed=self.seed)
             source = self.made(source, Stage(student_of="last", taught_by="first", shape=shape))
             learned = self.taught(source, count, teaches if teacher else None)
             compute += learned.compute
