@@ -11,7 +11,8 @@ Compute is counted, not timed: weights that a token passes through, three times 
 Growing starts from networks of character_model, so it is measured at `micro` alone.
 
 At `real` and `paper` a pre-trained model is cut, with the controls that matter most: the leap for as much compute as the path,
-to evenly chosen blocks and to the path's own; the text alone; fresh weights. Where the user brings pictures, a ResNet is taught through an assistant as well: pictures.py.
+to evenly chosen blocks and to the path's own; the text alone; fresh weights. Where the user brings pictures, a ResNet is taught
+through an assistant as well: pictures.py.
 """
 
 from __future__ import annotations
