@@ -101,7 +101,7 @@ def test_students_of_an_encoder_learn_of_texts_that_differ_in_length() -> None:
     assert rows["encoder-hints"]["bytes"] == rows["encoder-scratch"]["bytes"] < rows["encoder-teacher"]["bytes"]
     assert all(row["ms_1"] > 0 and row["ms_16"] > 0 for row in rows.values())
     promised = {one[side] for one in catalogue.lab("3.10").expected("real") for side in ("better", "worse")}
-    assert promised <= set(rows)
+    assert {name for name in promised if name.startswith("encoder-")} <= set(rows)
 
 
 def test_a_black_box_is_asked_once_and_its_student_learns_what_it_says(tmp_path: Path) -> None:
@@ -110,6 +110,8 @@ def test_a_black_box_is_asked_once_and_its_student_learns_what_it_says(tmp_path:
     box = dataclasses.replace(BOX, steps=20)
     rows = black_box.taught(source, passages, passages[:2], box, 0, tmp_path / "out", lambda what: None)
     assert list(rows) == ["lm-teacher", "lm-untaught", "lm-text", "lm-logits", "lm-answers"]
+    promised = {one[side] for one in catalogue.lab("3.10").expected("real") for side in ("better", "worse")}
+    assert {name for name in promised if name.startswith("lm-")} <= set(rows)
     said = rows["lm-answers"]
     assert (said["requests"], said["from_cache"]) == (12, 12) and 0 < said["answer_tokens"] <= 12 * box.goes_on
     assert rows["lm-text"]["perplexity"] < rows["lm-answers"]["perplexity"]  # the passages are random words
