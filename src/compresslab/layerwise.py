@@ -659,8 +659,7 @@ class Compression(Forward):
         state = BlockState(outputs=outputs, references=references, opened=self._opened(walks)) if outputs else None
         solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
         scales = self._cache_scales(unit)
-        if self.ranks.leads:
-            self.job.sink.write(unit, solved, float_tensors(self.job, unit) | scales, state)
+        self.job.sink.write(unit, solved, float_tensors(self.job, unit) | scales, state)
         self.block_grams.clear()
 
     def _opened(self, walks: Sequence[Walk]) -> Callable[[int, bool], AbstractContextManager[None]]:

@@ -51,6 +51,12 @@ def evaluate(
         bool,
         typer.Option("--into-report", help="Add what is found to the artifact's report, for `compresslab compare`."),
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4GB", help="What measuring may take: a larger model is read block by block, for its quality alone."
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -63,7 +69,7 @@ def evaluate(
         sweep=None if sweep is None else evaluation.parse_sweep(sweep),
         energy=Settings(watts_per_core=watts, country=country, grid=grid) if energy else None,
         tasks=[] if tasks is None else tasks.split(","), task_limit=task_limit, new_tokens=new_tokens,
-        into_report=into_report,
+        into_report=into_report, memory=memory,
     )  # fmt: skip
     show_measurements(found, as_json)
 
