@@ -43,6 +43,7 @@ ROWS: list[tuple[str, ...]] = [
         "supernet",
         "ranks",
         "spilling",
+        "prefetching",
         "heads",
     ),
     ("solving",),
