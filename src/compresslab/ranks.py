@@ -10,8 +10,8 @@ Layers that read one tensor (query, key and value; gate and up) are solved at th
 Only rank 0, the leader, touches the output folder. A rank that fails or dies ends the run: torchrun stops the others, and the
 same command, with any number of ranks, goes on after the last finished block.
 
-A training is shared out by examples (trainer.py): each rank takes its part of every batch, and accelerate adds up the gradients. The
-sums are those of one process, but for the order of adding, so the weights agree to rounding and not bit for bit.
+A training is shared out by examples (trainer.py): each rank takes its part of every batch, and accelerate adds up the gradients.
+The sums are those of one process, but for the order of adding, so the weights agree to rounding and not bit for bit.
 
 gloo carries what lies in main memory. NCCL is asked for what lies on GPUs; no run on several GPUs has been made yet. Without
 torchrun there is one rank, and nothing is sent.

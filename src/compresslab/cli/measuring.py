@@ -123,11 +123,11 @@ def bench(
     out_console.print(f"{found[0].compressed.device}; {found[0].compressed.conditions}", highlight=False)
 
 
-def _numbers(text: str | None) -> list[int]:
+def _numbers(text: str | None, option: str = "--threads") -> list[int]:
     try:
         return [int(part) for part in (text or "").split(",") if part.strip()]
     except ValueError:
-        raise CompressLabError(f"--threads {text}: give whole numbers, as 1,2") from None
+        raise CompressLabError(f"{option} {text}: give whole numbers, as 1,2") from None
 
 
 def _bench_runtimes(
@@ -148,6 +148,34 @@ def _bench_runtimes(
         return
     rows = [(t.entrant.runtime, t.entrant.folder.name, t.entrant.threads, t.measurements) for t in found]
     out_console.print(shown.to_terminal(rows))
+
+
+@app.command()
+def sparse(
+    model: Annotated[str, typer.Argument(help="A pruned artifact or model: folder, zoo name or hub id.")],
+    rows: Annotated[
+        str, typer.Option(help="Rows of input at a time, as 1,16,128: tokens, or texts of a batch.")
+    ] = "1,16,128",
+    threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Whether the zeros of a model's layers are worth leaving out, in bytes and in time, on this machine."""
+    import dataclasses
+
+    import torch
+
+    from compresslab import models
+    from compresslab.deploy import torch_sparse
+    from compresslab.report import sparse as shown
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+    opened = models.load(models.locate(model))
+    models.decompress_(opened)
+    found = torch_sparse.measure(opened, _numbers(rows, "--rows"))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(timing) | {"best": timing.best} for timing in found], indent=1))  # noqa: T201
+        return
+    out_console.print(shown.to_terminal(found, torch.get_num_threads()))
 
 
 @app.command()
