@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -137,5 +138,13 @@ def test_every_direction_that_real_promises_is_measured_there() -> None:
         f"{method}-{form}" for method in ("magnitude", "wanda", "sparsegpt", "random-mask") for form in ("50", "2of4")
     }
     assert {one[side] for one in catalogue.lab("3.5").expected("real") for side in ("better", "worse")} <= rows
-    assert list(experiment.parts(experiment.SETTINGS["real"])) == ["text", "encoder"]
-    assert list(experiment.parts(experiment.SETTINGS["micro"])) == ["digits", "text"]
+
+
+def test_parts_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("of_digits", "of_text"):
+        monkeypatch.setattr(experiment, name, lambda settings, seed, say, name=name: {name: {}})
+    monkeypatch.setattr(pretrained, "measure", lambda settings, seed, say: {settings.model: {}})
+    measured = {scale: list(experiment.measure(told, 0, print)) for scale, told in experiment.SETTINGS.items()}
+    assert measured["micro"] == ["of_digits", "of_text"] and measured["real"] == ["of_text", "minilm-l6"]
+    alone = dataclasses.replace(experiment.SETTINGS["real"], parts=["encoder"])
+    assert list(experiment.measure(alone, 0, print)) == ["minilm-l6"]

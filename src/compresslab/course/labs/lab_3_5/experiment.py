@@ -65,23 +65,29 @@ class Digits:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TextSettings):
-    """One scale of the lab."""
+    """One scale of the lab.
 
+    Attributes:
+        parts: what is measured, of "digits", "text" and "encoder".
+    """
+
+    parts: Sequence[str]
     digits: Digits | None = None
     encoder: Encoder | None = None
 
 
 SETTINGS = {
     "micro": Settings(
-        model="characters", seeds=5, samples=64, window=64, test_windows=96, test_length=128, digits=Digits()
+        model="characters", seeds=5, samples=64, window=64, test_windows=96, test_length=128, digits=Digits(),
+        parts=("digits", "text"),
     ),
     "real": Settings(
         model="smollm2-135m", seeds=1, samples=16, window=512, test_windows=12, test_length=512,
-        encoder=Encoder(model="minilm-l6"),
+        parts=("text", "encoder"), encoder=Encoder(model="minilm-l6"),
     ),
     "paper": Settings(
         model="meta-llama/Llama-2-7b-hf", seeds=1, samples=128, window=2048, test_windows=64, test_length=2048,
-        encoder=Encoder(
+        parts=("text", "encoder"), encoder=Encoder(
             model="google-bert/bert-base-uncased", samples=16_384, window=128, steps=20_000, batch=32, learning_rate=1e-4,
             passages=512,
         ),
@@ -91,19 +97,14 @@ SETTINGS = {
 
 def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
-    return {row: found for part in parts(settings).values() for row, found in part(settings, seed, say).items()}
-
-
-def parts(settings: Settings) -> dict[str, Callable[[Settings, int, Callable[[str], None]], Rows]]:
-    """What can be measured apart."""
-    digits_of, encoder = settings.digits, settings.encoder
-    found: dict[str, Callable[[Settings, int, Callable[[str], None]], Rows]] = {}
-    if digits_of is not None:
-        found["digits"] = lambda _, seed, say: of_digits(digits_of, seed, say)
-    found["text"] = of_text
-    if encoder is not None:
-        found["encoder"] = lambda _, seed, say: pretrained.measure(encoder, seed, say)
-    return found
+    rows: Rows = {}
+    if "digits" in settings.parts and settings.digits is not None:
+        rows |= of_digits(settings.digits, seed, say)
+    if "text" in settings.parts:
+        rows |= of_text(settings, seed, say)
+    if "encoder" in settings.parts and settings.encoder is not None:
+        rows |= pretrained.measure(settings.encoder, seed, say)
+    return rows
 
 
 def of_text(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
