@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def passages(settings: Encoder, tokenizer: object, seed: int) -> list[Example]:
 @torch.no_grad()
 def imitating(dense: nn.Module, shown: Sequence[Example]) -> list[Example]:
     """The same examples with what the dense encoder makes of them."""
-    return [example | {WANTED: dense(input_ids=example["input_ids"][None]).last_hidden_state[0]} for example in shown]
+    return [{**example, WANTED: dense(input_ids=example["input_ids"][None]).last_hidden_state[0]} for example in shown]
 
 
 def distance(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -145,7 +146,8 @@ class Taught:
 
     def smallest(self) -> Masks:
         """Masks without the smallest weights of each layer."""
-        network, found = self.dense(), {}
+        network = self.dense()
+        found: Masks = {}
         for name in self.layers:
             weight = {name: network.get_parameter(f"{name}.weight")}
             whole = {name: torch.ones_like(weight[name], dtype=torch.bool)}
@@ -167,7 +169,7 @@ class Taught:
         return network.eval().requires_grad_(False)
 
     def gradual(self) -> nn.Module:
-        method = Gradual(sparsity=self.settings.sparsity, end=self.settings.end)
+        method: Any = Gradual(sparsity=self.settings.sparsity, end=self.settings.end)
         with tempfile.TemporaryDirectory() as folder:
             lesson = Lesson(
                 examples=self.examples, settings=self.training, folder=Path(folder), seed=self.seed, loss=distance

@@ -85,14 +85,14 @@ def transformer(layers: int, side: int, seed: int) -> nn.Module:
 
     Its weights begin at a deviation of about the square root of one over its width: ViT's own of 0.02 is for a width of 768.
     """
-    config = transformers.ViTConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, image_size=side, patch_size=2,
-        num_channels=1, num_labels=digits.CLASSES, initializer_range=0.1, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "image_size": side, "patch_size": 2, "num_channels": 1, "num_labels": digits.CLASSES, "initializer_range": 0.1,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return transformers.ViTForImageClassification(config)
+        return transformers.ViTForImageClassification(transformers.ViTConfig(**settings))
 
 
 @contextmanager
