@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
+from compresslab import models
 from compresslab.course import digits
 from compresslab.course.own_pictures import SIDE, blocks_of, opened, resnet
 from compresslab.data.labelled import Example
@@ -85,14 +85,12 @@ def transformer(layers: int, side: int, seed: int) -> nn.Module:
 
     Its weights begin at a deviation of about the square root of one over its width: ViT's own of 0.02 is for a width of 768.
     """
-    settings: dict[str, Any] = {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "image_size": side, "patch_size": 2, "num_channels": 1, "num_labels": digits.CLASSES, "initializer_range": 0.1,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return transformers.ViTForImageClassification(transformers.ViTConfig(**settings))
+    config = models.described(
+        "ViTForImageClassification", hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        image_size=side, patch_size=2, num_channels=1, num_labels=digits.CLASSES, initializer_range=0.1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return models.initialised(config, seed)
 
 
 @contextmanager
