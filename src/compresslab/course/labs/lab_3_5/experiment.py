@@ -7,6 +7,8 @@ in each layer, shuffled within layers, and drawn by lot; all trained on for as m
 a language model, calibration windows of a seed -> zeros by size, by size and input norm (Wanda), with an update of what is left
 (SparseGPT), and by lot, anywhere and 2 of every 4 -> perplexity. No row of it is trained.
 
+a pre-trained encoder, at `real` and `paper` -> 90 % zeros at once or gradually, trained on or not: pretrained.py.
+
 `bytes` are those of a safetensors file with a bit for every place and the numbers that are left. Three rows say what the same
 network takes when its zeros are stored like other numbers, and as compressed sparse rows. At `real` and `paper` there are no
 digits: the language model is a pre-trained one.
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 from compresslab.batch_norms import renew_batch_norms_
 from compresslab.course import digits
 from compresslab.course.digits import Pictures
+from compresslab.course.labs.lab_3_5 import pretrained
+from compresslab.course.labs.lab_3_5.pretrained import Encoder
 from compresslab.course.trials import TextSettings, Trials
 from compresslab.deploy.sparse_storage import to_bitmask, to_csr
 from compresslab.lottery import CONTROLS, Lottery, Ticket, drawn, shuffled
@@ -61,26 +65,46 @@ class Digits:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TextSettings):
-    """One scale of the lab."""
+    """One scale of the lab.
 
+    Attributes:
+        parts: what is measured, of "digits", "text" and "encoder".
+    """
+
+    parts: Sequence[str]
     digits: Digits | None = None
+    encoder: Encoder | None = None
 
 
 SETTINGS = {
     "micro": Settings(
-        model="characters", seeds=5, samples=64, window=64, test_windows=96, test_length=128, digits=Digits()
+        model="characters", seeds=5, samples=64, window=64, test_windows=96, test_length=128, digits=Digits(),
+        parts=("digits", "text"),
     ),
-    "real": Settings(model="smollm2-135m", seeds=1, samples=16, window=512, test_windows=12, test_length=512),
+    "real": Settings(
+        model="smollm2-135m", seeds=1, samples=16, window=512, test_windows=12, test_length=512,
+        parts=("text", "encoder"), encoder=Encoder(model="minilm-l6"),
+    ),
     "paper": Settings(
-        model="meta-llama/Llama-2-7b-hf", seeds=1, samples=128, window=2048, test_windows=64, test_length=2048
+        model="meta-llama/Llama-2-7b-hf", seeds=1, samples=128, window=2048, test_windows=64, test_length=2048,
+        parts=("text", "encoder"), encoder=Encoder(
+            model="google-bert/bert-base-uncased", samples=16_384, window=128, steps=20_000, batch=32, learning_rate=1e-4,
+            passages=512,
+        ),
     ),
-}
+}  # fmt: skip
 
 
 def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
-    rows = {} if settings.digits is None else of_digits(settings.digits, seed, say)
-    return rows | of_text(settings, seed, say)
+    rows: Rows = {}
+    if "digits" in settings.parts and settings.digits is not None:
+        rows |= of_digits(settings.digits, seed, say)
+    if "text" in settings.parts:
+        rows |= of_text(settings, seed, say)
+    if "encoder" in settings.parts and settings.encoder is not None:
+        rows |= pretrained.measure(settings.encoder, seed, say)
+    return rows
 
 
 def of_text(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
