@@ -6,7 +6,7 @@ import base64
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -69,6 +69,47 @@ def test_a_run_keeps_all_seeds_and_is_read_back(monkeypatch: pytest.MonkeyPatch,
         experiment.run("3.3", scale="real")
     with pytest.raises(CompressLabError, match="unknown scale"):
         experiment.run("3.3", scale="huge")
+
+
+def test_parts_are_measured_apart_and_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        model: str = "none"
+        seeds: int = 2
+        parts: Any = ("rtn", "gptq")
+        small_pictures: str | None = None
+
+    def measure(settings: Any, seed: int, say: Any) -> Any:
+        found = {"rtn-2": {"perplexity": 9.0 + seed}, "gptq-2": {"perplexity": 6.0 + 1.1 * seed}}
+        return {row: metrics for row, metrics in found.items() if row.removesuffix("-2") in settings.parts}
+
+    fake = ModuleType("experiment")
+    fake.SETTINGS, fake.measure = {"micro": Settings()}, measure  # type: ignore[attr-defined]
+    monkeypatch.setattr(catalogue.Lab, "module", lambda self, name: fake)
+    first = experiment.run("3.3", parts=["rtn"])
+    assert list(first.rows) == ["rtn-2"] and not first.verdicts and not first.runs
+    both = experiment.run("3.3", parts=["gptq"], small_pictures="some", into=first)
+    assert list(both.rows) == ["rtn-2", "gptq-2"] and [found.key for found in both.verdicts] == ["gptq-2"]
+    assert [(run.rows, run.settings["small_pictures"]) for run in both.runs] == [
+        (["rtn-2"], None),
+        (["gptq-2"], "some"),
+    ]
+    assert both.seconds > first.seconds
+    both.save(tmp_path / "result.json")
+    assert experiment.read(tmp_path / "result.json") == both
+    again = experiment.run("3.3", parts=["rtn"], into=both)  # measured anew, in the place that it had
+    assert list(again.rows) == ["rtn-2", "gptq-2"]
+    assert [run.rows for run in again.runs] == [["gptq-2"], ["rtn-2"]]
+    for wrong, said in (
+        ({"seeds": 1}, "of seeds"),
+        ({"parts": ["x"]}, "unknown part 'x'"),
+        ({"pictures": "a"}, "no use for pictures"),
+    ):
+        with pytest.raises(CompressLabError, match=said):
+            experiment.run("3.3", into=first, **wrong)  # type: ignore[arg-type]
+    fake.SETTINGS = {"micro": SimpleNamespace(model="none", seeds=1)}  # type: ignore[attr-defined]
+    with pytest.raises(CompressLabError, match="no use for parts"):
+        experiment.run("3.3", parts=["rtn"])
 
 
 @pytest.mark.parametrize("lang", ["en", "zh-TW"])

@@ -183,6 +183,13 @@ def run(
     seeds: Annotated[int | None, typer.Option(help="How many; the lab's own number if left out.")] = None,
     model: Annotated[str | None, typer.Option(help="Another model than the lab's.")] = None,
     pictures: Annotated[str | None, typer.Option(help="Labelled pictures, if the lab reads some: a folder or .parquet.")] = None,
+    small_pictures: Annotated[
+        str | None, typer.Option(help="Small ones in ten classes, such as CIFAR-10's, if the lab learns some beside.")
+    ] = None,
+    parts: Annotated[str | None, typer.Option(help="Only these parts of the lab, with commas between them.")] = None,
+    into: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="An earlier result file, to which the rows are added.")
+    ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Ask the lab's other frameworks too; see `compresslab peers`.")] = False,
     out: Annotated[Path | None, typer.Option(help="The result file; in your folder if left out.")] = None,
     prediction: Annotated[bool, typer.Option(help="Ask for your prediction first.")] = True,
@@ -199,17 +206,20 @@ def run(
     if prediction:
         where = steps.folder(lab, folder)
         said = learners.predictions(lab, where, scale)
-        out = out or where / f"result-{scale}.json"
+        out = out or into or where / f"result-{scale}.json"
     result = experiment.run(
         number,
         scale=scale,
         seeds=seeds,
         model=model,
         pictures=pictures,
+        small_pictures=small_pictures,
+        parts=None if parts is None else parts.split(","),
+        into=None if into is None else experiment.read(into),
         peers=peers,
         say=lambda what: error_console.print(what, highlight=False),
     )
-    if out is not None:
+    if (out := out or into) is not None:
         result.save(out)
     steps.of(lab).ran.append(scale)
     steps.save()
