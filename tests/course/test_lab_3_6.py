@@ -67,7 +67,7 @@ def test_the_mask_leaves_as_many_weights_and_the_largest() -> None:
 
 def test_fresh_weights_have_the_shape_and_nothing_else() -> None:
     shape = smaller(network())
-    one, same, other = (experiment.fresh(shape, seed) for seed in (1, 1, 2))
+    one, same, other = (pretrained.fresh(shape, seed) for seed in (1, 1, 2))
     assert torch.equal(one.conv.weight, same.conv.weight)
     assert not torch.equal(one.conv.weight, other.conv.weight)
     assert one.conv.weight.shape == shape.conv.weight.shape
