@@ -213,6 +213,15 @@ def initialised(config: transformers.PretrainedConfig, seed: int) -> nn.Module:
         return _class_of(config)(copy.deepcopy(config)).eval()
 
 
+def described(architecture: str, **settings: Any) -> transformers.PretrainedConfig:
+    """The config of an architecture, such as "ViTForImageClassification", with these settings in place of its own."""
+    cls = architecture_class(architecture)
+    if cls is None:
+        raise CompressLabError(f"transformers has no architecture '{architecture}': name one of its classes")
+    config: transformers.PretrainedConfig = cls.config_class(architectures=[architecture], **settings)
+    return config
+
+
 def reread(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
     """The config as it comes back from a file, where transformers looks at it harder than at one that is changed in memory.
 

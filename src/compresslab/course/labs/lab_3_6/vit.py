@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTConfig
 
 from compresslab import models, removing
 from compresslab.contract import Paper, Removal
@@ -70,11 +69,10 @@ class VisionTransformer:
     batches: Sequence[int] = (1, 32)
     rounds: int = 25
 
-    def config(self) -> ViTConfig:
-        return ViTConfig(  # type: ignore[call-arg]
-            hidden_size=self.hidden, num_hidden_layers=self.layers, num_attention_heads=self.heads,
+    def config(self) -> Any:
+        return models.described(
+            "ViTForImageClassification", hidden_size=self.hidden, num_hidden_layers=self.layers, num_attention_heads=self.heads,
             intermediate_size=4 * self.hidden, image_size=self.side, patch_size=self.patch, num_labels=own_pictures.CLASSES,
-            architectures=["ViTForImageClassification"],
         )  # fmt: skip
 
     def training(self, steps: int) -> Training:
