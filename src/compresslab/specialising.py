@@ -70,11 +70,11 @@ class Block:
 
 def blocks_of(space: ShapeSpace, shape: Shape) -> list[Block]:
     """Every block that a shape runs, in order."""
-    config, found = space.config(shape), []
-    width, side = config.stem_channels, -(-config.image_size // config.stem_stride)
-    for blocks, out, first in zip(config.stages, config.widths, config.strides, strict=True):
-        for place, (inside, kernel) in enumerate(blocks):
-            stride = 1 if place else first
+    found = []
+    width, side = space.stem_channels, space.image_size
+    for blocks, out, first in zip(space.stages(shape), space.widths, space.strides, strict=True):
+        for place, (expansion, kernel) in enumerate(blocks):
+            inside, stride = expansion * width, 1 if place else first
             block = Block(width=width, inside=inside, out=out, kernel=kernel, stride=stride, side=side)
             found.append(block)
             width, side = out, block.side_out
@@ -104,10 +104,9 @@ class ShapeCosts:
     def macs(self, shape: Shape) -> int:
         """Multiply-accumulates for one picture."""
         space, blocks = self.space, blocks_of(self.space, shape)
-        config = space.config(shape)
-        stem = (-(-config.image_size // config.stem_stride)) ** 2 * config.stem_channels * config.num_channels * 9
-        head = blocks[-1].side_out ** 2 * blocks[-1].out * config.head_channels
-        return stem + sum(block.macs for block in blocks) + head + config.head_channels * space.num_labels
+        stem = space.image_size**2 * space.stem_channels * space.num_channels * 9
+        head = blocks[-1].side_out ** 2 * blocks[-1].out * space.head_channels
+        return stem + sum(block.macs for block in blocks) + head + space.head_channels * space.num_labels
 
     def macs_frac(self, shape: Shape) -> float:
         return self.macs(shape) / self.macs(self.space.largest)
