@@ -86,7 +86,7 @@ class Recovery:
 
     @property
     def texts(self) -> int:
-        """As many as it sees, each once, and those that are held back."""
+        """As many as it sees, none twice, and those that are held back."""
         return math.ceil(self.steps * self.batch / 0.9)
 
 
