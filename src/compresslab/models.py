@@ -218,7 +218,8 @@ def described(architecture: str, **settings: Any) -> transformers.PretrainedConf
     cls = architecture_class(architecture)
     if cls is None:
         raise CompressLabError(f"transformers has no architecture '{architecture}': name one of its classes")
-    config: transformers.PretrainedConfig = cls.config_class(architectures=[architecture], **settings)
+    kind: Any = cls.config_class
+    config: transformers.PretrainedConfig = kind(architectures=[architecture], **settings)
     return config
 
 

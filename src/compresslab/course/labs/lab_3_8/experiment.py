@@ -91,9 +91,9 @@ class Settings:
 
 
 MOBILENET = Settings(
-    model="MobileNetV2ForImageClassification", seeds=1, limits={"mobilenet-": Limit(frac=0.7, of="latency", batch=32)},
+    model="MobileNetV2ForImageClassification", seeds=1, limits={"mobilenet-": Limit(frac=0.7, of="latency", batch=64)},
     steps=4, multiple=8, size=8, generations=4, renewed=128, judged=256, learned=400, tuned=1280, tested=2000,
-    learning_rate=1e-3, batch=32,
+    learning_rate=1e-3, batch=64,
 )  # fmt: skip
 
 SETTINGS = {
