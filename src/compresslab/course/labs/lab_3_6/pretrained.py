@@ -111,7 +111,7 @@ class Pretrained:
     parts: Sequence[str] = ("encoder", "lm", "vit")
     pictures: str | None = None
     vit: VisionTransformer = field(default_factory=VisionTransformer)
-    recovery: Recovery = Recovery(steps=40, batch=8, learning_rate=5e-4)
+    recovery: Recovery = Recovery(steps=40, batch=8, learning_rate=1e-4)
     text_recovery: Recovery = Recovery(steps=12, batch=2, learning_rate=1e-4)
     samples: int = 64
     window: int = 128
