@@ -63,7 +63,7 @@ class OnceForAll:
         }
     )
     steps: Mapping[str, int] = field(
-        default_factory=lambda: {"largest": 240, "kernels": 80, "depths": 80, "expansions": 80}
+        default_factory=lambda: {"largest": 180, "kernels": 60, "depths": 60, "expansions": 60}
     )
     batch: int = 64
     learning_rate: float = 4e-3
