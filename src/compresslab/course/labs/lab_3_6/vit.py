@@ -60,8 +60,8 @@ class VisionTransformer:
     heads: int = 4
     side: int = 16
     patch: int = 4
-    steps: int = 300
-    more: int = 75
+    steps: int = 600
+    more: int = 100
     batch: int = 64
     learning_rate: float = 1e-3
     calibrated: int = 512
