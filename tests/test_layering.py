@@ -52,7 +52,7 @@ ROWS: list[tuple[str, ...]] = [
     ("cutting", "channels"),
     ("pruning", "removing", "recovering", "students", "features", "endpoint", "answers", "growing"),
     ("artifact", "measure", "preflight", "budget", "damage", "scoring"),
-    ("rotating", "mixed", "narrowing", "tuning", "exporters"),
+    ("rotating", "mixed", "narrowing", "specialising", "tuning", "exporters"),
     ("stages",),
     ("questions", "learning"),
     ("teaching", "pairing", "teachers"),

@@ -227,7 +227,7 @@ def run(
         print(json.dumps(dataclasses.asdict(result), indent=1))  # noqa: T201
         return
     for lines in (
-        showing.measured(result, lang),
+        *showing.tables(result, lang),
         showing.verdicts(result, lang, said),
         showing.papers(result, lang),
         showing.peers(result, lang),

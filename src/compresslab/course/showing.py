@@ -16,11 +16,28 @@ from compresslab.report.pareto import Axis, Point, beats, drawable, plot
 from compresslab.report.plots import number, picture
 
 
+def tables(result: Result, lang: str) -> list[list[list[str]]]:
+    """What was measured, in as many tables as there are kinds of rows: a row is of a kind if all that it was measured by the kind
+    was, or the other way round.
+    """
+    kinds: list[tuple[set[str], list[str]]] = []
+    for row, found in result.rows.items():
+        metrics = set(found)
+        fitting = next((kind for kind in kinds if metrics <= kind[0] or metrics >= kind[0]), None)
+        if fitting is None:
+            kinds.append((metrics, [row]))
+        else:
+            fitting[0].update(metrics)
+            fitting[1].append(row)
+    parts = [dataclasses.replace(result, rows={row: result.rows[row] for row in rows}) for _, rows in kinds]
+    return [measured(part, lang) for part in parts]
+
+
 def measured(result: Result, lang: str) -> list[list[str]]:
     """Head and one line for each row: mean and spread over the seeds of the metric; of several metrics a column each."""
     course = lab(result.lab)
     metrics = list(dict.fromkeys(m for found in result.rows.values() for m in found if m != "bytes"))
-    if len(metrics) > 1:
+    if len(metrics) > 1 or any(metrics[0] not in found for found in result.rows.values()):
         return _many(result, course, metrics, lang)
     (metric,) = metrics
     lines = [[course.say(key, lang) for key in ("row", "mean", "spread")]]

@@ -104,8 +104,7 @@ def passages(settings: Settings, tokenizer: object, seed: int) -> list[Example]:
     found = data.calibration_passages(
         "wiki", tokenizer, samples=settings.samples, sequence_length=settings.window, seed=seed
     )
-    rows = [pair for batch in found.batches for pair in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    return [{"input_ids": ids[mask.bool()]} for ids, mask in rows]
+    return in_memory.unpadded(found.batches)
 
 
 def taught_by(settings: Settings, blocks: int) -> dict[str, FeatureLoss]:

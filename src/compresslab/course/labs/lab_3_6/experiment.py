@@ -89,8 +89,8 @@ def measure(settings: Settings | Pretrained, seed: int, say: Callable[[str], Non
         row(f"{name}-cut", smaller)
         cut[name] = row(name, smaller, settings.epochs)
     shape = cut["smallest"]
-    row("fresh-short", fresh(shape, seed), settings.epochs)
-    row("fresh-long", fresh(shape, seed), training.epochs + settings.epochs)
+    row("fresh-short", pretrained.fresh(shape, seed), settings.epochs)
+    row("fresh-long", pretrained.fresh(shape, seed), training.epochs + settings.epochs)
     mask = row("mask", whole, settings.epochs, largest_weights(whole, parameters(shape)))
     networks = {"whole": whole, "smallest": shape, "mask": mask}
     for name, found in latencies(networks, settings).items():
@@ -139,15 +139,6 @@ def trained_on(
         with masking(network, kept) as masks:
             digits.train_(network, seed, training, after_step=masks.apply_)
     return network.eval().requires_grad_(False)
-
-
-def fresh(network: nn.Module, seed: int) -> nn.Module:
-    """The same shape with weights that never saw a picture."""
-    network = copy.deepcopy(network)
-    with torch.random.fork_rng():
-        torch.manual_seed(10_000 + seed)
-        network.apply(network._init_weights)  # type: ignore[arg-type]
-    return network
 
 
 def largest_weights(network: nn.Module, count: int) -> dict[str, Tensor]:

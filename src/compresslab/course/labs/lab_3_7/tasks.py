@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from compresslab import models
 from compresslab.course import digits
-from compresslab.course.own_pictures import SIDE, blocks_of, opened, resnet
+from compresslab.course.own_pictures import SIDE, accuracy, blocks_of, parts, resnet
 from compresslab.data.labelled import Example
 from compresslab.masked import masking, train_masked_
 from compresslab.recipe import Training
@@ -127,12 +127,7 @@ class Pictures:
 
     def __init__(self, settings: OfPictures, model: str, source: str | None, seed: int) -> None:
         self.settings, self.model, self.seed = settings, model, seed
-        every = opened(source)
-        self.test, self.held_back, self.shown = (
-            every[: settings.tested],
-            every[settings.tested : settings.tested + settings.held_back],
-            every[settings.tested + settings.held_back :],
-        )
+        self.test, self.held_back, self.shown = parts(source, tested=settings.tested, held_back=settings.held_back)
 
     @cached_property
     def examples(self) -> Sequence[Example]:
@@ -155,12 +150,8 @@ class Pictures:
             else:
                 train_(network, shown, settings, Path(folder), seed=self.seed, held_back=self.held_back)
 
-    @torch.no_grad()
     def accuracy(self, network: nn.Module) -> float:
-        pixels = torch.stack([example["pixel_values"] for example in self.test])
-        labels = torch.stack([example["labels"] for example in self.test])
-        said = torch.cat([network.eval()(pixel_values=part).logits.argmax(dim=1) for part in pixels.split(250)])
-        return 100 * float((said == labels).double().mean())
+        return accuracy(network.eval(), self.test)
 
 
 class Augmented(Sequence[Example]):
