@@ -18,6 +18,7 @@ from compresslab.errors import CompressLabError
 from compresslab.measure import fresh
 from compresslab.mutual import mutual, mutual_loss
 from compresslab.recipe import Training, parse
+from compresslab.training import split
 from oracles import mutual as oracle
 
 SETTINGS = Training(steps=12, learning_rate=3e-3, batch=4, checks=3, held_back=0.2)
@@ -77,7 +78,7 @@ def test_classifiers_learn_together_and_a_killed_run_goes_on(tmp_path: Path, mon
     steps = [0]
     from compresslab import mutual as module
 
-    def dying(logits: Any, labels: Tensor) -> Tensor:
+    def dying(logits: Any, labels: Tensor, weights: str) -> Tensor:
         steps[0] += 1
         if steps[0] == 9:
             raise KeyboardInterrupt
@@ -90,6 +91,20 @@ def test_classifiers_learn_together_and_a_killed_run_goes_on(tmp_path: Path, mon
     again, _ = mutual(students, pictures(), SETTINGS, tmp_path / "killed")
     for one, other in zip(folders, again, strict=True):
         assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("weights", ["mean", "adaptive"])
+def test_peers_are_weighed_as_it_is_said(weights: str, tmp_path: Path) -> None:
+    students = [models.find(tiny.save("vit", tmp_path / f"s{i}", seed=i, num_hidden_layers=1)) for i in range(3)]
+    still = SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-9, "checks": 1})
+    _, record = mutual(students, pictures(), still, tmp_path / "out", weights=weights)
+    _, held_back = split(pictures(), still.held_back, 0)
+    pixels, labels = (torch.stack([one[key] for one in held_back]) for key in ("pixel_values", "labels"))
+    with torch.no_grad():
+        logits = [models.materialise(source)(pixel_values=pixels).logits for source in students]
+        both = {name: float(mutual_loss(logits, labels, weights=name)) for name in ("mean", "adaptive")}
+    assert both["mean"] != pytest.approx(both["adaptive"], rel=1e-4)
+    assert record.losses[0][1] == pytest.approx(both[weights], rel=1e-5)
 
 
 def test_language_models_count_next_tokens(tmp_path: Path) -> None:
@@ -115,6 +130,8 @@ def test_students_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(CompressLabError, match="is there already"):
         mutual([models.find(picture)], pictures(), SETTINGS, tmp_path / "there")
+    with pytest.raises(CompressLabError, match="'loud': weights of peers are mean or adaptive"):
+        mutual([models.find(picture)], pictures(), SETTINGS, tmp_path / "no", weights="loud")
 
 
 def test_a_classifier_is_its_own_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

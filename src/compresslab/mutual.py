@@ -40,7 +40,7 @@ from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.recipe import Training
 from compresslab.students import write
-from compresslab.teachers import MEAN, log_weights
+from compresslab.teachers import ADAPTIVE, MEAN, log_weights
 from compresslab.training import IGNORED_LABEL, Record, split, train_
 
 TOLD = "mutual.json"
@@ -61,7 +61,7 @@ class Cohort(nn.Module):
 
 def mutual(
     students: Sequence[Source], examples: Sequence[Example], settings: Training, out: Path, *, seed: int = 0,
-    device: torch.device | None = None,
+    device: torch.device | None = None, weights: str = MEAN,
 ) -> tuple[list[Path], Record]:  # fmt: skip
     """Train students together; a folder for each, OUT/student-1 and so on, and what the training did.
 
@@ -70,10 +70,13 @@ def mutual(
     Args:
         students: language models or classifiers of the same classes; alike but for their weights, or not.
         examples: what they take, with "labels".
+        weights: of the peers who teach a student: "mean" or "adaptive", see `mutual_loss`.
 
     Raises:
-        CompressLabError: students of different kinds or classes; a folder that is there already.
+        CompressLabError: students of different kinds or classes; a folder that is there already; other weights.
     """
+    if weights not in (MEAN, ADAPTIVE):
+        raise CompressLabError(f"'{weights}': weights of peers are {MEAN} or {ADAPTIVE}")
     if out.exists():
         raise CompressLabError(f"{out} is there already: choose another folder")
     where = device or torch.device("cpu")
@@ -84,7 +87,7 @@ def mutual(
 
     def loss(cohort: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         labels = _rows(networks[0], None, batch["labels"])[1]
-        return mutual_loss(cohort(**batch), labels)
+        return mutual_loss(cohort(**batch), labels, weights=weights)
 
     scratch = out.with_name(out.name + ".partial")
     record = train_(cohort, training, settings, scratch, seed=seed, held_back=held_back, loss=loss, device=where)

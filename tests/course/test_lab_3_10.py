@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import tiny
 from compresslab import models
 from compresslab.contract import Feature
-from compresslab.course import catalogue
-from compresslab.course.labs.lab_3_10 import controls, experiment, pretrained
+from compresslab.course import catalogue, encoders
+from compresslab.course.labs.lab_3_10 import black_box, controls, experiment, pretrained
 from compresslab.distill.hints import Hints
 
 MICRO: Any = experiment.SETTINGS["micro"]
+BOX = black_box.BlackBox(
+    model="llama", layers=1, questions=8, held_out=4, begins=4, goes_on=3, steps=2, batch=4, learning_rate=1e-2, test_windows=2,
+    test_length=12,
+)  # fmt: skip
 TINY = pretrained.Settings(
-    model="bert", seeds=1, layers=2, samples=8, window=12, steps=3, batch=4, learning_rate=1e-2, tokens=6, rounds=1
+    model="bert",
+    seeds=1,
+    layers=2,
+    samples=8,
+    window=12,
+    steps=3,
+    batch=4,
+    learning_rate=1e-2,
+    tokens=6,
+    rounds=1,
+    black_box=BOX,
 )
 
 
@@ -76,7 +93,8 @@ def test_students_of_an_encoder_learn_of_texts_that_differ_in_length() -> None:
     ids = torch.randint(1, 40, (6, 9))
     texts = {f"{kind}.{name}": value for kind in ("passages", "rated") for name, value in (
         ("input_ids", ids), ("attention_mask", torch.ones_like(ids)))}  # fmt: skip
-    rows = pretrained.judged(networks, texts | {"rated.similarity": torch.rand(6, 6, dtype=torch.double)}, TINY)
+    texts |= {"rated.similarity": torch.rand(6, 6, dtype=torch.double)}
+    rows = encoders.judged(networks, texts, tokens=TINY.tokens, rounds=TINY.rounds)
     assert rows["encoder-teacher"]["embedding_cosine"] == pytest.approx(1)
     moved = [row["embedding_cosine"] for row in rows.values()]
     assert len(set(moved)) == len(moved)  # each row is another network
@@ -84,3 +102,22 @@ def test_students_of_an_encoder_learn_of_texts_that_differ_in_length() -> None:
     assert all(row["ms_1"] > 0 and row["ms_16"] > 0 for row in rows.values())
     promised = {one[side] for one in catalogue.lab("3.10").expected("real") for side in ("better", "worse")}
     assert promised <= set(rows)
+
+
+def test_a_black_box_is_asked_once_and_its_student_learns_what_it_says(tmp_path: Path) -> None:
+    source = models.find(tiny.save("llama", tmp_path / "model", num_hidden_layers=2))
+    passages = tiny.token_batches(12, 7)[0]["input_ids"]
+    box = dataclasses.replace(BOX, steps=20)
+    rows = black_box.taught(source, passages, passages[:2], box, 0, tmp_path / "out", lambda what: None)
+    assert list(rows) == ["lm-teacher", "lm-untaught", "lm-text", "lm-logits", "lm-answers"]
+    said = rows["lm-answers"]
+    assert (said["requests"], said["from_cache"]) == (12, 12) and 0 < said["answer_tokens"] <= 12 * box.goes_on
+    assert rows["lm-text"]["perplexity"] < rows["lm-answers"]["perplexity"]  # the passages are random words
+    assert rows["lm-teacher"]["answers_perplexity"] < rows["lm-untaught"]["answers_perplexity"]
+    assert len({row["answers_perplexity"] for row in rows.values()}) == len(rows)
+    assert rows["lm-text"]["bytes"] == said["bytes"] < rows["lm-teacher"]["bytes"]
+
+
+def test_of_a_passage_what_follows_its_beginning_counts() -> None:
+    example = black_box.continued(torch.arange(5), 2)
+    assert example["input_ids"].tolist() == [0, 1, 2, 3, 4] and example["labels"].tolist() == [-100, -100, 2, 3, 4]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from compresslab import models
 from compresslab.course import character_model
-from compresslab.course.labs.lab_3_11 import experiment
+from compresslab.course.labs.lab_3_11 import experiment, pictures
 from compresslab.growing import wider, with_copies
 
 TINY = character_model.Training(hidden=16, intermediate=32, blocks=3, steps=2, window=16)
@@ -72,3 +75,69 @@ def test_copies_part_only_if_their_shares_differ(school: experiment.School) -> N
         g, _ = with_copies(torch.zeros(1, 32), 32, 64, generator=torch.Generator().manual_seed(1))
         units = taught.state_dict()["model.layers.0.mlp.up_proj.weight"]
         assert (float((units[32:] - units[g[32:]]).abs().max()) > 1e-6) == apart
+
+
+def test_a_pretrained_model_leaps_for_as_much_compute_as_the_path(
+    monkeypatch: pytest.MonkeyPatch, school: experiment.School
+) -> None:
+    settings = dataclasses.replace(experiment.SETTINGS["real"], **dataclasses.asdict(school.settings))
+    rows = experiment.measure(settings, 0, lambda what: None)
+    assert set(rows) == {
+        "lm-float",
+        *(
+            f"lm-{x}"
+            for x in ("cut", "cut-same", "leap", "steps", "leap-equal", "leap-same", "labels-equal", "scratch")
+        ),
+    }
+    assert rows["lm-leap"]["compute"] == 1
+    assert rows["lm-leap-equal"]["compute"] == pytest.approx(rows["lm-steps"]["compute"], rel=0.1)
+    for name in ("lm-labels-equal", "lm-scratch"):
+        assert rows[name]["compute"] == pytest.approx(1, rel=0.1)
+
+
+def test_a_leap_goes_to_the_very_blocks_of_a_path(school: experiment.School) -> None:
+    real = experiment.School.__new__(experiment.School)
+    real.whole = character_model.build(dataclasses.replace(TINY, blocks=30))
+    real.settings = experiment.SETTINGS["real"]
+    kept = real.blocks_of_path()
+    assert kept[:6] == [0, 2, 5, 6, 8, 11] and len(kept) == 15 and kept[-1] == 29
+    blocks = [school.whole.state_dict()[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]
+    found = school.cut(2, [0, 1]).network.state_dict()
+    assert all(torch.equal(found[f"model.layers.{i}.mlp.up_proj.weight"], blocks[i]) for i in (0, 1))
+
+
+CHAIN = pictures.Chain(
+    teacher="resnet-14", assistant="resnet-8", student="resnet-8", side=8, labelled=40, test=10, teacher_steps=2, steps=3,
+    batch=16,
+)  # fmt: skip
+
+
+@pytest.fixture
+def own_pictures(tmp_path: Path) -> str:
+    """60 pictures in ten classes, a folder for each."""
+    for number in range(60):
+        folder = tmp_path / "pictures" / f"{number % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        Image.new("RGB", (32, 32), (4 * number, 20 * (number % 10), 0)).save(content, "PNG")
+        (folder / f"{number}.png").write_bytes(content.getvalue())
+    return str(tmp_path / "pictures")
+
+
+def test_a_leap_on_pictures_takes_as_much_compute_as_the_way_through_an_assistant(own_pictures: str) -> None:
+    rows = pictures.measure(CHAIN, own_pictures, 0, lambda what: None)
+    names = ("teacher", "labels", "leap", "assistant", "steps", "leap-equal", "labels-equal")
+    assert list(rows) == [f"pictures-{name}" for name in names]
+    both = rows["pictures-steps"]["compute"]
+    for name in ("leap-equal", "labels-equal"):
+        assert rows[f"pictures-{name}"]["compute"] == pytest.approx(both, rel=0.2)
+    assert both > 1.5 and rows["pictures-steps"]["bytes"] < rows["pictures-teacher"]["bytes"]
+
+
+def test_pictures_to_test_on_are_never_learnt_from_and_are_made_smaller(own_pictures: str) -> None:
+    shown, test = pictures.brought(CHAIN, own_pictures, 0)
+    again, same = pictures.brought(CHAIN, own_pictures, 1)
+    assert test.pixels.shape == (10, 3, 8, 8) and torch.equal(test.pixels, same.pixels)
+    assert not torch.equal(shown[0]["pixel_values"], again[0]["pixel_values"])
+    learnt = torch.stack([one["pixel_values"] for one in shown]).flatten(1)
+    assert len(learnt) == 40 and float(torch.cdist(test.pixels.flatten(1), learnt).min()) > 1e-3

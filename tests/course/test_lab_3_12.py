@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import BertConfig, BertModel
 
+from compresslab import models
 from compresslab.course import catalogue
-from compresslab.course.labs.lab_3_12 import experiment
+from compresslab.course.labs.lab_3_12 import exits, experiment
 from compresslab.errors import CompressLabError
 from compresslab.mutual import mutual_loss
 
@@ -75,10 +78,58 @@ def test_pictures_of_a_user_are_learned_and_tested_apart(brought: experiment.OnP
     assert not torch.equal(schools[0].train.pixels, schools[1].train.pixels)
 
 
-def test_every_row_is_measured_on_pictures_of_a_user(brought: experiment.OnPictures) -> None:
+def test_every_row_is_measured_on_pictures_of_a_user(
+    brought: experiment.OnPictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def judged(encoder: exits.Encoder, seed: int, say: Any) -> dict[str, dict[str, float]]:
+        given.append(encoder)
+        return {"encoder-whole": {}}
+
+    monkeypatch.setattr(exits, "measure", judged)
     rows = experiment.measure(brought, 0, lambda what: None)
     promised = {one[side] for one in catalogue.lab("3.12").expected("real") for side in ("better", "worse")}
-    assert promised <= set(rows) and rows["together"]["bytes"] == 2 * rows["alone"]["bytes"]
+    peers = {name for name in promised if not name.startswith("encoder-")}
+    assert peers < set(rows) and rows["together"]["bytes"] == 2 * rows["alone"]["bytes"]
+    assert list(experiment.measure(dataclasses.replace(brought, pictures=None), 0, lambda what: None)) == [
+        "encoder-whole"
+    ]
+    assert given == [brought.encoder] * 2
+    alone = experiment.measure(dataclasses.replace(brought, parts=["peers"]), 0, lambda what: None)
+    assert set(alone) == set(rows) - {"encoder-whole"} and len(given) == 2
+
+
+TINY = exits.Encoder(
+    model="bert", after=(1, 2), samples=8, window=12, steps=60, batch=4, learning_rate=1e-2, tokens=6, rounds=1
+)  # fmt: skip
+
+
+def test_every_exit_is_an_encoder_of_the_blocks_up_to_it() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.5,  # so that a block changes more than a little
+    )  # fmt: skip
+    encoder = BertModel(config).eval()
+    shown = [{"input_ids": torch.randint(1, 40, (5 + i % 7,))} for i in range(12)]
+    found = exits.exits(models.find(encoder), shown, TINY, 0, lambda what: None)
+    blocks = {name: len(models.blocks(network)) for name, network in found.items()}
+    assert blocks == {
+        "encoder-whole": 4, "encoder-1-untaught": 1, "encoder-2-untaught": 2, "encoder-1": 1, "encoder-2": 2, "encoder-4": 4,
+        "encoder-1-alone": 1, "encoder-2-alone": 2,
+    }  # fmt: skip
+    ids = torch.randint(1, 40, (6, 9))
+    with torch.no_grad():
+        said = {name: network(input_ids=ids) for name, network in found.items()}
+        states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
+        one = found["encoder-4"](input_ids=ids, output_hidden_states=True).hidden_states
+    for place in (1, 2):
+        assert torch.allclose(said[f"encoder-{place}-untaught"].last_hidden_state, states[place], atol=1e-5)
+        assert torch.allclose(said[f"encoder-{place}"].last_hidden_state, one[place], atol=1e-5)
+        apart = {name: float((x.last_hidden_state - states[4]).square().mean()) for name, x in said.items()}
+        assert max(apart[f"encoder-{place}"], apart[f"encoder-{place}-alone"]) < apart[f"encoder-{place}-untaught"]
 
 
 def test_too_few_pictures_and_none_are_told(brought: experiment.OnPictures) -> None:

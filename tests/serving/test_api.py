@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import threading
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from compresslab import models
+from compresslab.errors import CompressLabError
 from compresslab.serving import server as serving
 from compresslab.serving.runtime import Sampling
 from compresslab.serving.torch_runtime import TorchRuntime
@@ -210,3 +212,15 @@ def test_a_body_is_given_up_while_it_is_read(client: Any, says_length: bool) -> 
 def test_who_sends_far_too_much_reads_why(client: Any) -> None:
     response = client.post("/v1/completions", content=b" " * 5_000_000)
     assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+
+
+def test_a_server_for_as_long_as_it_is_wanted(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving.served(artifact, runtime="torch", max_tokens=3) as (url, name):
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            found = client.post("/completions", json={"model": name, "prompt": "hello", "max_tokens": 3}).json()
+        assert name == artifact.name and found["usage"]["completion_tokens"] <= 3
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/models", trust_env=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CompressLabError, match="fastapi and uvicorn not installed"), serving.served(artifact):
+        pass

@@ -6,7 +6,9 @@ import contextlib
 import importlib.util
 import ipaddress
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +35,7 @@ def serve(
     Raises:
         CompressLabError: if the address is taken, or nothing in the folder opens.
     """
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CompressLabError(f"{' and '.join(missing)} not installed: pip install 'compresslab[serve]'")
+    _require()
     from compresslab.serving.api import Limits, Service
 
     with bound(host, port) as listening:
@@ -53,6 +53,46 @@ def serve(
         finally:
             service.worker.stop()
         say("stopped")
+
+
+@contextlib.contextmanager
+def served(
+    folder: Path, *, runtime: str = "auto", max_tokens: int = 1024, timeout: float = 300
+) -> Iterator[tuple[str, str]]:
+    """A folder's model behind the API on a free port of this machine alone, for as long as the context lasts.
+
+    Returns:
+        The url, and what the model is called there.
+
+    Raises:
+        CompressLabError: if nothing in the folder opens, or the server does not start.
+    """
+    _require()
+    from compresslab.serving.api import Limits, Service
+
+    with bound("127.0.0.1", 0) as listening:
+        service = Service(
+            open_runtime(folder, runtime), folder.resolve().name, Limits(max_tokens=max_tokens, timeout=timeout)
+        )
+        server = make_server(service)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise CompressLabError("the server of this machine did not start: try `compresslab serve`")
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1", service.name
+        finally:
+            server.should_exit = True
+            thread.join()
+            service.worker.stop()
+
+
+def _require() -> None:
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CompressLabError(f"{' and '.join(missing)} not installed: pip install 'compresslab[serve]'")
 
 
 def make_server(service: Service) -> uvicorn.Server:

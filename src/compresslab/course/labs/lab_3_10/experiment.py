@@ -10,7 +10,8 @@ same windows with
 -> perplexity on text that nobody was trained on. The learning rate is the one of 1e-3, 3e-3 and 6e-3 at which logits alone do
 best with half the batch, the weight of hints one of 0.1, 1 and 10, both chosen on seeds 100 and 101.
 
-At `real` and `paper` the student is an encoder with half of its blocks: pretrained.py.
+At `real` and `paper` the student is an encoder with half of its blocks, pretrained.py, and a language model whose teacher is a
+black box, black_box.py.
 """
 
 from __future__ import annotations

@@ -9,31 +9,32 @@ steps on the same passages with
 -> embeddings of texts beside the teacher's and beside human judgement of pairs of documents, milliseconds, bytes.
 
 There is no row "without the teacher": an encoder without a head has nothing to say that a text could correct.
+
+Beside it the opposite: a language model that shows no inner signal at all, behind an API (black_box.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from compresslab import data, models
 from compresslab.contract import FeatureLoss
-from compresslab.course import in_memory
+from compresslab.course import encoders, in_memory
+from compresslab.course.encoders import Rows
+from compresslab.course.labs.lab_3_10 import black_box
+from compresslab.course.labs.lab_3_10.black_box import BlackBox
 from compresslab.course.labs.lab_3_10.controls import ShuffledHints
-from compresslab.course.timing import in_turn
 from compresslab.data.labelled import Example
 from compresslab.distill.hints import Hints
-from compresslab.measure import embedding
 from compresslab.models import Source
 from compresslab.pairing import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of
 
 FRESH = 1000  # added to the seed of a student with fresh weights
-Rows = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class Settings:
         samples, window: texts to learn from, and their tokens at most.
         passages: texts whose embeddings are compared.
         tokens, rounds: of each text that is timed, and how often.
+        black_box: a language model that is no more than asked.
+        parts: which are measured, the encoder or the language model.
     """
 
     model: str
@@ -56,6 +59,8 @@ class Settings:
     steps: int
     batch: int
     learning_rate: float
+    black_box: BlackBox
+    parts: Sequence[str] = ("encoder", "lm")
     passages: int = 128
     tokens: int = 128
     rounds: int = 7
@@ -64,20 +69,35 @@ class Settings:
 SETTINGS = {
     "real": Settings(
         model="minilm-l6", seeds=1, layers=3, samples=256, window=128, steps=40, batch=8, learning_rate=2e-4,
+        black_box=BlackBox(
+            model="smollm2-135m", layers=20, questions=64, held_out=16, begins=24, goes_on=24, steps=20, batch=4,
+            learning_rate=3e-4, test_windows=4, test_length=512,
+        ),
     ),
     "paper": Settings(
         model="sentence-transformers/all-MiniLM-L12-v2", seeds=1, layers=6, samples=4096, window=128, steps=2000, batch=32,
         learning_rate=2e-4, passages=512,
+        black_box=BlackBox(
+            model="HuggingFaceTB/SmolLM2-1.7B", layers=16, questions=4096, held_out=256, begins=64, goes_on=128, steps=1500,
+            batch=8, learning_rate=2e-4, test_windows=64, test_length=2048,
+        ),
     ),
 }  # fmt: skip
 
 
 def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
+    rows = _encoder(settings, seed, say) if "encoder" in settings.parts else {}
+    return rows | (black_box.measure(settings.black_box, seed, say) if "lm" in settings.parts else {})
+
+
+def _encoder(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     source = models.find(settings.model)
     tokenizer = source.tokenizer()
     texts = data.encoder_texts("wiki", tokenizer, count=settings.passages, longest=256)
-    return judged(taught(source, passages(settings, tokenizer, seed), settings, seed, say), texts, settings)
+    shown = encoders.passages(tokenizer, samples=settings.samples, window=settings.window, seed=seed)
+    networks = taught(source, shown, settings, seed, say)
+    return encoders.judged(networks, texts, tokens=settings.tokens, rounds=settings.rounds)
 
 
 def taught(
@@ -99,14 +119,6 @@ def taught(
     return networks
 
 
-def passages(settings: Settings, tokenizer: object, seed: int) -> list[Example]:
-    """Texts to learn from, without their padding."""
-    found = data.calibration_passages(
-        "wiki", tokenizer, samples=settings.samples, sequence_length=settings.window, seed=seed
-    )
-    return in_memory.unpadded(found.batches)
-
-
 def taught_by(settings: Settings, blocks: int) -> dict[str, FeatureLoss]:
     """The loss of each row, for a teacher of so many blocks."""
     hints = Hints(blocks="skip", project="needed")
@@ -116,27 +128,3 @@ def taught_by(settings: Settings, blocks: int) -> dict[str, FeatureLoss]:
         "encoder-shuffled": ShuffledHints(blocks="skip", project="needed"),
         "encoder-scratch": hints,
     }
-
-
-def judged(networks: dict[str, nn.Module], texts: dict[str, Tensor], settings: Settings) -> Rows:
-    """Quality, bytes and milliseconds of each network; the first of them is the teacher."""
-
-    def embedded(network: nn.Module, kind: str) -> Tensor:
-        return embedding.embeddings(network, texts[f"{kind}.input_ids"], texts[f"{kind}.attention_mask"])
-
-    reference = embedded(next(iter(networks.values())), "passages")
-    rows = {}
-    for name, network in networks.items():
-        human = embedding.human_documents(embedded(network, "rated"), texts["rated.similarity"])[0]
-        near = embedding.agreement(reference, embedded(network, "passages"))[0]
-        rows[name] = {
-            "document_similarity": human.value,
-            "embedding_cosine": near.value,
-            "bytes": float(in_memory.float_bytes(network)),
-        }
-    for batch in (1, 16):
-        ids = texts["passages.input_ids"][:1, : settings.tokens].expand(batch, -1).contiguous()
-        calls = {name: partial(network, input_ids=ids) for name, network in networks.items()}
-        for name, taken in in_turn(calls, settings.rounds).items():
-            rows[name][f"ms_{batch}"] = taken
-    return rows
