@@ -11,6 +11,7 @@ Oracle: a graph run elsewhere gives transformers' own outputs and greedy tokens 
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -122,6 +123,19 @@ def _traced(wrapped: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> torch.e
         # torch's own tree code calls what it has itself deprecated (seen in 2.13).
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         return torch.export.export(wrapped.eval(), inputs, dynamic_shapes=shapes, strict=False)
+
+
+def culprit(graph: torch.fx.Graph, said: str) -> str:
+    """Node and layer of the first operator of a traced graph that a runtime's message names: " (node ...)", or ""."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        operator = str(node.target).rpartition(".")[0] or str(node.target)
+        if re.search(rf"{re.escape(operator)}(?!\w)", said):
+            owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            layer = owners[-1].removeprefix("model.") if owners else ""
+            return f" (node {node.name} of {f'layer {layer}' if layer else 'no single layer'})"
+    return ""
 
 
 def _place(wrapped: nn.Module, error: BaseException) -> str:
