@@ -220,7 +220,7 @@ def run(
         showing.measured(result, lang),
         showing.verdicts(result, lang, said),
         showing.papers(result, lang),
-        showing.peers(result, lang),
+        *showing.peers(result, lang),
     ):
         if len(lines) > 1:  # no paper speaks of these rows, no peer was asked
             _show(lines)
