@@ -126,6 +126,6 @@ def test_every_kept_result_is_shown_whole(path: Path, lang: str) -> None:
     assert len(showing.verdicts(result, lang)) == len(result.verdicts) + 1
     beside = showing.peers(result, lang)
     ours = {found.ours for found in result.peers.values()}
-    assert len(beside) == (1 + len(ours) + len(result.peers) if ours else 0)
-    assert {len(line) for line in beside} <= {4}
+    assert sum(len(table) - 1 for table in beside) == len(ours) + len(result.peers)
+    assert all(len({len(line) for line in table}) == 1 for table in beside)
     assert showing.papers(result, lang)

@@ -230,7 +230,7 @@ def run(
         *showing.tables(result, lang),
         showing.verdicts(result, lang, said),
         showing.papers(result, lang),
-        showing.peers(result, lang),
+        *showing.peers(result, lang),
     ):
         if len(lines) > 1:  # no paper speaks of these rows, no peer was asked
             _show(lines)

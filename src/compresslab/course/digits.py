@@ -31,6 +31,7 @@ from compresslab.errors import CompressLabError
 from compresslab.wheels import cache_home
 
 CLASSES, SIDE = 10, 12
+WEIGHT_DECAY = 0.01
 SHARES = {"train": 700, "transfer": 500, "test": 597}
 Part = Literal["train", "transfer", "test"]
 
@@ -133,13 +134,12 @@ def train_(
         after_step: called as soon as the optimiser has changed the weights.
     """
     shown = pictures("train", settings.pictures, seed, noise=settings.noise, side=settings.side)
-    generator = torch.Generator().manual_seed(seed)
     steps = settings.epochs * math.ceil(len(shown.labels) / settings.batch)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     network.train()
-    for _ in range(settings.epochs):
-        for rows in torch.randperm(len(shown.labels), generator=generator).split(settings.batch):
+    for order in orders(settings, seed):
+        for rows in order.split(settings.batch):
             logits = network(pixel_values=shown.pixels[rows]).logits
             loss = nn.functional.cross_entropy(logits, shown.labels[rows])
             optimizer.zero_grad()
@@ -147,6 +147,12 @@ def train_(
             optimizer.step()
             after_step()
             schedule.step()
+
+
+def orders(settings: Training, seed: int) -> Tensor:
+    """int64 [epochs, pictures]: in which order `train_` shows the pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(settings.pictures, generator=generator) for _ in range(settings.epochs)])
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compresslab.batch_norms import renew_batch_norms_
-from compresslab.course import digits
+from compresslab.course import beside, digits
+from compresslab.course.beside import Asked, Handed
 from compresslab.course.digits import Pictures
 from compresslab.course.labs.lab_3_5 import pretrained
 from compresslab.course.labs.lab_3_5.pretrained import Encoder
@@ -43,6 +44,7 @@ from compresslab.recipe import Training
 Masks = dict[str, Tensor]
 Rows = dict[str, dict[str, float]]
 NEW = 1000  # added to the seed of a network that is initialised anew
+PEER_SCOPES = ("global", "layer")  # of a threshold
 FORMS = {"bitmask": to_bitmask, "csr": to_csr}
 
 
@@ -105,6 +107,46 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     if "encoder" in settings.parts and settings.encoder is not None:
         rows |= pretrained.measure(settings.encoder, seed, say)
     return rows
+
+
+def peers(settings: Settings) -> list[Asked]:
+    """torch's own pruning, of the same networks to the same sparsities; the digits' trained on as ours are."""
+    text = {"scope": "layer", "sparsity": 0.5}
+    asked = [Asked(row="torch-prune-text-50", peer="torch-prune", ours="magnitude-50", settings=text)]
+    if settings.digits is None:
+        return asked
+    told = settings.digits
+    training = {"optimizer": "SGD", "options": sgd(told), "batch": told.batch, "steps": told.more_steps}
+    return asked + [
+        Asked(
+            row=f"torch-prune-{scope}-{100 * sparsity:g}", peer="torch-prune", ours=f"{scope}-{100 * sparsity:g}",
+            settings={"scope": scope, "sparsity": sparsity, "training": training}, hand=handed, whole="dense",
+        )
+        for sparsity in told.sparsities
+        for scope in PEER_SCOPES
+    ]  # fmt: skip
+
+
+def handed(settings: Settings, seed: int, folder: Path) -> Handed:
+    """The digits' network trained whole, its pictures in the order they are shown in, and the masks that we find."""
+    assert settings.digits is not None
+    trials = OnDigits(settings.digits, seed, lambda what: None)
+    dense = trials.dense()
+    data = {
+        "train": {"pixel_values": trials.shown.pixels, "labels": trials.shown.labels, "order": trials.order()[None]},
+        "test": {"pixel_values": trials.test.pixels, "labels": trials.test.labels},
+        "masks": {
+            f"{scope}-{100 * sparsity:g}.{layer}": mask
+            for sparsity in settings.digits.sparsities
+            for scope in PEER_SCOPES
+            for layer, mask in trials.masks(dense, sparsity)[scope].items()
+        },
+    }
+    return Handed(networks={"model": beside.network(dense, folder / "model")}, data=beside.files(data, folder))
+
+
+def sgd(settings: Digits) -> dict[str, Any]:
+    return {"lr": settings.more_rate, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def of_text(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
@@ -184,16 +226,8 @@ class OnDigits:
 
     def lottery(self) -> None:
         """The ticket and its controls, each trained for as many steps on the same pictures."""
-        training = Training(
-            steps=self.settings.steps, batch=self.settings.batch, learning_rate=self.settings.learning_rate, checks=1,
-            weight_decay=0.01,
-        )  # fmt: skip
-        examples = self.shown.examples()
         with tempfile.TemporaryDirectory() as folder:
-            lot = Lottery(
-                layers=self.layers, examples=examples, held_back=examples[: self.settings.batch], settings=training,
-                folder=Path(folder), share=1 - (1 - self.settings.ticket) ** (1 / self.settings.rounds), seed=self.seed,
-            )  # fmt: skip
+            lot = self._lot(Path(folder))
             self.say(f"seed {self.seed}: lottery")
             self.tickets = lot.draw_(copy.deepcopy(self.start), self.settings.rounds)
             self.row("dense", self.network(self.tickets[0].trained))
@@ -203,6 +237,27 @@ class OnDigits:
                 self.say(f"seed {self.seed}: ticket, {kind}")
                 found = lot.control_(copy.deepcopy(self.start), self.tickets[-1], kind, seed=self.seed, again=again)
                 self.row(f"ticket-{kind}", self.network(found.trained))
+
+    def dense(self) -> nn.Module:
+        """The network trained whole, without any ticket."""
+        with tempfile.TemporaryDirectory() as folder:
+            (whole,) = self._lot(Path(folder)).draw_(copy.deepcopy(self.start), 0)
+        return self.network(whole.trained)
+
+    def _lot(self, folder: Path) -> Lottery:
+        training = Training(
+            steps=self.settings.steps, batch=self.settings.batch, learning_rate=self.settings.learning_rate, checks=1,
+            weight_decay=0.01,
+        )  # fmt: skip
+        examples = self.shown.examples()
+        return Lottery(
+            layers=self.layers, examples=examples, held_back=examples[: self.settings.batch], settings=training,
+            folder=folder, share=1 - (1 - self.settings.ticket) ** (1 / self.settings.rounds), seed=self.seed,
+        )  # fmt: skip
+
+    def order(self) -> Tensor:
+        """In which order the pictures are shown after weights were masked."""
+        return torch.randperm(len(self.shown.labels), generator=torch.Generator().manual_seed(self.seed))
 
     def masks(self, network: nn.Module, sparsity: float) -> dict[str, Masks]:
         """By size with one threshold and with one in each layer, and two controls that keep as many."""
@@ -219,12 +274,11 @@ class OnDigits:
     def trained_on(self, network: nn.Module, masks: Masks) -> nn.Module:
         """A copy with these masks after some more steps: SGD with momentum, the learning rate falling along a cosine."""
         found = copy.deepcopy(network).train()
-        optimizer = torch.optim.SGD(found.parameters(), lr=self.settings.more_rate, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(found.parameters(), **sgd(self.settings))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.more_steps)
         if masks:
             prune_(optimizer, weights_of(found, masks), masks, 0.0)  # no more than these masks have, and held
-        order = torch.randperm(len(self.shown.labels), generator=torch.Generator().manual_seed(self.seed))
-        for rows in order.split(self.settings.batch)[: self.settings.more_steps]:
+        for rows in self.order().split(self.settings.batch)[: self.settings.more_steps]:
             found(pixel_values=self.shown.pixels[rows], labels=self.shown.labels[rows]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
