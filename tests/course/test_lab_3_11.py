@@ -44,9 +44,8 @@ def test_compute_is_weights_by_tokens_three_times_for_who_learns(school: experim
     assistant = school.path([2, 1], [2, 3], teacher="last")
     assert assistant.compute == 2 * (3 * (2 * block + head) + whole) + 3 * (3 * one + 2 * block + head)
     assert school.path([1], [4], teacher=None).compute == 12 * one
-    assert school.afford(leap, experiment.Learned(network=leap.network, compute=6 * 3 * one)) == round(
-        6 * leap.compute / (18 * one)
-    )
+    assert school.cost([2, 1], [2, 3]) == two.compute and school.cost([1], [4], taught=False) == 12 * one
+    assert school.afford(leap.compute, 6 * 3 * one) == round(6 * leap.compute / (18 * one))
 
 
 def test_growing_takes_as_much_compute_as_starting_large(school: experiment.School) -> None:
@@ -90,6 +89,7 @@ def test_a_pretrained_model_leaps_for_as_much_compute_as_the_path(
         ),
     }
     assert rows["lm-leap"]["compute"] == 1
+    assert rows["lm-leap-equal"]["compute"] == rows["lm-leap-same"]["compute"]
     assert rows["lm-leap-equal"]["compute"] == pytest.approx(rows["lm-steps"]["compute"], rel=0.1)
     for name in ("lm-labels-equal", "lm-scratch"):
         assert rows[name]["compute"] == pytest.approx(1, rel=0.1)

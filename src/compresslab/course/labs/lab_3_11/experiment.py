@@ -69,12 +69,12 @@ class Pretrained(Settings):
 
     Attributes:
         chain: how the pictures are learnt.
-        parts: which of the two are measured.
+        parts: which are measured: ways to a small language model, what its choice of blocks is worth, pictures.
     """
 
     chain: Chain
     pictures: str | None = None
-    parts: Sequence[str] = ("lm", "pictures")
+    parts: Sequence[str] = ("lm", "lm-blocks", "pictures")
 
 
 SETTINGS: dict[str, Settings] = {
@@ -116,8 +116,9 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
     if isinstance(settings, Pretrained):
         rows: Rows = {}
-        if "lm" in settings.parts:
-            rows |= {f"lm-{name}": found for name, found in _pretrained(settings, seed, say).items()}
+        for part, measured in (("lm", _paths), ("lm-blocks", _blocks)):
+            if part in settings.parts:
+                rows |= {f"lm-{name}": found for name, found in measured(settings, seed, say).items()}
         if "pictures" in settings.parts and settings.pictures is not None:
             rows |= pictures.measure(settings.chain, settings.pictures, seed, say)
         return rows
@@ -130,26 +131,35 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     school.row("late", school.path(settings.layers, [*shared(few, len(settings.layers) - 1), steps - few]))
     school.row("assistant", school.path(settings.layers, shared(steps, len(settings.layers)), teacher="last"))
     long = school.row("steps-long", school.path(settings.layers, [steps] * len(settings.layers)))
-    school.row("leap-long", school.path([last], [school.afford(long, leap)]))
-    more = school.afford(leap, school.unaided(leap))
+    school.row("leap-long", school.path([last], [school.afford(long.compute, leap.compute)]))
+    more = school.afford(leap.compute, school.cost([last], [steps], taught=False))
     school.row("labels-equal", school.path([last], [more], teacher=None))
     school.row("scratch", school.path([last], [more], teacher=None, fresh=True))
     school.grow()
-    return school.measured(leap)
+    return school.measured(leap.compute)
 
 
-def _pretrained(settings: Pretrained, seed: int, say: Callable[[str], None]) -> Rows:
+def _paths(settings: Pretrained, seed: int, say: Callable[[str], None]) -> Rows:
+    school = School(settings, seed, say)
+    steps, last = settings.steps, settings.layers[-1]
+    leap = school.row("leap", school.path([last], [steps]))
+    path = school.row("steps", school.path(settings.layers, shared(steps, len(settings.layers))))
+    school.row("leap-equal", school.path([last], [school.afford(path.compute, leap.compute)]))
+    more = school.afford(leap.compute, school.cost([last], [steps], taught=False))
+    school.row("labels-equal", school.path([last], [more], teacher=None))
+    school.row("scratch", school.path([last], [more], teacher=None, fresh=True))
+    return school.measured(leap.compute)
+
+
+def _blocks(settings: Pretrained, seed: int, say: Callable[[str], None]) -> Rows:
+    """What the choice of blocks is worth, before and after a leap: where cuts do not divide, a path ends with others."""
     school = School(settings, seed, say)
     steps, last, same = settings.steps, settings.layers[-1], school.blocks_of_path()
     for name, take in (("cut", "uniform"), ("cut-same", same)):
         school.row(name, school.cut(last, take))
-    leap = school.row("leap", school.path([last], [steps]))
-    path = school.row("steps", school.path(settings.layers, shared(steps, len(settings.layers))))
-    for name, take in (("leap-equal", "uniform"), ("leap-same", same)):
-        school.row(name, school.path([last], [school.afford(path, leap)], take=take))
-    more = school.afford(leap, school.unaided(leap))
-    school.row("labels-equal", school.path([last], [more], teacher=None))
-    school.row("scratch", school.path([last], [more], teacher=None, fresh=True))
+    leap = school.cost([last], [steps])
+    more = school.afford(school.cost(settings.layers, shared(steps, len(settings.layers))), leap)
+    school.row("leap-same", school.path([last], [more], take=same))
     return school.measured(leap)
 
 
@@ -168,19 +178,22 @@ class School:
         self.trials.rows[name] = measured | {"compute": learned.compute}
         return learned
 
-    def unaided(self, leap: Learned) -> Learned:
-        """What as many steps of the same network take without a teacher."""
-        return dataclasses.replace(leap, compute=3 * work(leap.network) * self.settings.steps)
+    def cost(self, layers: Sequence[int], steps: Sequence[int], *, taught: bool = True) -> float:
+        """What a path takes, by the whole model or without a teacher."""
+        whole, count = work(self.whole), len(models.blocks(self.whole))
+        head = whole - sum(work(block) for block in models.blocks(self.whole).values())
+        each = [3 * (head + blocks * (whole - head) / count) + taught * whole for blocks in layers]
+        return sum(one * times for one, times in zip(each, steps, strict=True))
 
-    def measured(self, leap: Learned) -> Rows:
+    def measured(self, leap: float) -> Rows:
         """All rows, compute as a multiple of the leap's."""
         for found in self.trials.rows.values():
             if "compute" in found:
-                found["compute"] /= leap.compute
+                found["compute"] /= leap
         return self.trials.rows
 
     def blocks_of_path(self) -> list[int]:
-        """What the path leaves of the whole model: where the cuts do not divide, other blocks than an even leap takes."""
+        """What the path leaves of the whole model."""
         kept = list(range(len(models.blocks(self.whole))))
         for count in self.settings.layers:
             kept = [kept[place] for place in chosen("uniform", count, len(kept))]
@@ -253,9 +266,9 @@ class School:
         each = 3 * work(network) + (0 if teacher is None else work(teacher))
         return Learned(network=network.eval().requires_grad_(False), compute=each * steps)
 
-    def afford(self, wanted: Learned, cheap: Learned) -> int:
-        """The steps of something that cost `cheap` for a leap's steps, for as much compute as another."""
-        return round(self.settings.steps * wanted.compute / cheap.compute)
+    def afford(self, wanted: float, cheap: float) -> int:
+        """The steps of something that costs `cheap` for a leap's steps, for as much compute as another."""
+        return round(self.settings.steps * wanted / cheap)
 
 
 def work(network: nn.Module) -> int:
