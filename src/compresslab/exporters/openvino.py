@@ -29,7 +29,7 @@ from compresslab import models
 from compresslab.deploy import coded_layers, graphs
 from compresslab.errors import CompressLabError
 from compresslab.exporters.contract import Exporter, Given
-from compresslab.exporters.paged import Pages
+from compresslab.exporters.paged import Pages, give_back
 
 MODEL = "openvino_model.xml"
 
@@ -71,15 +71,17 @@ class OpenVINO(Exporter):
         inputs = [name for name, _ in graphs.inputs_of(network)]
         program = graphs.decoder(network) if is_decoder else graphs.forward(network)
         del network
+        outputs = [] if is_decoder else list(program.call_spec.out_spec.context)
+        give_back()
         converted, readers = _converted(ov, program)
+        del program
+        give_back()
         _narrow_codes_(ov, converted, readers, given, pages)
         if is_decoder:
             _make_stateful_(ov, converted)
         else:
-            outputs = list(program.call_spec.out_spec.context)
             for port, name in zip([*converted.inputs, *converted.outputs], [*inputs, *outputs], strict=True):
                 port.get_tensor().set_names({name})
-        del program
         _store_in_halves_(ov, converted, pages)
         ov.save_model(converted, folder / MODEL, compress_to_fp16=False)
         config = {key: value for key, value in given.config.items() if key != "quantization_config"}

@@ -8,6 +8,7 @@ Oracle: the numbers are the same, before and after, and forgotten ones are not r
 
 from __future__ import annotations
 
+import gc
 import mmap
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import IO
 
 import torch
 from torch import Tensor
+
+from compresslab.spilling import give_memory_back
 
 SMALL = 1 << 16  # bytes up to which a tensor stays where it is
 FILE = 1 << 28  # bytes of a file, or as many as its only tensor has
@@ -54,3 +57,9 @@ class Pages:
         if hasattr(mmap, "MADV_DONTNEED"):
             for _, mapped in self._files:
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def give_back() -> None:
+    """Return to the system what nothing refers to any more: graphs refer to themselves, and the heap keeps what it has."""
+    gc.collect()
+    give_memory_back()
