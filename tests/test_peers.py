@@ -184,7 +184,7 @@ def test_rows_of_peers_stand_beside_ours(listed: Peer) -> None:
     again = dataclasses.replace(kept, peers={"gptqmodel-4": found["toy-0"], "gptqmodel-3": found["toy-1"]})
     ((_, ours, good, bad),) = showing.peers(again, "en")
     assert ours[0] == f"ours: {words('row-gptq-4', 'en')}"
-    assert good[:2] == [f"  toy 1.0: {words('peer-gptqmodel-4', 'en')}", "2.25 ± 0"]
+    assert good[:2] == [f"  toy 1.0: {words('peer-gptqmodel-4', 'en')}", "2.25"]
     assert bad[1] == "-"
     assert showing.failures(again, "en") == [f"{words('peer-gptqmodel-3', 'en')} gave nothing: peer 'toy' failed: no"]
 

@@ -26,7 +26,9 @@ def _say(text: str) -> None:
 
 
 def _show(lines: list[list[str]]) -> None:
-    table = Table(*lines[0], box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for head in lines[0]:
+        table.add_column(head, overflow="fold")  # Chinese has no spaces to break a line at; nothing may be cut off
     for line in lines[1:]:
         table.add_row(*line)
     out_console.print(table)

@@ -134,12 +134,12 @@ def _beside(
 
 
 def _cell(metric: str, values: Sequence[float]) -> str:
-    """Mean ± spread; empty for what was not measured."""
+    """Mean ± spread, unless all are alike; empty for what was not measured."""
     if not values:
         return ""
     if metric == "bytes":
         return number(statistics.fmean(values), metric)
-    return f"{statistics.fmean(values):.4g}" + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):.4g}" + (f" ± {statistics.stdev(values):.1g}" if len(set(values)) > 1 else "")
 
 
 def failures(result: Result, lang: str) -> list[str]:
