@@ -129,6 +129,10 @@ def test_a_supernet_gives_a_network_for_each_limit_and_controls_beside_it(monkey
 def test_a_mobilenet_learns_small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(experiment.MOBILENET, learned=1, tested=20, judged=20, renewed=32, tuned=64, batch=2)
     found = experiment._mobilenet(settings, "any", 0)
+    stages: Any = found.network.stages
+    assert sum(len(stage) for stage in stages) == 17
+    assert [stage[-1].project.out_channels for stage in stages] == [8, 12, 16, 32, 48, 80, 160]
+    assert [stage[-1].expand.out_channels // stage[-1].expand.in_channels for stage in stages] == [1, 6, 6, 6, 6, 6, 6]
     seen = [
         sum(len(batch["pixel_values"]) for batch in some)
         for some in (found.renew, found.judge, found.train, found.test)

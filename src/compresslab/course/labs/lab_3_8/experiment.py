@@ -28,6 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import data, methods, models, narrowing
+from compresslab.architectures.inverted_residuals import (
+    InvertedResidualsConfig,
+    InvertedResidualsForImageClassification,
+)
 from compresslab.batch_norms import renew_batch_norms_
 from compresslab.contract import ChannelRemover
 from compresslab.coupling import couplings
@@ -91,8 +95,8 @@ class Settings:
 
 
 MOBILENET = Settings(
-    model="MobileNetV2ForImageClassification", seeds=1, limits={"mobilenet-": Limit(frac=0.7, of="latency", batch=64)},
-    steps=4, multiple=8, size=8, generations=4, renewed=128, judged=256, learned=400, tuned=1280, tested=2000,
+    model="mobilenet-v2", seeds=1, limits={"mobilenet-": Limit(frac=0.7, of="latency", batch=64)},
+    steps=4, multiple=8, size=8, generations=4, renewed=128, judged=256, learned=300, tuned=1280, tested=2000,
     learning_rate=1e-3, batch=64,
 )  # fmt: skip
 
@@ -290,17 +294,20 @@ def _digits(settings: Settings, seed: int) -> Subject:
     )  # fmt: skip
 
 
+# Of MobileNetV2's stages (arXiv 1801.04381, table 2): expansion, channels, blocks; and strides, fewer for small pictures.
+MOBILENET_V2 = (
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 1), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1),
+)  # fmt: skip
+SMALL = 16  # pixels
+
+
 def _mobilenet(settings: Settings, source: str, seed: int) -> Subject:
     """A MobileNetV2 of half the width that has learned small pictures for a few steps."""
-    test, judged, shown = own_pictures.parts(source, tested=settings.tested, held_back=settings.judged)
-    config = models.described(
-        settings.model, depth_multiplier=0.5, image_size=own_pictures.SIDE, num_labels=own_pictures.CLASSES,
-        classifier_dropout_prob=0.0,
-    )  # fmt: skip
+    test, judged, shown = own_pictures.parts(source, tested=settings.tested, held_back=settings.judged, side=SMALL)
     training = Training(steps=settings.learned, batch=64, learning_rate=4e-3, checks=1, held_back=0.005)
-    network = in_memory.trained_on(models.initialised(config, seed), shown, training, seed=seed)
+    network = in_memory.trained_on(mobilenet(seed), shown, training, seed=seed)
     renew = _batches(collate(shown[: settings.renewed])["pixel_values"], None, settings.renewed)
-    renew_batch_norms_(network, renew)  # its own statistics are hardly more than the last batch's
+    renew_batch_norms_(network, renew)  # as those of what is cut
 
     def split(examples: Sequence[Example], size: int) -> Batches:
         every = collate(examples)
@@ -312,6 +319,22 @@ def _mobilenet(settings: Settings, source: str, seed: int) -> Subject:
         train=split([shown[i] for i in order[: settings.tuned]], 64),
         example={"pixel_values": collate(test[: settings.batch])["pixel_values"]},
     )  # fmt: skip
+
+
+def mobilenet(seed: int) -> nn.Module:
+    """The untrained network of a seed."""
+    width = stem = 16
+    stages = []
+    for expansion, channels, blocks, _ in MOBILENET_V2:
+        stages.append([(expansion * (channels // 2 if block else width), 3) for block in range(blocks)])
+        width = channels // 2
+    config = InvertedResidualsConfig(
+        stages=stages, widths=[channels // 2 for _, channels, _, _ in MOBILENET_V2], stem_channels=stem, head_channels=320,
+        strides=[stride for *_, stride in MOBILENET_V2], image_size=SMALL, num_labels=own_pictures.CLASSES,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return InvertedResidualsForImageClassification(config)
 
 
 def _pictures(settings: Settings, pictures: str, seed: int) -> Subject:
