@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import tiny
-from compresslab import ranks
+from compresslab import distilling, pipeline, ranks, streamed
 from compresslab.activations.static import Static
 from compresslab.contract import Solver
 from compresslab.plan import make_plan
@@ -18,6 +19,7 @@ from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.kv_cache import KVCache
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.rtn import RTN
+from compresslab.students import Shape
 
 BATCHES, LONG = 5, 24
 
@@ -69,12 +71,51 @@ def found(name: str, team: ranks.Ranks) -> dict[str, Any]:
     return {name: tensor.clone() for name, tensor in (tensors | sink.floats).items()}
 
 
+# -- trainings, which are shared out by examples and so differ by rounding ---------------------------------------------------
+
+SIZES = {
+    "calibration.samples": 13, "calibration.sequence_length": 16, "training.batch": 6, "training.epochs": 2.0,
+    "training.learning_rate": 1e-3, "training.held_back": 0.08,
+}  # fmt: skip
+
+
+def _compressed(recipe: str, model: Path, text: Path, out: Path, **settings: Any) -> Path:
+    return pipeline.compress(model, recipe, str(text), out=out, settings=SIZES | settings, measure=False)[0].folder
+
+
+def _taught(model: Path, text: Path, out: Path, recipe: str) -> Path:
+    shape = Shape(layers=1)
+    return distilling.distill(model, shape, recipe, str(text), out=out, settings=SIZES, measure=False)[0].folder
+
+
+TRAININGS: dict[str, Callable[[Path, Path, Path], Path]] = {
+    "pruned before": lambda *paths: _compressed("prune-magnitude-50-recovered", *paths),
+    "pruned by activations before": lambda *paths: _compressed("prune-wanda-50-recovered-w4a16", *paths, group_size=16),
+    "pruned in the course": lambda *paths: _compressed("prune-gradual-80", *paths),
+    "rounded": lambda *paths: _compressed("w4a4-lsq", *paths),
+    "taught by logits": lambda *paths: _taught(*paths, "distill-soft-labels"),
+    "taught by hidden states": lambda *paths: _taught(*paths, "distill-hints"),
+}
+
+
+def trained(name: str, folder: Path, text: Path, out: Path) -> dict[str, torch.Tensor]:
+    """What a training writes, multiplied out."""
+    made = TRAININGS[name](folder, text, out)
+    weights = streamed.source_of(made).weights
+    return {tensor: weights.get(tensor).float() for tensor in weights.names()}
+
+
 def main() -> None:
+    out, model, text = map(Path, sys.argv[1:4])
     torch.set_num_threads(1)
     team = ranks.started()
-    results = {name: found(name, team) for name in CASES}
+    results: dict[str, Any] = {name: found(name, team) for name in CASES}
+    with tiny.quick(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.fresh, "measure", tiny.fake_measure)
+        for name in TRAININGS:
+            results[name] = trained(name, model, text, out.parent / "shared out" / name)
     if team.leads:
-        torch.save(results, Path(sys.argv[1]))
+        torch.save(results, out)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def test_the_best_within_a_latency_and_why() -> None:
     assert pick.startswith("For 12 ms: 2 (b), 10.0 ms, perplexity 27.00, the best of the 2 of 4 runs within it")
     assert "1 (a) has 26.00 and takes 20.0 ms" in pick  # what a slower target would buy
     assert compare.comparison(runs, target_ms=100).pick.startswith("For 100 ms: o (float, as it was)")
+    assert "perplexity 28.00, the only one of 4 runs within it" in compare.comparison(runs, target_ms=6).pick
     none = compare.comparison(runs, target_ms=1).pick
     assert none == "No run takes at most 1 ms: the fastest, 3 (c), takes 5.00 ms."
     assert "nothing can be picked" in compare.comparison([make(before=(), after=())], target_ms=1).pick
@@ -167,6 +168,22 @@ def test_another_quality_can_be_asked_for() -> None:
         compare.comparison([report], quality="bleu")
 
 
+def test_the_heading_says_what_was_measured() -> None:
+    """A score keeps its capitals; and where nothing was measured, no name of a measure stands there as if it had been."""
+
+    def one(name: str) -> Report:
+        return make(title=name, recipe={"name": name}, before=(), after=(told("rougeL", 0.2, "1", "prompts"),))
+
+    assert '<p class="lead">ROUGE-L (higher is better). Bits' in compare.compare_html(
+        compare.comparison([one("a"), one("b")])
+    )
+    bare = compare.comparison([make(before=(), after=()), make(before=(), after=())])
+    assert bare.head[5] == "quality" and all(row[5] == "-" for row in bare.rows)
+    page = compare.compare_html(bare)
+    assert "perplexity" not in page.lower()
+    assert "No run has its quality measured" in page
+
+
 def test_many_runs_and_many_baselines_stay_apart() -> None:
     runs = [run(f"r{i}", 26.0 + i, 10.0 + i) for i in range(40)]
     others = [make(model={"name": f"m{i}"}, before=measured(BEFORE), after=measured(AFTER)) for i in range(8)]
@@ -203,7 +220,7 @@ def test_the_command_writes_all_forms_and_fits_60_columns(
     page, table = tmp_path / "page.html", tmp_path / "table.csv"
     code, out, _ = run_cli(monkeypatch, capsys, "compare", *folders, "--html", page, "--csv", table, "--by", "latency")
     assert code == 0 and out.count("wrote") == 2
-    assert page.read_text(encoding="utf-8").count("<h2>Quality against") == 1
+    assert page.read_text(encoding="utf-8").count("<h2>Perplexity against") == 1
     assert table.read_text(encoding="utf-8").count("\n") == 4  # a head, the float model, two runs
     code, _, err = run_cli(monkeypatch, capsys, "compare", *folders, "--html", tmp_path / "no" / "page.html")
     assert code == 2 and err.startswith("error: cannot write")

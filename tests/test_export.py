@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import compresslab
@@ -14,7 +16,9 @@ from compresslab import exporters as exports
 from compresslab import models
 from compresslab.cli import app
 from compresslab.errors import CompressLabError
+from compresslab.exporters import paged
 from compresslab.exporters.contract import Exporter, Given
+from compresslab.exporters.shards import write_folder
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -100,13 +104,61 @@ def test_what_lies_in_the_way_is_kept(artifact: Path, tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **more: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(**_: object) -> IO[bytes]:
+        return Path("/dev/full").open("w+b")
 
-    monkeypatch.setattr("compresslab.exporters.shards.save_file", fail)
+    monkeypatch.setattr("compresslab.exporters.shards.tempfile.TemporaryFile", full)
     with pytest.raises(CompressLabError, match="free some disk"):
         compresslab.export(artifact, "safetensors-bf16", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("most", [10**9, 3000])
+def test_streamed_files_are_those_of_safetensors(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """To the byte, whatever order the tensors come in; and in several files where one would be too large."""
+    monkeypatch.setattr("compresslab.exporters.shards.SHARD_BYTES", most)
+    tensors = {
+        "b": torch.randn(7, 5).half(), "a": torch.randn(3, 3), "zero": torch.tensor(2.5), "e": torch.ones(1),
+        "int": torch.arange(5), "t": torch.randn(8, 40).half().t(), "c": torch.ones(3, dtype=torch.bool),
+        "big": torch.randn(30, 30),
+    }  # fmt: skip
+    write_folder(tensors.items(), {}, Given(artifact), tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (most == 3000)
+    left = dict(tensors)
+    for file in files:
+        held = load_file(file)
+        wanted = {name: left.pop(name).contiguous() for name in held}
+        save_file(wanted, tmp_path / "wanted.bin", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "wanted.bin").read_bytes()
+    assert not left
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
+def test_pages_keep_numbers_and_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_files() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssShmem")))
+
+    monkeypatch.setattr(paged, "FILE", 1 << 20)
+    pages = paged.Pages(tmp_path)
+    tensors = [
+        torch.randint(0, 9, (300, n), dtype=kind) for n in (500, 700, 9000) for kind in (torch.uint8, torch.int64)
+    ]
+    kept = [pages.keep(tensor) for tensor in tensors]
+    small = torch.ones(3)
+    assert pages.keep(small) is small and list(tmp_path.iterdir()) == []
+    before = of_files()
+    assert all(torch.equal(*pair) for pair in zip(tensors, kept, strict=True))
+    touched = of_files()
+    pages.forget()
+    size = sum(tensor.nbytes for tensor in tensors)
+    assert touched - before > 0.9 * size > 10 * abs(of_files() - before)
+    assert all(torch.equal(*pair) for pair in zip(tensors, kept, strict=True))
+    del pages
+    assert torch.equal(tensors[0], kept[0])
 
 
 def test_on_the_command_line(artifact: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,20 @@ def test_outputs_are_the_artifacts_and_products_run_on_codes(tmp_path: Path, ste
         assert float(torch.nn.functional.cosine_similarity(wanted.flatten(), found.flatten(), dim=0)) > 0.9999
 
 
+def test_an_operator_that_onnx_lacks_is_named_with_its_layer() -> None:
+    from compresslab.exporters import onnx_qdq
+
+    class Odd(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)
+
+    model = tiny.make("bert", num_hidden_layers=1)
+    model.set_submodule("encoder.layer.0.output.dropout", Odd())
+    ids = torch.ones(2, 9, dtype=torch.long)
+    with pytest.raises(CompressLabError, match=r"bessel_j0.*node \w+ of layer encoder.layer.0.output.dropout"):
+        onnx_qdq._exported(onnx_qdq.Outputs(model), (ids, ids), ["input_ids", "attention_mask"], "last_hidden_state")
+
+
 def test_language_models_are_sent_to_the_export_with_a_cache(tmp_path: Path) -> None:
     with pytest.raises(CompressLabError, match="onnx-genai"):
         compresslab.export(tiny.save("llama", tmp_path / "model"), "onnx", out=tmp_path / "out")
@@ -97,6 +113,24 @@ def test_genai_holds_the_codes_and_gives_the_logits_of_torch(
     found = torch.as_tensor(generator.get_logits())[0, -1]
     assert float((wanted - found).abs().max()) < 3e-2 * float(wanted.abs().max())
     assert float(torch.nn.functional.cosine_similarity(wanted, found, dim=0)) > 0.999
+
+
+def test_genai_from_the_command_line_runs_the_builder_in_its_own_process(tmp_path: Path) -> None:
+    """No second process beside it, no word of the builder's, and the bytes of the other way."""
+    pytest.importorskip("onnxruntime_genai")
+    tiny.save("llama-tied", tmp_path / "model", head_dim=16)
+    with tiny.quick():
+        pipeline.compress(tmp_path / "model", tiny.recipe("rtn"), None, out=tmp_path / "artifact", measure=False)
+    compresslab.export(tmp_path / "artifact", "onnx-genai", out=tmp_path / "apart")
+    alone = "from compresslab.exporters import onnx_genai_builder as b; b._apart = None; from compresslab.cli import main; main()"
+    command = [sys.executable, "-c", alone, "export", "artifact", "--to", "onnx-genai", "--out", "here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Saving" not in done.stderr + done.stdout
+    files = {path.name for path in (tmp_path / "apart").iterdir()}
+    assert files == {path.name for path in (tmp_path / "here").iterdir()}
+    for name in files - {"compresslab-export.json"}:
+        assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
 
 
 def test_genai_refuses_heads_its_kernel_has_not(tmp_path: Path) -> None:

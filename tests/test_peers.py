@@ -8,21 +8,25 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import tiny
 from compresslab import recipe
-from compresslab.course import beside, catalogue, experiment, showing
+from compresslab.course import beside, catalogue, digits, experiment, showing
 from compresslab.course.beside import Asked, Beside
 from compresslab.course.trials import TextSettings
 from compresslab.errors import CompressLabError
+from compresslab.measure.perplexity import perplexity
 from compresslab.methods import METHODS
 from compresslab.peers import asking, environments, registry
 from compresslab.peers.registry import Peer
+from compresslab.recipe import Training
+from compresslab.training import split
 
 PEERS = registry.peers()
 TOY = """
@@ -33,9 +37,10 @@ if "say" in told:
     sys.exit(told["say"])
 if "sleep" in told:
     import time; time.sleep(told["sleep"])
-read = {w: hashlib.sha256(open(job[w], "rb").read()).hexdigest() for w in ("calibration", "test") if job[w]}
-answer = {"sha256": read | told.get("sha256", {}), "tokens": 10, "float_loss": told.get("float_loss", 7.0), "loss": 8.0,
-          "nbytes": 123, "versions": {"toy": "1.0"}, "seconds": {}, "peak_rss_bytes": 5, "notes": ["a toy"]}
+read = {what: hashlib.sha256(open(path, "rb").read()).hexdigest() for what, path in job["data"].items()}
+answer = {"sha256": read | told.get("sha256", {}), "before": told.get("before", {"perplexity": 2.0}),
+          "after": {"bytes": 123.0, "perplexity": 2.25}, "versions": {"toy": "1.0"}, "seconds": {}, "peak_rss_bytes": 5,
+          "notes": ["a toy"]}
 for absent in told.get("without", []):
     del answer[absent]
 json.dump(answer, open(sys.argv[2], "w"))
@@ -57,12 +62,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
 
 @pytest.fixture
 def job(tmp_path: Path) -> asking.Job:
-    for name in ("calibration", "test"):
-        save_file({"input_ids": torch.arange(8).view(2, 4) + len(name)}, tmp_path / f"{name}.safetensors")
-    return asking.Job(
-        model=tmp_path, calibration=tmp_path / "calibration.safetensors", test=tmp_path / "test.safetensors",
-        out=tmp_path / "out",
-    )  # fmt: skip
+    data = {name: {"input_ids": torch.arange(8).view(2, 4) + len(name)} for name in ("calibration", "test")}
+    return asking.Job(networks={"model": tmp_path}, data=beside.files(data, tmp_path), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=list(PEERS))
@@ -89,15 +90,14 @@ def test_labs_ask_peers_that_run_about_rows_that_they_have() -> None:
     asked_at_all = set()
     for number, lab in catalogue.labs().items():
         module = lab.module("experiment")
-        if not hasattr(module, "peers"):
-            continue
-        rows = experiment.read(results / f"lab-{number}-micro.json").rows
-        for asked in module.peers(module.SETTINGS["micro"]):
-            assert PEERS[asked.peer].state == "runs" and number in PEERS[asked.peer].labs
-            assert asked.ours in rows
-            assert lab.say(f"peer-{asked.row}", "en") and lab.say(f"peer-{asked.row}", "zh-TW")
-            asked_at_all.add(asked.peer)
-    assert asked_at_all == {name for name, peer in PEERS.items() if peer.state == "runs"}
+        for scale, settings in module.SETTINGS.items():
+            kept = results / f"lab-{number}-{scale}.json"
+            for asked in getattr(module, "peers", lambda _: ())(settings):
+                assert PEERS[asked.peer].state == "runs" and number in PEERS[asked.peer].labs
+                assert not kept.exists() or {asked.ours, asked.whole} <= set(experiment.read(kept).rows)
+                assert lab.say(f"peer-{asked.row}", "en") and lab.say(f"peer-{asked.row}", "zh-TW")
+                asked_at_all.add((asked.peer, number))
+    assert asked_at_all == {(name, lab) for name, peer in PEERS.items() if peer.state == "runs" for lab in peer.labs}
 
 
 def test_an_environment_is_made_once_and_only_whole(toy: Peer) -> None:
@@ -136,7 +136,8 @@ def test_a_fault_of_pip_is_one_line(toy: Peer, monkeypatch: pytest.MonkeyPatch) 
 def test_a_peer_answers_about_what_it_was_given(toy: Peer, job: asking.Job) -> None:
     environments.install(toy)
     answer = asking.ask(toy, job)
-    assert (answer.loss, answer.nbytes, answer.notes) == (8.0, 123, ("a toy",)) and answer.seconds["total"] > 0
+    assert answer.before == {"perplexity": 2.0} and answer.after == {"bytes": 123.0, "perplexity": 2.25}
+    assert answer.notes == ("a toy",) and answer.seconds["total"] > 0
 
     def asked(**told: object) -> asking.Answer:
         return asking.ask(toy, dataclasses.replace(job, settings=told), time_limit=told.get("limit", 60))  # type: ignore[arg-type]
@@ -148,7 +149,7 @@ def test_a_peer_answers_about_what_it_was_given(toy: Peer, job: asking.Job) -> N
     with pytest.raises(CompressLabError, match=r"'toy' was stopped after 0.2 s"):
         asked(sleep=30, limit=0.2)
     with pytest.raises(CompressLabError, match="answered in another form"):
-        asked(without=["nbytes"])
+        asked(without=["after"])
 
 
 SETTINGS = TextSettings(model="characters", seeds=1, samples=2, window=8, test_windows=2, test_length=8)
@@ -167,30 +168,39 @@ def _beside(perplexity: float, *told: dict[str, object]) -> dict[str, Beside]:
     found: dict[str, Beside] = {}
     rows = [Asked(row=f"toy-{i}", peer="toy", ours="gptq-4", settings=dict(one)) for i, one in enumerate(told)]
     for seed in range(2):
-        beside.measure_(found, rows, SETTINGS, seed, perplexity, lambda _: None)
+        beside.measure_(found, rows, SETTINGS, seed, {"float": {"perplexity": perplexity}}, lambda _: None)
     return found
 
 
 def test_rows_of_peers_stand_beside_ours(listed: Peer) -> None:
     environments.install(listed)
-    found = _beside(math.exp(0.7), {}, {"say": "no"})
-    assert found["toy-0"].metrics == {"perplexity": [pytest.approx(math.exp(0.8))] * 2, "bytes": [123.0, 123.0]}
+    found = _beside(2.01, {}, {"say": "no"})
+    assert found["toy-0"].metrics == {"perplexity": [2.25, 2.25], "bytes": [123.0, 123.0]}
+    assert found["toy-0"].before == {"perplexity": [2.0, 2.0]}
     assert found["toy-0"].versions == {"toy": "1.0"} and len(found["toy-0"].seconds) == 2
     assert found["toy-1"].failed == "peer 'toy' failed: no" and not found["toy-1"].seconds
     kept = experiment.read(Path(__file__).resolve().parent.parent / "results" / "lab-3.3-micro.json")
     words = catalogue.lab("3.3").say
     again = dataclasses.replace(kept, peers={"gptqmodel-4": found["toy-0"], "gptqmodel-3": found["toy-1"]})
-    _, ours, good, bad = showing.peers(again, "en")
+    ((_, ours, good, bad),) = showing.peers(again, "en")
     assert ours[0] == f"ours: {words('row-gptq-4', 'en')}"
-    assert good[:2] == [f"  toy 1.0: {words('peer-gptqmodel-4', 'en')}", "2.226 ± 0"]
+    assert good[:2] == [f"  toy 1.0: {words('peer-gptqmodel-4', 'en')}", "2.25"]
     assert bad[1] == "-"
     assert showing.failures(again, "en") == [f"{words('peer-gptqmodel-3', 'en')} gave nothing: peer 'toy' failed: no"]
 
 
 def test_a_peer_that_measured_something_else_is_an_error(listed: Peer) -> None:
     environments.install(listed)
-    with pytest.raises(CompressLabError, match=r"did not measure the same network and windows"):
-        _beside(math.exp(0.7), {"float_loss": 9.0})
+    with pytest.raises(
+        CompressLabError, match=r"perplexity 2.0000 .* 2.0300: it did not measure the same network and data"
+    ):
+        _beside(2.03, {})
+    with pytest.raises(CompressLabError, match=r"did not measure the same network"):
+        _beside(2.0, {"before": {"perplexity": math.nan}})
+    with pytest.raises(
+        CompressLabError, match=r"says nothing of the network .* row 'float' says too: .* perplexity, accuracy"
+    ):
+        _beside(2.0, {"before": {"bytes": 1.0}})
 
 
 def test_a_lab_asks_those_peers_that_are_installed_and_says_which_are_not(
@@ -214,30 +224,91 @@ def test_a_lab_asks_those_peers_that_are_installed_and_says_which_are_not(
         beside.asked_by(object(), "3.4", SETTINGS, said.append)
 
 
-def test_the_scripts_take_the_loss_as_we_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """peer_job.py writes the loss out once more, for CompressLab is not installed where it runs."""
-    from compresslab.measure.perplexity import perplexity
-
+@pytest.fixture
+def peer_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the scripts share, for jobs that `_told` writes: CompressLab is not installed where it runs."""
     spec = importlib.util.spec_from_file_location("peer_job", registry.SCRIPTS / "peer_job.py")
     assert spec is not None and spec.loader is not None
-    peer_job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peer_job)
-    model: nn.Module = tiny.make("llama").eval()
-    ids = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
-    job = {"model": str(tmp_path), "out": str(tmp_path / "out"), "settings": {}, "seed": 0, "threads": 1}
-    job |= dict.fromkeys(("calibration", "test"), str(tmp_path / "ids.safetensors"))
-    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
     monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / "job.json"), str(tmp_path / "answer.json")])
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    asked = peer_job.PeerJob("torch")
+    return found
+
+
+def _told(folder: Path, data: dict[str, dict[str, Tensor]], **settings: object) -> None:
+    job = asking.Job(networks={"model": folder}, data=beside.files(data, folder), out=folder / "out", settings=settings)
+    (folder / "job.json").write_text(json.dumps(dataclasses.asdict(job), default=str), encoding="utf-8")
+
+
+def test_the_scripts_take_the_perplexity_as_we_do(tmp_path: Path, peer_job: Any) -> None:
+    model: nn.Module = tiny.make("llama").eval()
+    ids = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
+    _told(tmp_path, {"calibration": {"input_ids": ids}, "test": {"input_ids": ids}})
+    asked = peer_job.job_of("torch")
     losses, tokens = perplexity(model, ids).parts.sum(axis=0)
-    asked.float_loss = asked.loss = asked.loss_of(peer_job.logits_of(model))
-    assert asked.loss == pytest.approx(losses, rel=1e-6)
-    asked.answer([tmp_path / "ids.safetensors"])
+    asked.measure(model)
+    assert asked.after["perplexity"] == pytest.approx(math.exp(losses / tokens), rel=1e-6)
+    weights = tmp_path / "test.safetensors"
+    asked.answer([weights])
     said = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
-    assert said["tokens"] == tokens and said["nbytes"] == (tmp_path / "ids.safetensors").stat().st_size
+    assert set(said["sha256"]) == {"calibration", "test"} and said["after"]["bytes"] == weights.stat().st_size
     assert {field.name for field in dataclasses.fields(asking.Answer)} == set(said)
+
+
+def test_the_scripts_train_on_pictures_as_we_do(tmp_path: Path, peer_job: Any) -> None:
+    """Weights after some steps, accuracy, and the count of weights; a network that is traced says the same."""
+    training = digits.Training(widths=(4, 8, 8), pictures=100, epochs=2, batch=40)
+    shown, test = digits.pictures("train", training.pictures, 3), digits.pictures("test", 60)
+    ours, theirs = digits.build(training, 0), digits.build(training, 0)
+    digits.train_(ours, 3, training)
+    data = {
+        name: {"pixel_values": one.pixels, "labels": one.labels} for name, one in (("train", shown), ("test", test))
+    }
+    data["train"]["order"] = digits.orders(training, 3)
+    options = {"lr": training.learning_rate, "weight_decay": digits.WEIGHT_DECAY}
+    told = {"optimizer": "AdamW", "options": options, "batch": training.batch, "steps": 6}
+    _told(tmp_path, data, training=told, batches=[2], rounds=1)
+    asked = peer_job.job_of("torch")
+    asked.train_(theirs)
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    asked.measure(theirs)
+    asked.weigh(theirs)
+    assert asked.after["accuracy"] == pytest.approx(100 * digits.accuracy(ours, test))
+    assert asked.after["kweights"] == sum(int(t.count_nonzero()) for t in ours.parameters()) / 1000
+    assert asked.after["ms_2"] > 0
+    logits = peer_job.Logits(ours)(test.pixels)
+    assert torch.equal(logits, ours(pixel_values=test.pixels).logits)
+
+
+def test_torchs_own_pruning_finds_our_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its script for once in our own environment: a network of ours opened by its code alone, pruned and trained on."""
+    lab = catalogue.lab("3.5").module("experiment")
+    told = lab.Digits(widths=(4, 8, 8), pictures=300, steps=4, sparsities=(0.5,), more_steps=3)
+    settings = dataclasses.replace(lab.SETTINGS["micro"], digits=told)
+    ours = lab.OnDigits(told, 0, lambda _: None)
+    dense = ours.dense()
+    ours.row("dense", dense)
+    ours.row("layer-50", ours.trained_on(dense, ours.masks(dense, 0.5)["layer"]))
+    asked = [one for one in lab.peers(settings) if one.row == "torch-prune-layer-50"]
+    monkeypatch.setattr(environments, "python", lambda peer: Path(sys.executable))
+    found: dict[str, Beside] = {}
+    beside.measure_(found, asked, settings, 0, ours.rows, lambda _: None)
+    said = found["torch-prune-layer-50"]
+    assert not said.failed and said.metrics["agreement"] == [100.0]
+    assert said.metrics["accuracy"] == [pytest.approx(ours.rows["layer-50"]["accuracy"])]
+    assert said.before["accuracy"] == [pytest.approx(ours.rows["dense"]["accuracy"])]
+
+
+def test_a_student_is_handed_over_with_its_teacher_and_without_what_is_held_back(tmp_path: Path) -> None:
+    student, teacher = tiny.make("llama"), tiny.make("llama")
+    windows, training = torch.arange(40).view(10, 4), Training(steps=7, held_back=0.3)
+    handed = beside.lesson(student, teacher, training, windows, windows[:2], 5, tmp_path)
+    shown = load_file(handed.data["calibration"])["input_ids"]
+    kept, _ = split([{"input_ids": window} for window in windows], 0.3, 5)
+    assert torch.equal(shown, torch.stack([one["input_ids"] for one in kept])) and len(shown) == 7
+    assert all((folder / "config.json").is_file() for folder in handed.networks.values())
+    assert set(handed.networks) == {"model", "teacher"} and beside.told_to_train(training)["steps"] == 7
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], listed: Peer) -> None:

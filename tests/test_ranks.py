@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ranks_cases
 import tiny
@@ -41,11 +42,13 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", params=[3])
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def together(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small: Path, text: Path
+) -> dict[str, dict[str, Any]]:
     """What so many ranks have written, by case."""
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
     done = subprocess.run(
-        torchrun(request.param, HERE / "ranks_cases.py", out),
+        torchrun(request.param, HERE / "ranks_cases.py", out, small, text),
         env=environment(),
         capture_output=True,
         text=True,
@@ -63,6 +66,25 @@ def test_several_ranks_write_the_same_bits_as_one(case: str, together: dict[str,
     assert together[case].keys() == alone.keys()
     differing = [name for name in alone if not torch.equal(alone[name], together[case][name])]
     assert not differing
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("small") / "llama")
+
+
+@pytest.mark.parametrize("case", ranks_cases.TRAININGS)
+def test_a_training_is_shared_out_by_examples(
+    case: str, together: dict[str, dict[str, Any]], small: Path, text: Path, tmp_path: Path
+) -> None:
+    """Each of three ranks takes a third of every batch: the same sum of gradients, but for the order of adding."""
+    alone, found = ranks_cases.trained(case, small, text, tmp_path / "out"), together[case]
+    assert found.keys() == alone.keys()
+    untrained = {name: tensor.float() for name, tensor in load_file(small / WEIGHTS).items()}
+    moved = sum(float((alone[name] - untrained[name]).square().sum()) for name in alone)
+    apart = sum(float((alone[name] - found[name]).square().sum()) for name in alone)
+    assert moved > 0
+    assert apart < 1e-4 * moved
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 5), (3, 5), (4, 3), (7, 64)])

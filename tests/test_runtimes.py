@@ -103,6 +103,12 @@ def test_rounds_in_processes_of_their_own(folders: dict[str, Path]) -> None:
     console.print(bench.to_terminal(rows))
     text = console.export_text()
     assert "openvino" in text and "p99" in text and max(map(len, text.splitlines())) <= 60
+    onnx, openvino = (next(m.value for m in t.measurements if m.name == "forward_ms") for t in found)
+    fastest = "onnx" if onnx <= openvino else "openvino"
+    assert (
+        f"1 threads: {fastest} (" in text
+        and f"{max(onnx, openvino) / min(onnx, openvino):.3g} times as long" in " ".join(text.split())
+    )
 
 
 def test_the_bench_command_decodes(

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from compresslab import models, streamed
+from compresslab import evaluation, models, preflight, streamed
 from compresslab.artifact import Artifact
-from compresslab.measure import fresh
+from compresslab.errors import CompressLabError
+from compresslab.measure import energy, fresh
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "4 bits": ("llama", {"method": "rtn"}),
@@ -106,3 +107,39 @@ def test_quality_is_measured_in_batches(tmp_path: Path) -> None:
     assert answers[True].keys() == answers[False].keys() and len(answers[True]) >= 3
     for name, value in answers[True].items():
         assert value == pytest.approx(answers[False][name], rel=1e-4), name
+
+
+def larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "fits_whole", lambda source, ceiling=None: False)
+
+
+def test_evaluate_reads_what_does_not_fit_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, text = tiny.compressed("llama", tmp_path), str(tiny.write_text(tmp_path / "t.txt"))
+    asked: dict[str, Any] = {"windows": 6, "length": 32, "device": "cpu", "against": tmp_path / "model"}
+    whole = {m.name: m for m in evaluation.evaluate(folder, text, **asked)}
+    larger_than_memory(monkeypatch)
+    found = {m.name: m for m in evaluation.evaluate(folder, text, **asked)}
+    for name in ("perplexity", "kl_divergence", "disk_bytes"):
+        assert found[name].value == pytest.approx(whole[name].value, rel=1e-4), name
+    assert "read block by block" in found["perplexity"].conditions
+    assert "peak_memory_bytes" in whole and "peak_memory_bytes" not in found, "how it was read is not what it takes"
+
+
+@pytest.mark.parametrize("option", ["sweep", "energy", "tasks"])
+def test_what_needs_the_whole_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    pytest.importorskip("lm_eval") if option == "tasks" else None
+    larger_than_memory(monkeypatch)
+    wanted = {"sweep": fresh.Sweep(), "energy": energy.Settings(grid=500.0), "tasks": ["arc_easy"]}
+    with pytest.raises(CompressLabError, match=f"--{option} needs it whole: leave it out"):
+        evaluation.evaluate(tiny.save("llama", tmp_path / "model"), **{option: wanted[option]})  # type: ignore[arg-type]
+
+
+def test_a_ceiling_decides_and_too_low_a_one_names_the_least(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    source = streamed.source_of(folder)
+    numbers = sum(p.numel() for p in source.skeleton().parameters())
+    whole = int(preflight.PROGRAM_BYTES + 4.4 * numbers) + 1
+    assert preflight.fits_whole(source, whole) and not preflight.fits_whole(source, whole - 2)
+    assert preflight.streamed_bytes(source, 0) < whole, "one of two blocks at a time"
+    with pytest.raises(CompressLabError, match=r"block by block takes about 1\.\d\d GB: allow --memory 1\.\d\dGB"):
+        evaluation.evaluate(folder, str(tiny.write_text(tmp_path / "t.txt")), memory="300MB")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresslab import models, preflight, teaching
+from compresslab import models, preflight, ranks, teaching
 from compresslab.answers import Answered
 from compresslab.artifact import Artifact, Writer, check_output, weight_sha256
 from compresslab.caching import opened
@@ -91,8 +91,8 @@ def distill(
     Raises:
         CompressLabError: whatever the user can mend, before any training where possible.
     """
-    progress, out, clock, where = progress or Progress(), Path(out), Clock(), pick_device(device)
-    with clock("read"):
+    progress, out, clock, where, team = progress or Progress(), Path(out), Clock(), pick_device(device), ranks.started()
+    with clock("read"), team.leader_first():
         check_output(out, force)
         chosen = recipe_of(recipe, settings)
         losses = losses_of(chosen)
@@ -117,10 +117,14 @@ def distill(
         asked = Questions.of(pair.student, data, evaluation_windows, False, measured_on) if measure else Questions()
         preflight.check(_needs(pair, kept is not None, chosen, material, where), out)
 
+    if not team.leads:
+        _taught(pair, losses, kept, chosen, material, team.told(Path()), seed, where, progress)
+        return team.told(None)  # type: ignore[return-value]
     key = _key(pair, chosen, material, seed, where, kept)
     with Writer(out, key, as_opened=_as_opened, force=force) as writer, gpu.watch(where) as seen:
         with clock("train"):
-            taught = _taught(pair, losses, kept, chosen, material, writer.scratch("training"), seed, where, progress)
+            scratch = team.told(writer.scratch("training"))
+            taught = _taught(pair, losses, kept, chosen, material, scratch, seed, where, progress)
         with clock("write"):
             tensors = {name: taught.source.weights.get(name) for name in taught.source.weights.names()}
             if not writer.is_done(""):
@@ -154,7 +158,7 @@ def distill(
         report.save(folder)
         (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
         (folder / "report.html").write_text(render.to_html(report), encoding="utf-8")
-        return writer.publish(folder), report
+        return team.told((writer.publish(folder), report))
 
 
 @dataclass(frozen=True, kw_only=True)

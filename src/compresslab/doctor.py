@@ -52,7 +52,7 @@ _INT8 = ("AVX-VNNI", "AVX512-VNNI", "AMX-INT8", "DOTPROD", "I8MM")
 RUNTIMES: dict[str, Wants] = {
     "torch, packed kernels": Wants(
         package="torch", extra="", any_of=("AVX512-BF16", "AMX-BF16"),
-        fast="multiplies bfloat16 natively: int4 and int8 weights stay packed",
+        fast="multiplies bfloat16 natively: int4 and int8 weights stay packed without export; onnxruntime-genai decodes faster",
         slow="its packed kernels want bfloat16 products in hardware: layers are multiplied out instead",
     ),
     "onnxruntime, int8": Wants(

@@ -15,25 +15,29 @@ import torch
 from safetensors.torch import save_file
 
 from compresslab import data as datasets
-from compresslab import models
+from compresslab import models, preflight, streamed
 from compresslab.artifact import Artifact
 from compresslab.deploy import torch_packed
 from compresslab.errors import CompressLabError
-from compresslab.measure import fresh, generation, harness, size, speed, writing
+from compresslab.measure import fresh, generation, harness, quality, size, speed, writing
 from compresslab.measure.cost import PROMPT
 from compresslab.measure.energy import Settings, grid_intensity
 from compresslab.questions import PASSAGES, window_length
 from compresslab.report import render
 from compresslab.report.schema import Frozen, Measurement, Report, read_report
 from compresslab.training import collate
+from compresslab.weights import parse_bytes
 
 
 def evaluate(
     model: str | Path, data: str = "wiki", *, windows: int = 24, length: int = 512, device: str = "auto",
     against: str | Path | None = None, sweep: fresh.Sweep | None = None, energy: Settings | None = None,
     tasks: Sequence[str] = (), task_limit: int | None = None, new_tokens: int = 64, into_report: bool = False,
+    memory: str | None = None,
 ) -> list[Measurement]:  # fmt: skip
     """Size, speed, peak memory and quality of a model or an artifact, opened in a fresh process.
+
+    One that does not fit in memory in float32 is read block by block (streamed.py), and asked for its quality alone.
 
     Args:
         data: text, labelled texts or pictures (data/__init__.py), or questions with known answers (data/questions.py).
@@ -43,10 +47,11 @@ def evaluate(
         tasks: of lm-evaluation-harness, names or YAML files; `task_limit` documents of each.
         new_tokens: how long an answer may be, where text is written.
         into_report: whether the report of the artifact takes in what is found.
+        memory: "4GB": what the process that measures may take; by default all that is free.
 
     Raises:
-        CompressLabError: if there is no such model, too little text, no picture for a model that reads those, or an extra
-            that is not installed.
+        CompressLabError: if there is no such model, too little text, no picture for a model that reads those, an extra
+            that is not installed, or something asked of a model larger than memory that only a whole one can do.
     """
     from compresslab.pipeline import pick_device
 
@@ -56,23 +61,52 @@ def evaluate(
         grid_intensity(energy)
     folders = [models.locate(name) for name in (model, against) if name is not None]
     report = read_report(folders[0]) if into_report else None
+    ceiling = None if memory is None else parse_bytes(memory)
+    in_blocks = [_in_blocks(folder, ceiling, length) for folder in folders]
+    if in_blocks[0]:
+        _check_streamed(str(model), {"--sweep": sweep, "--energy": energy, "--tasks": tasks})
     with tempfile.TemporaryDirectory() as scratch:
         job = fresh.Job(
             folder=folders[0], device=str(pick_device(device)),
             threads=torch.get_num_threads(), packed=_is_artifact(folders[0]), sweep=sweep, energy=energy,
-            tasks=tuple(tasks), task_limit=task_limit,
+            tasks=tuple(tasks), task_limit=task_limit, streamed=in_blocks[0],
             **_questions(folders[0], str(model), data, windows, length, new_tokens, Path(scratch)),
         )  # fmt: skip
         before: tuple[Measurement, ...] = ()
         if against is not None:
             job = job.model_copy(update={"reference": Path(scratch) / "reference"})
             plain = {"folder": folders[1], "speed": False, "packed": False, "sweep": None, "energy": None}
+            plain["streamed"] = in_blocks[1]
             before = fresh.measure(job.model_copy(update=plain)).measurements
         found = [*size.measure(folders[0]), *fresh.measure(job).measurements]
     if report is not None:
         told = {m.name for m in found}
         _write_report(report, folders[0], found, [m for m in before if m.name in told and m.low is not None])
     return found
+
+
+def _in_blocks(folder: Path, ceiling: int | None, length: int) -> bool:
+    """Whether a model is to be read block by block. CompressLabError if there is too little memory even for that."""
+    source = streamed.source_of(folder)
+    if preflight.fits_whole(source, ceiling):
+        return False
+    vocabulary = int(getattr(source.config, "vocab_size", 0) or 0)
+    least = preflight.streamed_bytes(source, max(quality.STREAMED_LOGITS, length * vocabulary) if vocabulary else 0)
+    if ceiling is not None and least > ceiling:
+        raise CompressLabError(
+            f"reading {folder} block by block takes about {least / 1e9:.2f} GB: allow --memory {least / 1e9 + 0.01:.2f}GB or "
+            "more, or take shorter windows (--length)"
+        )
+    return True
+
+
+def _check_streamed(model: str, asked: dict[str, Any]) -> None:
+    wanted = [option for option, value in asked.items() if value]
+    if wanted:
+        raise CompressLabError(
+            f"{model} does not fit in memory as a whole, and {wanted[0]} needs it whole: leave it out, and the quality is "
+            "measured block by block, or use a machine with more memory"
+        )
 
 
 def _write_report(report: Report, folder: Path, after: Sequence[Measurement], before: Sequence[Measurement]) -> None:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ from compresslab.models import (
 )
 from compresslab.numerics.gram import Gram, GroupedGram, Statistic
 from compresslab.plan import Unit, unit_of
+from compresslab.prefetching import Ahead
 from compresslab.ranks import ALONE, Ranks
 from compresslab.refining import Inputs, refined
 from compresslab.solving import (
@@ -62,6 +64,8 @@ from compresslab.solving import (
     solve_layer,
 )
 from compresslab.spilling import Spill, give_memory_back
+
+READ_AHEAD_FOR = ("cuda",)
 
 
 def run(job: Job) -> None:
@@ -203,6 +207,8 @@ class Forward(ABC):
         ]
         self.stops: dict[float, Stop] = {}
         self.spill = Spill(self.model, calibration.scratch, calibration.waiting_bytes)
+        read = partial(read_finite, self.source)
+        self.ahead = Ahead(read, self.device) if self.device.type in READ_AHEAD_FOR else None
         # Where there are several ranks: the layer where they met last, its statistic, and which others read the same tensor.
         self.met: tuple[str, Statistic | None] = ("", None)
         self.siblings: dict[str, list[str]] = {}
@@ -231,6 +237,9 @@ class Forward(ABC):
                 if not walk.coroutine.dead:
                     walk.coroutine.throw()
             self.spill.close()
+            if self.ahead is not None:
+                self.ahead.close()
+                self.ahead = None
         give_memory_back()
         # What lies outside the blocks goes first: a run killed here can still solve the last block from its predecessor.
         for unit in sorted(self.units.values(), key=lambda unit: unit.name != ""):
@@ -494,13 +503,21 @@ class Forward(ABC):
         if unit in self.loaded:
             return
         self.loaded.add(unit)
-        for name in self.units[unit].tensors:
-            if name.removesuffix(".weight") not in self.solved:
-                place_tensor(
-                    self.model, name, read_finite(self.source, name).to(self.device), self.calibration.compute_dtype
-                )
+        for name in self._to_read(unit):
+            tensor = read_finite(self.source, name).to(self.device) if self.ahead is None else self.ahead.take(name)
+            place_tensor(self.model, name, tensor, self.calibration.compute_dtype)
         if unit == "":
             tie_weights(self.model)
+        elif self.ahead is not None and (following := self._after(unit)):
+            self.ahead.start(self._to_read(following))
+
+    def _to_read(self, unit: str) -> list[str]:
+        return [name for name in self.units[unit].tensors if name.removesuffix(".weight") not in self.solved]
+
+    def _after(self, unit: str) -> str:
+        """The block that the walks come to next, as plans have them; "" after the last one."""
+        names = [name for name in self.units if name and name not in self.finished]
+        return next(iter(names[names.index(unit) + 1 :]), "")
 
     def _drop(self, unit: Unit) -> None:
         self.loaded.discard(unit.name)
@@ -659,8 +676,7 @@ class Compression(Forward):
         state = BlockState(outputs=outputs, references=references, opened=self._opened(walks)) if outputs else None
         solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
         scales = self._cache_scales(unit)
-        if self.ranks.leads:
-            self.job.sink.write(unit, solved, float_tensors(self.job, unit) | scales, state)
+        self.job.sink.write(unit, solved, float_tensors(self.job, unit) | scales, state)
         self.block_grams.clear()
 
     def _opened(self, walks: Sequence[Walk]) -> Callable[[int, bool], AbstractContextManager[None]]:

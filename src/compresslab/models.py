@@ -213,6 +213,16 @@ def initialised(config: transformers.PretrainedConfig, seed: int) -> nn.Module:
         return _class_of(config)(copy.deepcopy(config)).eval()
 
 
+def described(architecture: str, **settings: Any) -> transformers.PretrainedConfig:
+    """The config of an architecture, such as "ViTForImageClassification", with these settings in place of its own."""
+    cls = architecture_class(architecture)
+    if cls is None:
+        raise CompressLabError(f"transformers has no architecture '{architecture}': name one of its classes")
+    kind: Any = cls.config_class
+    config: transformers.PretrainedConfig = kind(architectures=[architecture], **settings)
+    return config
+
+
 def reread(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
     """The config as it comes back from a file, where transformers looks at it harder than at one that is changed in memory.
 

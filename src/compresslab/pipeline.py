@@ -140,17 +140,17 @@ def compress(
             plan, methods, layout = planned(source, chosen)
 
     if not team.leads:
-        return _followed(team, passing(source, plan), stages, methods, layout, material, seed, progress)
+        return _followed(team, passing(source, plan), stages, methods, layout, material, chosen, seed, progress)
     key = _key(source, chosen, material, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
-        job = _job(passing(source, plan), stages, methods, layout, writer, progress)
+        job = _job(passing(source, plan), stages, methods, layout, writer, progress, team)
         job = _prepared(job, stages, methods, material, seed, progress, clock)
         job, training = _learned(job, stages, chosen, layout, material, writer, seed, progress, clock)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
             for record in writer.records():
                 progress.step(record.name)
-            layerwise.run(dataclasses.replace(job, sink=ranks.SharedSink(team, job.sink), ranks=team))
+            layerwise.run(job)
         with clock("write"):
             in_float = [record.name for record in writer.records() if record.activation_bits is None]
             config = layout.config(list(plan.skipped), in_float) | kv_cache.scheme_config(stages.cache, source.config)
@@ -207,21 +207,31 @@ def _stages(
         if not team.is_alone:
             raise CompressLabError(f"a budget of {narrow} is searched by one process: start it without torchrun")
         stages = dataclasses.replace(stages, narrows=True)
-    if not team.is_alone and stages.learns:
+    if not team.is_alone and (stages.tuner is not None or stages.refiner is not None):
         raise CompressLabError(
-            f"recipe '{recipe.name}' trains, which one process does on all of its data: start it without torchrun, or take one "
-            "that solves layer by layer (such as w4a16-gptq)"
+            f"recipe '{recipe.name}' learns from what layers were solved to, which one process does on all of its data: start it "
+            "without torchrun, or take one that solves layer by layer (such as w4a16-gptq) or trains whole networks"
         )
     return stages
 
 
 def _followed(
     team: ranks.Ranks, calibrated: solving.Pass, stages: Stages, methods: LayerMethods, layout: Layout, material: Material,
-    seed: int, progress: Progress,
+    recipe: Recipe, seed: int, progress: Progress,
 ) -> tuple[Artifact, Report]:  # fmt: skip
-    """What a rank other than the leader does: its share of the walks and of the solving; and what the leader made of it."""
-    job = _job(calibrated, stages, methods, layout, ranks.SharedSink(team, None), progress)
-    layerwise.run(_prepared(dataclasses.replace(job, ranks=team), stages, methods, material, seed, progress, Clock()))
+    """What a rank other than the leader does: its share of the walks, the training and the solving; and what the leader made."""
+    clock = Clock()
+    job = _prepared(
+        _job(calibrated, stages, methods, layout, None, progress, team),
+        stages,
+        methods,
+        material,
+        seed,
+        progress,
+        clock,
+    )
+    job, _ = _learned(job, stages, recipe, layout, material, None, seed, progress, clock)
+    layerwise.run(job)
     return team.told(None)  # type: ignore[return-value]
 
 
@@ -365,22 +375,29 @@ def _prepared(
 
 
 def _learned(
-    job: solving.Job, stages: Stages, recipe: Recipe, layout: Layout, material: Material, writer: Writer, seed: int,
+    job: solving.Job, stages: Stages, recipe: Recipe, layout: Layout, material: Material, writer: Writer | None, seed: int,
     progress: Progress, clock: Clock,
 ) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
-    """The job after what its recipe trains, if anything: its weights, codes or scales; and what to report of it."""
-    if stages.recovers:
-        return _recovered(job, stages, recipe, material, writer, seed, progress, clock)
-    if stages.trains:
-        return _trained(job, recipe, material, writer, seed, progress, clock)
+    """The job after what its recipe trains, if anything: its weights, codes or scales; and what to report of it.
+
+    Args:
+        writer: the leader's; the others are told where it keeps the training.
+    """
+    if stages.recovers or stages.trains:
+        folder = job.ranks.told(None if writer is None else writer.scratch("training"))
+        assert folder is not None
+        train = _recovered if stages.recovers else _trained
+        return train(job, stages, recipe, material, folder, seed, progress, clock)
     if stages.tuner is not None:
+        assert writer is not None
         return _tuned(job, stages.tuner, recipe, layout, material, writer, seed, progress, clock)
     return job, {}
 
 
 def _trained(
-    job: solving.Job, recipe: Recipe, material: Material, writer: Writer, seed: int, progress: Progress, clock: Clock
-) -> tuple[solving.Job, dict[str, Any]]:
+    job: solving.Job, stages: Stages, recipe: Recipe, material: Material, folder: Path, seed: int, progress: Progress,
+    clock: Clock,
+) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
     """The trained network and its codes in place of what was planned, and what to report of it."""
     assert recipe.training is not None
     methods = {x: solver.method for x, solver in job.solvers.items() if isinstance(solver, aware.Untrained)}
@@ -388,7 +405,7 @@ def _trained(
     progress.stage("train", recipe.training.steps_for(round(len(examples) * (1 - recipe.training.held_back))))
     with clock("train"):
         outcome = aware.train(
-            job.source, methods, examples, recipe.training, writer.scratch("training"), seed=seed, device=job.device,
+            job.source, methods, examples, recipe.training, folder, seed=seed, device=job.device,
             on_step=lambda done: progress.step("a step of the training"),
         )  # fmt: skip
     activations = {layer: outcome.layers[layer] for layer in job.activations}
@@ -397,7 +414,7 @@ def _trained(
 
 
 def _recovered(
-    job: solving.Job, stages: Stages, recipe: Recipe, material: Material, writer: Writer, seed: int, progress: Progress,
+    job: solving.Job, stages: Stages, recipe: Recipe, material: Material, folder: Path, seed: int, progress: Progress,
     clock: Clock,
 ) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
     """The network trained with its zeros in place of what was planned, and what to report of it."""
@@ -409,7 +426,7 @@ def _recovered(
         outcome = recovering.train(
             job,
             recovering.Lesson(
-                examples=material.examples, settings=recipe.training, folder=writer.scratch("training"), seed=seed,
+                examples=material.examples, settings=recipe.training, folder=folder, seed=seed,
                 device=job.device, on_step=lambda done: progress.step("a step of the training"),
             ),
         )  # fmt: skip
@@ -524,8 +541,9 @@ def _job(
     stages: Stages,
     methods: LayerMethods,
     layout: Layout,
-    writer: solving.Sink,
+    writer: solving.Sink | None,
     progress: Progress,
+    team: ranks.Ranks,
 ) -> solving.Job:
     return solving.Job(
         **vars(calibrated) | ({} if stages.solving_needs_data else {"batches": None}),
@@ -534,7 +552,8 @@ def _job(
         activations=methods.activations,
         pruners=methods.pruners,
         correctors=stages.correctors,
-        sink=writer,
+        sink=ranks.SharedSink(team, writer),
+        ranks=team,
         encode=layout.encode,
         cache=stages.cache,
         refiner=stages.refiner,

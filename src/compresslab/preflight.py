@@ -24,7 +24,7 @@ from compresslab.contract import NetworkPruner, Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
 from compresslab.measure import hardware
-from compresslab.models import Source, channels_last, is_transposed, matrix_shape
+from compresslab.models import Source, blocks, channels_last, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
 from compresslab.pruning import Unrounded
@@ -383,10 +383,27 @@ def _median(call: Callable[[], object]) -> float:
     return statistics.median(hardware.seconds(call))
 
 
-def fits_whole(source: Source) -> bool:
-    """Whether the model can be opened as a whole in float32 now, as measuring does, with a tenth to work with."""
-    whole = PROGRAM_BYTES + 4.4 * sum(numel(source, name) for name in source.weights.names())
-    return whole < psutil.virtual_memory().available
+def fits_whole(source: Source, ceiling: int | None = None) -> bool:
+    """Whether the model can be opened as a whole in float32 now, as measuring does, with a tenth to work with.
+
+    Args:
+        ceiling: bytes that it may take; by default all that is free.
+    """
+    whole = PROGRAM_BYTES + 4.4 * sum(parameter.numel() for parameter in source.skeleton().parameters())
+    free = psutil.virtual_memory().available
+    return whole < (free if ceiling is None else min(ceiling, free))
+
+
+def streamed_bytes(source: Source, logits: int) -> int:
+    """What a process takes that has one block of a model in float32 at a time (streamed.py).
+
+    Args:
+        logits: how many numbers it has of a batch's answer, and of the loss that it takes of it.
+    """
+    skeleton = source.skeleton()
+    inside = [sum(p.numel() for p in block.parameters()) for block in blocks(skeleton).values()]
+    outside = sum(p.numel() for p in skeleton.parameters()) - sum(inside)
+    return int(PROGRAM_BYTES + 4.4 * (outside + max(inside, default=0) + 2 * logits))
 
 
 def check(found: Estimate, out: Path) -> None:

@@ -10,6 +10,9 @@ Layers that read one tensor (query, key and value; gate and up) are solved at th
 Only rank 0, the leader, touches the output folder. A rank that fails or dies ends the run: torchrun stops the others, and the
 same command, with any number of ranks, goes on after the last finished block.
 
+A training is shared out by examples (trainer.py): each rank takes its part of every batch, and accelerate adds up the gradients.
+The sums are those of one process, but for the order of adding, so the weights agree to rounding and not bit for bit.
+
 gloo carries what lies in main memory. NCCL is asked for what lies on GPUs; no run on several GPUs has been made yet. Without
 torchrun there is one rank, and nothing is sent.
 """
@@ -18,8 +21,9 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,6 +104,21 @@ class Ranks:
     def told(self, value: Value) -> Value:
         """What the leader has; the others' values do not count."""
         return self._handed_out(value, source=0)
+
+    def share_of_batch(self, batch: int) -> int:
+        """How many examples of every batch of a training are this rank's."""
+        if batch % self.size:
+            raise CompressLabError(
+                f"a batch of {batch} cannot be shared out evenly among {self.size} ranks: choose a multiple with "
+                f"--set training.batch={self.size * math.ceil(batch / self.size)}"
+            )
+        return batch // self.size
+
+    @_names_the_ranks
+    def take_leaders_(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank the values that the leader has."""
+        for tensor in () if self.is_alone else tensors:
+            dist.broadcast(tensor.data, src=0)
 
     @_names_the_ranks
     def gathered(self, values: Sequence[Value]) -> list[Value]:

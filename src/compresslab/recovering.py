@@ -81,7 +81,11 @@ class Recovered:
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What to train on and how; the arguments of training.train_."""
+    """What to train on and how; the arguments of training.train_.
+
+    Attributes:
+        loss: of a batch; None for the network's own, which an encoder without a head has none of.
+    """
 
     examples: Sequence[Example]
     settings: Training
@@ -89,6 +93,7 @@ class Lesson:
     seed: int = 0
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     on_step: Callable[[float], None] = lambda progress: None
+    loss: Loss | None = None
 
 
 def train(job: Job, lesson: Lesson) -> Recovered:
@@ -100,7 +105,7 @@ def train(job: Job, lesson: Lesson) -> Recovered:
     """
     trained = {layer: pruner.method for layer, pruner in job.pruners.items() if isinstance(pruner, Ungated)}
     if trained:
-        return _in_training(job.source, trained, lesson)
+        return in_training(job.source, trained, lesson)
     return _after_pruning(_pruned(job) if job.pruners else job.source, job.pruners, lesson)
 
 
@@ -111,7 +116,7 @@ def _after_pruning(source: Source, pruners: Mapping[str, Pruner], lesson: Lesson
     before = loss_on(model, held_back, lesson)
     record = train_masked_(
         model, kept, training, lesson.settings, lesson.folder, seed=lesson.seed, held_back=held_back,
-        loss=_own_loss, on_step=lesson.on_step, device=lesson.device,
+        loss=lesson.loss or _own_loss, on_step=lesson.on_step, device=lesson.device,
     )  # fmt: skip
     note = record.notice
     if record.best_loss < before:
@@ -132,7 +137,16 @@ def _no_better(record: Record, before: float) -> str:
     )
 
 
-def _in_training(source: Source, methods: Mapping[str, TrainedPruner], lesson: Lesson) -> Recovered:
+def in_training(source: Source, methods: Mapping[str, TrainedPruner], lesson: Lesson) -> Recovered:
+    """The source trained with zeros that come in the course of it.
+
+    Args:
+        methods: of every layer that is pruned; layers whose methods are equal share one threshold where the method has one.
+
+    Raises:
+        CompressLabError: a training too short for its schedule; a layer of which nothing is left; a divergence before the first
+            check.
+    """
     model = models.materialise(source).to(lesson.device)
     training, held_back = split(lesson.examples, lesson.settings.held_back, lesson.seed)
     settled = max(method.settled for method in methods.values())
@@ -145,7 +159,8 @@ def _in_training(source: Source, methods: Mapping[str, TrainedPruner], lesson: L
     try:
         record = train_(
             model, training, lesson.settings, lesson.folder, seed=lesson.seed, held_back=held_back,
-            loss=_with_penalties(gates), on_step=_steps(model, methods, gates, lesson), best_from=settled, device=lesson.device,
+            loss=_with_penalties(gates, lesson.loss or _own_loss), on_step=_steps(model, methods, gates, lesson),
+            best_from=settled, device=lesson.device,
         )  # fmt: skip
         kept = {layer: gate.kept() for layer, gate in gates.items()}
     finally:
@@ -194,9 +209,9 @@ def _own_loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return found
 
 
-def _with_penalties(gates: Mapping[str, Gate]) -> Loss:
+def _with_penalties(gates: Mapping[str, Gate], loss_of: Loss) -> Loss:
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        found = _own_loss(network, batch)
+        found = loss_of(network, batch)
         penalties = [p for gate in gates.values() if (p := gate.penalty()) is not None] if network.training else []
         return found + torch.stack(penalties).sum() if penalties else found
 
@@ -207,11 +222,11 @@ def _with_penalties(gates: Mapping[str, Gate]) -> Loss:
 def loss_on(model: nn.Module, examples: Sequence[Example], lesson: Lesson) -> float:
     """The mean loss of a network on examples, taken in batches as the training's checks take it."""
     model.eval()
-    size, total = EVALUATED * lesson.settings.batch, 0.0
+    size, total, loss = EVALUATED * lesson.settings.batch, 0.0, lesson.loss or _own_loss
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         batch = {key: value.to(lesson.device) for key, value in collate(part).items()}
-        total += float(_own_loss(model, batch)) * len(part)
+        total += float(loss(model, batch)) * len(part)
     return total / len(examples)
 
 

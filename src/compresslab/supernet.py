@@ -20,7 +20,7 @@ projection's column, which changes nothing in the largest network but leaves the
 A batch norm's running statistics are true for one shape only. The supernet has none: it uses the batch's, and a network that is
 taken out (`taken`) has its own counted on calibration examples.
 
-    space -> Supernet -> trained_ -> search/evolution.py, with macs or a table of latencies -> taken -> a plain network
+    space -> Supernet -> trained_ -> specialising.py: a search under macs or a table of latencies -> taken -> a plain network
 
 Cost. The phases' steps, each with SHAPES forwards and backwards and a forward of the teacher. Memory: the largest network twice.
 

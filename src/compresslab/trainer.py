@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
+from compresslab import ranks
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.recipe import Training
@@ -26,7 +27,7 @@ from compresslab.training import KEPT, Loss
 
 WEIGHTS = "model.safetensors"
 OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {}, "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"}}
-WRITTEN = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")  # of a whole checkpoint
+WRITTEN = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")  # of a whole checkpoint
 
 
 def run_(
@@ -45,35 +46,45 @@ def run_(
     keep_step: int,
     device: torch.device,
 ) -> tuple[TrainerState, str]:
-    """Train a network in place; the trainer's state afterwards, and what to tell if it did not end as it should."""
+    """Train a network in place; the trainer's state afterwards, and what to tell if it did not end as it should.
+
+    Under torchrun every rank calls this with the same network and examples. Each takes its share of every batch, accelerate adds
+    up the gradients, and all leave with the network of rank 0.
+    """
+    team = ranks.started()
+    steps = settings.steps_for(len(examples))
     trainer = _Trainer(
-        model=model,
-        args=_arguments(settings, settings.steps_for(len(examples)), folder, seed, device),
+        model=model if team.is_alone else _Together(model, loss or _own_loss),
+        args=_arguments(settings, steps, folder, seed, device, team.share_of_batch(settings.batch)),
         train_dataset=_Examples(examples),
         eval_dataset=_Examples(held_back),
         data_collator=collate,
         callbacks=[_Steps(on_step, after_step, keep_step)],
     )
-    trainer.loss, trainer.best_from = loss, best_from
+    trainer.loss, trainer.best_from, trainer.team = loss, best_from, team
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    _keep(folder, keep_step)  # where a kill came between the checkpoint and its copy
+    with team.leader_first():
+        if team.leads:
+            _keep(folder, keep_step)  # where a kill came between the checkpoint and its copy
+        checkpoint = _last_checkpoint(folder)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # progress and results are ours to tell
     model.train()
     try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=checkpoint)
         notice = ""
     except _NotFinite as stop:
         notice = _back_to_best_(trainer, stop, settings)
     finally:
         transformers_logging.set_verbosity(verbosity)
         model.eval()
+    team.take_leaders_(model.state_dict().values())  # statistics of batches are each rank's own
     return trainer.state, notice
 
 
 def _arguments(
-    settings: Training, steps: int, folder: Path, seed: int, device: torch.device
+    settings: Training, steps: int, folder: Path, seed: int, device: torch.device, batch: int
 ) -> transformers.TrainingArguments:
     every = math.ceil(steps / settings.checks)
     return transformers.TrainingArguments(
@@ -83,8 +94,9 @@ def _arguments(
         **OPTIMIZERS[settings.optimizer],
         lr_scheduler_type="cosine",
         warmup_steps=int(steps * settings.warmup),
-        per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=4 * settings.batch,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=4 * batch,
+        ddp_find_unused_parameters=True,  # a loss on hidden states leaves the head alone
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=seed,
@@ -120,6 +132,28 @@ class _Examples(torch.utils.data.Dataset[Example]):
         return self.examples[index]
 
 
+class _Together(nn.Module):
+    """A network and its loss in one forward, for gradients are added up only of what the wrapped forward has made."""
+
+    def __init__(self, network: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.loss(self.network, batch)
+
+    def state_dict(self, *arguments: Any, **more: Any) -> Any:  # so that a checkpoint knows nothing of this
+        return self.network.state_dict(*arguments, **more)
+
+    def load_state_dict(self, *arguments: Any, **more: Any) -> Any:
+        return self.network.load_state_dict(*arguments, **more)
+
+
+def _own_loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    found: Tensor = network(**batch).loss
+    return found
+
+
 class _NotFinite(Exception):
     """A loss of NaN or infinity."""
 
@@ -129,10 +163,14 @@ class _Trainer(transformers.Trainer):
 
     loss: Loss | None = None
     best_from: float = 0.0
+    team: ranks.Ranks = ranks.ALONE
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if not self.team.is_alone:
+            found = model(inputs)
+            return (found, {}) if return_outputs else found
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = self.loss(model, inputs)
@@ -140,7 +178,7 @@ class _Trainer(transformers.Trainer):
 
     def training_step(self, *arguments: Any, **more: Any) -> Tensor:
         found = super().training_step(*arguments, **more)
-        if not torch.isfinite(found):
+        if not self.team.earliest(float(torch.isfinite(found))):  # on any rank
             raise _NotFinite(f"the loss of step {self.state.global_step + 1} is {float(found)}")
         return found
 
@@ -189,7 +227,7 @@ class _Steps(transformers.TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step == self.keep_step:
+        if state.global_step == self.keep_step and args.should_save:
             _keep(Path(args.output_dir), self.keep_step)
 
 
@@ -197,16 +235,20 @@ def _last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint; what a kill left half written is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
-        if all((path / name).exists() for name in WRITTEN):
+        if _is_whole(path):
             return str(path)
         shutil.rmtree(path)
     return None
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    return all(any(checkpoint.glob(name)) for name in WRITTEN)
+
+
 def _keep(folder: Path, step: int) -> None:
     """Copy the checkpoint of a step to where no later one takes its place, if it is whole and not there yet."""
     made, kept = folder / f"checkpoint-{step}", folder / KEPT
-    if step and not kept.exists() and all((made / name).exists() for name in WRITTEN):
+    if step and not kept.exists() and _is_whole(made):
         half = folder / f"{KEPT}.half"
         shutil.rmtree(half, ignore_errors=True)
         shutil.copytree(made, half)

@@ -1,8 +1,8 @@
 """The training loop under every method that trains: quantisation-aware training, recovery after pruning, distillation.
 
 `train_` is transformers' Trainer with our manners (trainer.py): it is given a network and examples, and no more is to be
-decided than `Training` says. What Trainer brings is what makes it worth having: checkpoints with optimiser and random state,
-several devices through accelerate, FSDP (`accelerate launch`).
+decided than `Training` says. What Trainer brings is what makes it worth having: checkpoints with optimiser and random state, and
+accelerate, by which several ranks share out every batch (`torchrun`).
 
 - The same bits every time, on one processor: batches and dropout depend on the seed alone.
 - Killed and called again with the same folder, it goes on from its last checkpoint, with the same bits.

@@ -118,9 +118,14 @@ def test_every_kept_result_is_shown_whole(path: Path, lang: str) -> None:
     result = experiment.read(path)
     table = showing.measured(result, lang)
     assert len(table) == len(result.rows) + 1 and len({len(line) for line in table}) == 1
+    tables = showing.tables(result, lang)
+    assert sum(len(part) - 1 for part in tables) == len(result.rows)
+    for part in tables:  # no column that is empty, and none that is left out
+        assert len({len(line) for line in part}) == 1
+        assert all(any(line[column] for line in part[1:]) for column in range(len(part[0])))
     assert len(showing.verdicts(result, lang)) == len(result.verdicts) + 1
     beside = showing.peers(result, lang)
     ours = {found.ours for found in result.peers.values()}
-    assert len(beside) == (1 + len(ours) + len(result.peers) if ours else 0)
-    assert {len(line) for line in beside} <= {4}
+    assert sum(len(table) - 1 for table in beside) == len(ours) + len(result.peers)
+    assert all(len({len(line) for line in table}) == 1 for table in beside)
     assert showing.papers(result, lang)

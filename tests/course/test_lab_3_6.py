@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 
 from compresslab.channels import take_out_
 from compresslab.contract import Member
-from compresslab.course import digits
-from compresslab.course.labs.lab_3_6 import experiment, pretrained
+from compresslab.course import digits, own_pictures
+from compresslab.course.labs.lab_3_6 import experiment, pretrained, vit
 from compresslab.course.timing import in_turn
+from compresslab.errors import CompressLabError
 from compresslab.methods import METHODS
+from compresslab.recipe import Training
+from compresslab.training import split
 
 SETTINGS = experiment.Settings(model="digits", seeds=1)
 TRAINING = digits.Training(widths=(8, 16), pictures=256, epochs=1)
@@ -67,7 +71,7 @@ def test_the_mask_leaves_as_many_weights_and_the_largest() -> None:
 
 def test_fresh_weights_have_the_shape_and_nothing_else() -> None:
     shape = smaller(network())
-    one, same, other = (experiment.fresh(shape, seed) for seed in (1, 1, 2))
+    one, same, other = (pretrained.fresh(shape, seed) for seed in (1, 1, 2))
     assert torch.equal(one.conv.weight, same.conv.weight)
     assert not torch.equal(one.conv.weight, other.conv.weight)
     assert one.conv.weight.shape == shape.conv.weight.shape
@@ -79,6 +83,60 @@ def test_networks_are_timed_in_turn() -> None:
     found = in_turn({name: lambda name=name: called.append(name) for name in "ab"}, rounds=3)  # type: ignore[misc]
     assert called == ["a"] * 3 + ["b"] * 3 + called[:6] * 2  # each once before it counts
     assert all(taken >= 0 for taken in found.values())
+
+
+@pytest.fixture
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in ten classes in the place of a user's pictures."""
+    noise = torch.randn(80, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = [{"pixel_values": one, "labels": torch.tensor(i % 10)} for i, one in enumerate(noise)]
+    monkeypatch.setattr(own_pictures, "opened", lambda source: found)
+
+
+@pytest.mark.usefixtures("small_pictures")
+def test_a_vision_transformer_is_cut_to_half_and_its_controls_have_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: dict[int, list[int | None]] = {}
+    train = vit.trained_on
+
+    def watched(network: Any, shown: Any, told: Training, seed: int, teacher: Any) -> Any:
+        trained.setdefault(sum(p.numel() for p in network.parameters()), []).append(told.steps)
+        return train(network, shown, told, seed, teacher)
+
+    monkeypatch.setattr(vit, "trained_on", watched)
+    settings = vit.VisionTransformer(
+        hidden=32, layers=4, heads=4, side=8, steps=2, more=1, batch=4, calibrated=8, tested=20, rounds=1
+    )
+    real = pretrained.Pretrained(model="x", language_model="x", seeds=1, parts=["vit"], vit=settings)
+    with pytest.raises(CompressLabError, match="learns small pictures in ten classes.*--pictures"):
+        pretrained.measure(real, 0, lambda what: None)
+    found = pretrained.measure(dataclasses.replace(real, pictures="any"), 0, lambda what: None)
+    names = "whole whole-trained units-cut units taught random-cut random blocks-cut blocks fresh-short fresh-long"
+    assert list(found) == [f"vit-{name}" for name in names.split()]
+    whole, units, blocks = (found[f"vit-{name}"] for name in ("whole", "units", "blocks"))
+    for row in (units, blocks):
+        assert row["mmacs"] == pytest.approx(whole["mmacs"] / 2, rel=0.05) and row["ms_1"] > 0 and row["ms_32"] > 0
+    smaller = [row for row in found if "whole" not in row and "blocks" not in row]
+    assert {found[row]["bytes"] for row in smaller} == {units["bytes"]} and units["bytes"] < whole["bytes"]
+    assert [len(steps) for steps in trained.values()] == [2, 5, 1]
+    assert trained[round(units["mweights"] * 1e6)] == [1, 1, 1, 1, 3]  # the last: fresh, for all the steps
+
+
+def test_random_units_leave_what_is_left_as_it_was() -> None:
+    reader, made = torch.arange(24.0).view(2, 12), [torch.zeros(4, 3, 5)]
+    drawn = [
+        vit.RandomUnits(neuron_frac=0.5, head_frac=0.5, seed=seed).remove(reader, made, None, keep=2, has_bias=True)
+        for seed in range(8)
+    ]
+    for found in drawn:
+        assert found.kept.tolist() == sorted(set(found.kept.tolist())) and len(found.kept) == 2
+        assert torch.equal(found.weight, reader.view(2, 4, 3)[:, found.kept].flatten(1)) and found.bias_change is None
+    assert len({tuple(found.kept.tolist()) for found in drawn}) > 1
+
+
+def test_a_recovery_sees_no_text_twice() -> None:
+    recovery = pretrained.Recovery(steps=7, batch=3, learning_rate=1e-3)
+    shown, held_back = split([{"x": torch.zeros(1)}] * recovery.texts, recovery.training.held_back, 0)
+    assert recovery.training.seen(0) == 21 <= len(shown) <= 22 and held_back
 
 
 @pytest.mark.parametrize(

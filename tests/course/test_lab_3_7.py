@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from compresslab.course import catalogue, digits
+from compresslab.course import catalogue, digits, words
 from compresslab.course.labs.lab_3_7 import experiment, tasks
 from compresslab.errors import CompressLabError
 
@@ -107,8 +109,58 @@ def test_what_is_missing_is_said() -> None:
     assert [tasks.blocks_of(f"resnet-{n}") for n in (8, 20, 56)] == [1, 3, 9]
 
 
+def test_a_small_transformer_of_a_seed_is_pruned_and_trained_too() -> None:
+    settings = tasks.OfDigits(training=dataclasses.replace(TINY, side=8), scored=16, tested=50)
+    task = tasks.Digits(settings, "vit-1", seed=3)
+    network, again = task.initial(), task.initial()
+    assert torch.equal(network.classifier.weight, again.classifier.weight)
+    assert network.config.num_hidden_layers == 1 and task.test.pixels.shape == (50, 1, 8, 8)
+    for name in ("random", "synflow", "snip", "grasp"):
+        kept = experiment.masks(task.initial(), name, 0.9, task.examples, 3, 5, trained=False)
+        assert {"classifier", "vit.embeddings.patch_embeddings.projection"} < set(kept)
+        total = sum(mask.numel() for mask in kept.values())
+        assert sum(int(mask.sum()) for mask in kept.values()) == pytest.approx(0.1 * total, abs=len(kept) / 2)
+    task.train_(network, kept, 1)
+    for layer, mask in kept.items():
+        assert not network.get_parameter(f"{layer}.weight")[~mask].any()
+
+
+def test_parts_of_a_scale_are_networks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = experiment.SETTINGS["real"]
+    assert isinstance(real, experiment.Several)
+    seen: list[Any] = []
+
+    def of_one(settings: Any, seed: int, say: Any) -> Any:
+        seen.append(settings)
+        return {"dense": {"accuracy": float(seed)}}
+
+    monkeypatch.setattr(experiment, "of_one", of_one)
+    assert list(experiment.measure(real, 1, print)) == ["resnet-dense", "vit-dense"]
+    alone = dataclasses.replace(real, parts=["vit"], transformer="vit-1")
+    assert experiment.measure(alone, 2, print) == {"vit-dense": {"accuracy": 2.0}}
+    assert [(one.model, one.rows) for one in seen] == [
+        ("resnet-20", real.resnet.rows), ("vit-3", real.vit.rows), ("vit-1", real.vit.rows),
+    ]  # fmt: skip
+
+
+def rows_of(settings: Any) -> set[str]:
+    if isinstance(settings, experiment.Settings):
+        return {"dense"} | {f"{name}-{percent}" for percent, names in settings.rows.items() for name in names}
+    told = {"resnet": settings.resnet.rows, "vit": settings.vit.rows}
+    names = {
+        part: {f"{row}-{percent}" for percent, names in rows.items() for row in names} for part, rows in told.items()
+    }
+    return {f"{part}-{row}" for part, rows in names.items() for row in rows | {"dense"}}
+
+
+@pytest.mark.parametrize("scale", experiment.SETTINGS)
+def test_every_row_has_its_words_in_both_languages(scale: str) -> None:
+    for row in rows_of(experiment.SETTINGS[scale]):
+        assert all(catalogue.lab("3.7").say(f"row-{row}", language) for language in words.LANGUAGES)
+
+
 @pytest.mark.parametrize("scale", experiment.SETTINGS)
 def test_every_direction_that_a_scale_promises_is_measured_there(scale: str) -> None:
-    rows = {f"{name}-{percent}" for percent, names in experiment.SETTINGS[scale].rows.items() for name in names}
+    rows = rows_of(experiment.SETTINGS[scale])
     expected = catalogue.lab("3.7").expected(scale)
     assert expected and {one[side] for one in expected for side in ("better", "worse")} <= rows

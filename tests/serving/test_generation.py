@@ -114,8 +114,14 @@ def test_packed_kernels_are_chosen_where_there_are_fast_ones(
     if torch_packed.is_fast_here():
         opened = opening.open_runtime(artifact)
         assert opened.name == "packed" and text_of(opened, opened.encode("hello"))
+        assert "--runtime packed" in opening.reason(artifact, "torch")
+    assert "stay packed" in opening.reason(artifact, "packed") and "--to onnx-genai" in opening.reason(
+        artifact, "packed"
+    )
+    assert "in float" in opening.reason(artifact.parent / "model", "torch")
     monkeypatch.setattr(torch_packed, "is_fast_here", lambda: False)
     assert opening.pick(artifact) == "torch"
+    assert "no layer has a packed kernel" in opening.reason(artifact, "torch")
     with pytest.raises(CompressLabError, match="--runtime torch"):
         opening.open_runtime(artifact, "packed")
 

@@ -29,6 +29,7 @@ def test_it_serves_until_ctrl_c(artifact: Path) -> None:
             if found:
                 break
         assert found, said
+        assert "torch: weights are multiplied out" in started.stderr.readline()
         assert "warning: 0.0.0.0 can be reached from other machines" in started.stderr.readline()
         url = f"http://127.0.0.1:{found[1]}"
         body = {"model": "artifact", "prompt": "hello", "max_tokens": 3}

@@ -26,7 +26,9 @@ def _say(text: str) -> None:
 
 
 def _show(lines: list[list[str]]) -> None:
-    table = Table(*lines[0], box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for head in lines[0]:
+        table.add_column(head, overflow="fold")  # Chinese has no spaces to break a line at; nothing may be cut off
     for line in lines[1:]:
         table.add_row(*line)
     out_console.print(table)
@@ -227,10 +229,10 @@ def run(
         print(json.dumps(dataclasses.asdict(result), indent=1))  # noqa: T201
         return
     for lines in (
-        showing.measured(result, lang),
+        *showing.tables(result, lang),
         showing.verdicts(result, lang, said),
         showing.papers(result, lang),
-        showing.peers(result, lang),
+        *showing.peers(result, lang),
     ):
         if len(lines) > 1:  # no paper speaks of these rows, no peer was asked
             _show(lines)

@@ -28,7 +28,8 @@ def export(
     from compresslab import exporters as exports
     from compresslab.report.render import human
 
-    done = exports.export(folder, to, out=out, force=force, options=settings_of(set_ or [], None, None))
+    settings = settings_of(set_ or [], None, None)
+    done = exports.export(folder, to, out=out, force=force, options=settings, alone=True)
     if as_json:
         print(json.dumps(dataclasses.asdict(done), default=str, indent=1))  # noqa: T201
         return
@@ -77,8 +78,10 @@ def mobile(
 
 @app.command()
 def chat(
-    folder: Annotated[Path, typer.Argument(help="An artifact, a model's folder, or a GGUF or onnx-genai export.")],
-    runtime: Annotated[str, typer.Option(help="auto, packed, torch, llama.cpp or onnx-genai.")] = "auto",
+    folder: Annotated[
+        Path, typer.Argument(help="An artifact, a model's folder, or a GGUF, onnx-genai or OpenVINO export.")
+    ],
+    runtime: Annotated[str, typer.Option(help="auto, packed, torch, llama.cpp, onnx-genai or openvino.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens up to this.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
@@ -94,10 +97,12 @@ def chat(
 
 @app.command()
 def serve(
-    folder: Annotated[Path, typer.Argument(help="An artifact, a model's folder, or a GGUF or onnx-genai export.")],
+    folder: Annotated[
+        Path, typer.Argument(help="An artifact, a model's folder, or a GGUF, onnx-genai or OpenVINO export.")
+    ],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    runtime: Annotated[str, typer.Option(help="auto, packed, torch, llama.cpp or onnx-genai.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, packed, torch, llama.cpp, onnx-genai or openvino.")] = "auto",
     max_tokens_limit: Annotated[int, typer.Option(min=1, help="Of one answer, whatever is asked for.")] = 1024,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait while one is answered.")] = 16,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for a request, waiting included.")] = 300,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,8 @@ def distill(
     from compresslab.report import render
     from compresslab.students import Shape
 
+    if os.environ.get("RANK", "0") != "0":  # the leader speaks for all
+        quiet, as_json = True, False
     shape = Shape(layers=layers, take=_take(take), width=width, hidden=hidden, fresh=fresh, seed=seed)
     if (shape == Shape(seed=seed)) == (student is None):
         raise CompressLabError(
@@ -78,7 +81,7 @@ def distill(
             force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     notice = (report.data or {})["training"]["notice"]
-    if notice:
+    if notice and os.environ.get("RANK", "0") == "0":
         error_console.print(f"[bold yellow]warning:[/] {escape(notice)}", highlight=False, soft_wrap=True)
     if as_json:
         print(report.model_dump_json(indent=1))  # noqa: T201

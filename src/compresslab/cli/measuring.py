@@ -51,6 +51,12 @@ def evaluate(
         bool,
         typer.Option("--into-report", help="Add what is found to the artifact's report, for `compresslab compare`."),
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4GB", help="What measuring may take: a larger model is read block by block, for its quality alone."
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -63,7 +69,7 @@ def evaluate(
         sweep=None if sweep is None else evaluation.parse_sweep(sweep),
         energy=Settings(watts_per_core=watts, country=country, grid=grid) if energy else None,
         tasks=[] if tasks is None else tasks.split(","), task_limit=task_limit, new_tokens=new_tokens,
-        into_report=into_report,
+        into_report=into_report, memory=memory,
     )  # fmt: skip
     show_measurements(found, as_json)
 
@@ -117,11 +123,11 @@ def bench(
     out_console.print(f"{found[0].compressed.device}; {found[0].compressed.conditions}", highlight=False)
 
 
-def _numbers(text: str | None) -> list[int]:
+def _numbers(text: str | None, option: str = "--threads") -> list[int]:
     try:
         return [int(part) for part in (text or "").split(",") if part.strip()]
     except ValueError:
-        raise CompressLabError(f"--threads {text}: give whole numbers, as 1,2") from None
+        raise CompressLabError(f"{option} {text}: give whole numbers, as 1,2") from None
 
 
 def _bench_runtimes(
@@ -142,6 +148,34 @@ def _bench_runtimes(
         return
     rows = [(t.entrant.runtime, t.entrant.folder.name, t.entrant.threads, t.measurements) for t in found]
     out_console.print(shown.to_terminal(rows))
+
+
+@app.command()
+def sparse(
+    model: Annotated[str, typer.Argument(help="A pruned artifact or model: folder, zoo name or hub id.")],
+    rows: Annotated[
+        str, typer.Option(help="Rows of input at a time, as 1,16,128: tokens, or texts of a batch.")
+    ] = "1,16,128",
+    threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Whether the zeros of a model's layers are worth leaving out, in bytes and in time, on this machine."""
+    import dataclasses
+
+    import torch
+
+    from compresslab import models
+    from compresslab.deploy import torch_sparse
+    from compresslab.report import sparse as shown
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+    opened = models.load(models.locate(model))
+    models.decompress_(opened)
+    found = torch_sparse.measure(opened, _numbers(rows, "--rows"))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(timing) | {"best": timing.best} for timing in found], indent=1))  # noqa: T201
+        return
+    out_console.print(shown.to_terminal(found, torch.get_num_threads()))
 
 
 @app.command()

@@ -31,13 +31,14 @@ from compresslab.errors import CompressLabError
 from compresslab.wheels import cache_home
 
 CLASSES, SIDE = 10, 12
+WEIGHT_DECAY = 0.01
 SHARES = {"train": 700, "transfer": 500, "test": 597}
 Part = Literal["train", "transfer", "test"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pictures:
-    """Attributes: pixels, float32 [n, 1, SIDE, SIDE], about 0 to 1; labels, int64 [n]."""
+    """Attributes: pixels, float32 [n, 1, side, side], about 0 to 1; labels, int64 [n]."""
 
     pixels: Tensor
     labels: Tensor
@@ -62,20 +63,21 @@ def _originals(part: Part) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(found.images).float()[places] / 16, torch.from_numpy(found.target).long()[places]
 
 
-def pictures(part: Part, count: int, seed: int = 0, *, noise: float = 0.2) -> Pictures:
+def pictures(part: Part, count: int, seed: int = 0, *, noise: float = 0.2, side: int = SIDE) -> Pictures:
     """Pictures of a part, each digit as often as the next.
 
     Args:
         count: how many; the digits of the part come round again in other places.
         seed: of the places and the noise.
         noise: standard deviation of what is added to every pixel.
+        side: pixels of a side, from 8, where a digit has but one place.
     """
     images, labels = _originals(part)
     generator = torch.Generator().manual_seed(1_000_003 * list(SHARES).index(part) + seed)
     rounds = math.ceil(count / len(labels))
     order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(rounds)])[:count]
-    room = SIDE - images.shape[-1] + 1
-    pixels = torch.randn(count, 1, SIDE, SIDE, generator=generator) * noise
+    room = side - images.shape[-1] + 1
+    pixels = torch.randn(count, 1, side, side, generator=generator) * noise
     for i, (y, x) in enumerate(torch.randint(0, room, (count, 2), generator=generator).tolist()):
         pixels[i, 0, y : y + 8, x : x + 8] += images[order[i]]
     return Pictures(pixels=pixels, labels=labels[order])
@@ -92,12 +94,13 @@ class Training:
     batch: int = 64
     learning_rate: float = 1e-2
     noise: float = 0.2
+    side: int = SIDE
 
 
 def build(settings: Training, seed: int) -> nn.Module:
     """The untrained network of a seed."""
     config = ResNetCifarConfig(
-        blocks=settings.blocks, widths=settings.widths, num_channels=1, image_size=SIDE, num_labels=CLASSES
+        blocks=settings.blocks, widths=settings.widths, num_channels=1, image_size=settings.side, num_labels=CLASSES
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -130,14 +133,13 @@ def train_(
         settings: of these, how long and on what; widths and blocks are the network's own.
         after_step: called as soon as the optimiser has changed the weights.
     """
-    shown = pictures("train", settings.pictures, seed, noise=settings.noise)
-    generator = torch.Generator().manual_seed(seed)
+    shown = pictures("train", settings.pictures, seed, noise=settings.noise, side=settings.side)
     steps = settings.epochs * math.ceil(len(shown.labels) / settings.batch)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     network.train()
-    for _ in range(settings.epochs):
-        for rows in torch.randperm(len(shown.labels), generator=generator).split(settings.batch):
+    for order in orders(settings, seed):
+        for rows in order.split(settings.batch):
             logits = network(pixel_values=shown.pixels[rows]).logits
             loss = nn.functional.cross_entropy(logits, shown.labels[rows])
             optimizer.zero_grad()
@@ -145,6 +147,12 @@ def train_(
             optimizer.step()
             after_step()
             schedule.step()
+
+
+def orders(settings: Training, seed: int) -> Tensor:
+    """int64 [epochs, pictures]: in which order `train_` shows the pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(settings.pictures, generator=generator) for _ in range(settings.epochs)])
 
 
 @torch.no_grad()

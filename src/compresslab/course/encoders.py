@@ -24,8 +24,7 @@ BATCHES = (1, 16)
 def passages(tokenizer: object, *, samples: int, window: int, seed: int) -> list[Example]:
     """Texts to learn from, without their padding."""
     found = data.calibration_passages("wiki", tokenizer, samples=samples, sequence_length=window, seed=seed)
-    rows = [pair for batch in found.batches for pair in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    return [{"input_ids": ids[mask.bool()]} for ids, mask in rows]
+    return in_memory.unpadded(found.batches)
 
 
 def judged(networks: Mapping[str, nn.Module], texts: Mapping[str, Tensor], *, tokens: int, rounds: int) -> Rows:

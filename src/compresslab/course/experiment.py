@@ -185,7 +185,7 @@ def run(
     for seed in range(settings.seeds):
         measured.append(experiment.measure(settings, seed, say))
         if asked:
-            beside.measure_(answers, asked, settings, seed, measured[-1]["float"]["perplexity"], say)
+            beside.measure_(answers, asked, settings, seed, measured[-1], say)
     rows = {
         row: {metric: [once[row][metric] for once in measured] for metric in metrics}
         for row, metrics in measured[0].items()

@@ -11,10 +11,11 @@ Oracle: tests/course/test_in_memory.py holds it against an artifact that pipelin
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,20 @@ def tuned(model: nn.Module | str, training: Training, windows: Tensor, *, seed: 
     with tempfile.TemporaryDirectory() as folder:
         train_(network, _examples(windows), training, Path(folder), seed=seed)
     return network.eval().requires_grad_(False)
+
+
+def trained_on(network: nn.Module, shown: Sequence[Example], training: Training, *, seed: int = 0) -> nn.Module:
+    """A copy of the network after training on labelled examples by its own loss, in eval mode."""
+    network = copy.deepcopy(network).requires_grad_(True)
+    with tempfile.TemporaryDirectory() as folder:
+        train_(network, shown, training, Path(folder), seed=seed)
+    return network.eval().requires_grad_(False)
+
+
+def unpadded(batches: Iterable[Mapping[str, Tensor]]) -> list[Example]:
+    """The texts of padded batches, each as long as it is."""
+    rows = [pair for batch in batches for pair in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return [{"input_ids": ids[mask.bool()]} for ids, mask in rows]
 
 
 def taught(

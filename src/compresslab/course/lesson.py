@@ -39,7 +39,8 @@ class Lesson:
         """Run the lab, keep the result beside the notebook, show its rows."""
         result = experiment.run(self.lab.number, scale=self.scale, seeds=self.seeds)
         result.save(Path("result.json"))
-        display(Markdown(showing.markdown(showing.measured(result, self.lang))))
+        for lines in showing.tables(result, self.lang):
+            display(Markdown(showing.markdown(lines)))
         return result
 
     def front(self, result: Result, *metrics: str) -> None:

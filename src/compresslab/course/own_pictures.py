@@ -1,13 +1,15 @@
 """Pictures that a user brings to a lab: small ones in ten classes, such as CIFAR-10's.
 
 a folder or .parquet -> every picture at 32 x 32 pixels, its colours at CIFAR-10's mean and deviation, with the number of its
-class, in an order that is always the same; and networks that read them, by name.
+class, in an order that is always the same, halved where that is enough -> some to test on, some held back, and the rest to learn
+from; and networks that read them, by name.
 """
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -17,6 +19,7 @@ from compresslab import data
 from compresslab.architectures.resnet_cifar import ResNetCifarConfig, ResNetCifarForImageClassification
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
+from compresslab.training import collate
 
 SIDE, CLASSES = 32, 10
 MEAN, DEVIATION = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's colours
@@ -42,6 +45,30 @@ def opened(source: str | None) -> list[Example]:
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
         examples.append({"pixel_values": (pixels.permute(2, 0, 1) / 255 - mean) / deviation, "labels": labels[i]})
     return examples
+
+
+def parts(
+    source: str | None, *, tested: int, held_back: int, side: int = SIDE
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Pictures to test on, some held back and the rest to learn from: always the same.
+
+    Args:
+        side: pixels; 32, or 16 or 8, each then the mean of as many as it stands for.
+    """
+    every = opened(source)
+    if side != SIDE:
+        every = [{**one, "pixel_values": nn.functional.avg_pool2d(one["pixel_values"], SIDE // side)} for one in every]
+    return every[:tested], every[tested : tested + held_back], every[tested + held_back :]
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, examples: Sequence[Example], batch: int = 250) -> float:
+    """Of a network in eval mode, in %."""
+    right = 0
+    for start in range(0, len(examples), batch):
+        part = collate(examples[start : start + batch])
+        right += int((network(pixel_values=part["pixel_values"]).logits.argmax(dim=1) == part["labels"]).sum())
+    return 100 * right / len(examples)
 
 
 def blocks_of(model: str) -> int:

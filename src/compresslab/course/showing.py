@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
+from compresslab.course.beside import Beside
 from compresslab.course.catalogue import Lab, lab
 from compresslab.course.experiment import Result
 from compresslab.peers import registry
@@ -16,11 +17,28 @@ from compresslab.report.pareto import Axis, Point, beats, drawable, plot
 from compresslab.report.plots import number, picture
 
 
+def tables(result: Result, lang: str) -> list[list[list[str]]]:
+    """What was measured, in as many tables as there are kinds of rows: a row is of a kind if all that it was measured by the kind
+    was, or the other way round.
+    """
+    kinds: list[tuple[set[str], list[str]]] = []
+    for row, found in result.rows.items():
+        metrics = set(found)
+        fitting = next((kind for kind in kinds if metrics <= kind[0] or metrics >= kind[0]), None)
+        if fitting is None:
+            kinds.append((metrics, [row]))
+        else:
+            fitting[0].update(metrics)
+            fitting[1].append(row)
+    parts = [dataclasses.replace(result, rows={row: result.rows[row] for row in rows}) for _, rows in kinds]
+    return [measured(part, lang) for part in parts]
+
+
 def measured(result: Result, lang: str) -> list[list[str]]:
     """Head and one line for each row: mean and spread over the seeds of the metric; of several metrics a column each."""
     course = lab(result.lab)
     metrics = list(dict.fromkeys(m for found in result.rows.values() for m in found if m != "bytes"))
-    if len(metrics) > 1:
+    if len(metrics) > 1 or any(metrics[0] not in found for found in result.rows.values()):
         return _many(result, course, metrics, lang)
     (metric,) = metrics
     lines = [[course.say(key, lang) for key in ("row", "mean", "spread")]]
@@ -83,32 +101,45 @@ def papers(result: Result, lang: str) -> list[list[str]]:
     return lines
 
 
-def peers(result: Result, lang: str) -> list[list[str]]:
-    """Head, and each row of ours that others were asked for, followed by theirs; dashes where one failed; else nothing."""
-    if not result.peers:
-        return []
-    course = lab(result.lab)
-    lines = [[course.say(key, lang) for key in ("peer-row", "perplexity", "bytes", "peer-seconds")]]
-
-    def cells(metrics: Mapping[str, Sequence[float]]) -> list[str]:
-        values = metrics["perplexity"]
-        spread = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
-        return [
-            f"{statistics.fmean(values):.4g}{spread}",
-            number(statistics.fmean(metrics["bytes"]), "bytes"),
-        ]
-
+def peers(result: Result, lang: str) -> list[list[list[str]]]:
+    """A table for every set of metrics: head, and each row of ours that others were asked for, followed by theirs."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
     for ours in dict.fromkeys(found.ours for found in result.peers.values()):
-        lines.append(
-            [course.say("peer-ours", lang, row=course.say(f"row-{ours}", lang)), *cells(result.rows[ours]), ""]
-        )
-        for row, found in result.peers.items():
-            if found.ours != ours:
-                continue
-            name = f"{found.peer} {found.versions.get(registry.peer(found.peer).package, '')}".strip()
-            answer = ["-"] * 3 if found.failed else [*cells(found.metrics), f"{statistics.fmean(found.seconds):.0f}"]
-            lines.append([f"  {name}: {course.say(f'peer-{row}', lang)}", *answer])
+        theirs = {row: found for row, found in result.peers.items() if found.ours == ours}
+        said = dict.fromkeys(metric for found in theirs.values() for metric in found.metrics) or result.rows[ours]
+        metrics = tuple(sorted(said, key=lambda metric: metric == "bytes"))  # worth comes before size
+        tables.setdefault(metrics, []).extend(_beside(result, ours, theirs, metrics, lang))
+    course = lab(result.lab)
+    return [
+        [[course.say(key, lang) for key in ("peer-row", *metrics, "peer-seconds")], *lines]
+        for metrics, lines in tables.items()
+    ]
+
+
+def _beside(
+    result: Result, ours: str, theirs: Mapping[str, Beside], metrics: Sequence[str], lang: str
+) -> list[list[str]]:
+    """A row of ours, and those of the peers that did the same job; dashes where one failed."""
+    course = lab(result.lab)
+    own = [_cell(metric, result.rows[ours].get(metric, ())) for metric in metrics]
+    lines = [[course.say("peer-ours", lang, row=course.say(f"row-{ours}", lang)), *own, ""]]
+    for row, found in theirs.items():
+        version = found.versions.get(registry.peer(found.peer).package, "").partition("+")[0]
+        answer = ["-"] * (len(metrics) + 1)
+        if not found.failed:
+            cells = [_cell(metric, found.metrics.get(metric, ())) for metric in metrics]
+            answer = [*cells, f"{statistics.fmean(found.seconds):.0f}"]
+        lines.append([f"  {f'{found.peer} {version}'.strip()}: {course.say(f'peer-{row}', lang)}", *answer])
     return lines
+
+
+def _cell(metric: str, values: Sequence[float]) -> str:
+    """Mean ± spread, unless all are alike; empty for what was not measured."""
+    if not values:
+        return ""
+    if metric == "bytes":
+        return number(statistics.fmean(values), metric)
+    return f"{statistics.fmean(values):.4g}" + (f" ± {statistics.stdev(values):.1g}" if len(set(values)) > 1 else "")
 
 
 def failures(result: Result, lang: str) -> list[str]:

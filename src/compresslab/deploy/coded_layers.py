@@ -10,7 +10,7 @@ Oracle: in torch a network of these layers gives what the opened artifact gives 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -91,8 +91,15 @@ class CodedLayer(nn.Module):
         return nn.functional.linear(x, weight, self.bias)
 
 
-def network(folder: Path) -> nn.Module:
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def network(folder: Path, keep: Callable[[Tensor], Tensor] = _as_it_is) -> nn.Module:
     """An artifact's network in float32, with a CodedLayer in the place of every compressed layer.
+
+    Args:
+        keep: what becomes of a tensor of codes or floats as it is read; the numbers must stay the same.
 
     Raises:
         CompressLabError: if a tensor of the architecture is missing.
@@ -106,12 +113,14 @@ def network(folder: Path) -> nn.Module:
     for name, place in model.state_dict().items():
         if name in names and not (name.startswith(layers) and name.endswith(".weight")):
             tensor = stored.get(name)
-            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+            found[name] = keep(tensor.float()) if tensor.is_floating_point() else tensor
         elif "pooler." in name:  # not saved with many encoders, and of no use without its weights
             found[name] = torch.zeros(place.shape)
     model.load_state_dict(found, strict=False, assign=True)
     for name, weight in read_weights(folder):
-        model.set_submodule(name, CodedLayer(weight, model.get_submodule(name), inputs.get(name)))
+        layer = CodedLayer(weight, model.get_submodule(name), inputs.get(name))
+        layer.codes = keep(layer.codes)
+        model.set_submodule(name, layer)
     models.tie_weights(model)
     missing = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
     if missing:

@@ -11,6 +11,7 @@ Oracle: a graph run elsewhere gives transformers' own outputs and greedy tokens 
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,9 @@ from transformers.cache_utils import DynamicLayer
 
 from compresslab import models
 from compresslab.errors import CompressLabError
+
+# Of about seven traces of the same network torch 2.13 loses a tensor in one and says this; the next trace is right.
+LOST = "fake tensor in the exported program"
 
 
 class CachedDecoder(nn.Module):
@@ -101,15 +105,37 @@ def keeps_all_tokens(config: Any) -> bool:
 def export(wrapped: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
     """The graph of a module that holds the network as `model`. CompressLabError naming the layer that torch cannot trace."""
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # torch's own tree code calls what it has itself deprecated (seen in 2.13).
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            return torch.export.export(wrapped.eval(), inputs, dynamic_shapes=shapes, strict=False)
+        try:
+            return _traced(wrapped, inputs, shapes)
+        except RuntimeError as error:
+            if LOST not in str(error):
+                raise
+            return _traced(wrapped, inputs, shapes)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CompressLabError(
             f"torch.export cannot make a graph of this network; it fails in {_place(wrapped, error)}: {said}"
         ) from error
+
+
+def _traced(wrapped: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch's own tree code calls what it has itself deprecated (seen in 2.13).
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return torch.export.export(wrapped.eval(), inputs, dynamic_shapes=shapes, strict=False)
+
+
+def culprit(graph: torch.fx.Graph, said: str) -> str:
+    """Node and layer of the first operator of a traced graph that a runtime's message names: " (node ...)", or ""."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        operator = str(node.target).rpartition(".")[0] or str(node.target)
+        if re.search(rf"{re.escape(operator)}(?!\w)", said):
+            owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            layer = owners[-1].removeprefix("model.") if owners else ""
+            return f" (node {node.name} of {f'layer {layer}' if layer else 'no single layer'})"
+    return ""
 
 
 def _place(wrapped: nn.Module, error: BaseException) -> str:

@@ -46,7 +46,13 @@ def exporter(name: str) -> Exporter:
 
 
 def export(
-    folder: str | Path, to: str, *, out: str | Path, force: bool = False, options: Mapping[str, Any] | None = None
+    folder: str | Path,
+    to: str,
+    *,
+    out: str | Path,
+    force: bool = False,
+    options: Mapping[str, Any] | None = None,
+    alone: bool = False,
 ) -> Exported:
     """Write a folder in another format.
 
@@ -55,6 +61,7 @@ def export(
         to: one of FORMATS.
         out: the folder to make; must be absent or empty, or hold an earlier export and `force` be given.
         options: settings of this one format; see Exporter.options.
+        alone: this process does nothing else: one that takes other processes for some formats then takes less memory.
 
     Raises:
         CompressLabError: if the runtime's library is not installed (with the command that installs it), or the format cannot
@@ -63,7 +70,7 @@ def export(
     chosen = exporter(to)
     chosen.require()
     chosen.check_options(options or {})
-    given = Given(models.locate(folder), dict(options or {}))
+    given = Given(models.locate(folder), dict(options or {}), alone)
     refused = chosen.refuses(given)
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""

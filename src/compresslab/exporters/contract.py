@@ -41,10 +41,12 @@ class Given:
 
     Attributes:
         options: what the user set for this format, by the names in Exporter.options.
+        alone: whether this process does nothing else, so that a library may run in it that changes it.
     """
 
     folder: Path
     options: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -7,8 +7,9 @@ Source: the operator's definition in onnxruntime (com.microsoft.MatMulNBits).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +109,22 @@ def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     return ((packed[:, :, None] >> shifts) & (2**bits - 1)).reshape(len(packed), -1)
 
 
-def read_blocks(path: Path) -> Iterator[Written]:
-    """Every MatMulNBits of a graph."""
+def read_blocks(path: Path) -> dict[str, Callable[[], Written]]:
+    """Every MatMulNBits of a graph by its name; its tensors are read when it is called."""
     import onnx
-    from onnx import numpy_helper
 
     model = onnx.load(path, load_external_data=False)
     tensors: dict[str, Any] = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        settings = {attribute.name: attribute.i for attribute in node.attribute}
-        arrays = [numpy_helper.to_array(tensors[name], str(path.parent)) for name in node.input[1:4]]
-        yield Written(
-            name=node.name, rows=settings["N"], bits=settings["bits"], block=settings["block_size"],
-            packed=arrays[0], scale=arrays[1], zero_point=arrays[2],
-        )  # fmt: skip
+    nodes = (node for node in model.graph.node if node.op_type == "MatMulNBits")
+    return {node.name: partial(_read, node, tensors, path.parent) for node in nodes}
+
+
+def _read(node: Any, tensors: dict[str, Any], folder: Path) -> Written:
+    from onnx import numpy_helper
+
+    settings = {attribute.name: attribute.i for attribute in node.attribute}
+    arrays = [numpy_helper.to_array(tensors[name], str(folder)) for name in node.input[1:4]]
+    return Written(
+        name=node.name, rows=settings["N"], bits=settings["bits"], block=settings["block_size"],
+        packed=arrays[0], scale=arrays[1], zero_point=arrays[2],
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """onnxruntime-genai: a decoder model with its KV cache as one ONNX graph, weights in MatMulNBits, and genai_config.json.
 
     codes as solved -> a folder in the GPTQ layout (int32 words of 2, 4 or 8 bits, scales in float32)
-      -> onnxruntime-genai's own model builder, in a process of its own -> the graph, its vocabulary a stand-in of few tokens
+      -> onnxruntime-genai's own model builder (onnx_genai_builder.py) -> the graph, its vocabulary a stand-in of few tokens
       -> the real head and embeddings are put in (onnx_genai_head.py: the builder would take a gigabyte for them)
       -> its initialisers are read back and compared with the codes, layer by layer
 
@@ -20,10 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,17 +31,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compresslab import models
 from compresslab.errors import CompressLabError
 from compresslab.exporters import onnx_genai_head
 from compresslab.exporters.contract import Exporter, Given
 from compresslab.exporters.matmul_nbits import Blocks, blocks_of, read_blocks
+from compresslab.exporters.onnx_genai_builder import build
 from compresslab.numerics.grid import Grid, QuantWeight, round_to_nearest
 from compresslab.numerics.packing import pack_int32
 
 # What the builder reads from a quantised folder by these names of layers, and has been tried here.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 HEAD, EMBEDDING, HEAD_BLOCK = "lm_head", "model.embed_tokens.weight", 32
-SECONDS = 1800  # for the builder; SmolLM2-135M takes about 20
 
 
 def _gptq(found: Blocks) -> dict[str, Tensor]:
@@ -94,9 +92,12 @@ class OnnxGenai(Exporter):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".genai-") as scratch:
             source, target = Path(scratch, "gptq"), Path(scratch, "out")
             source.mkdir()
-            head, mixed = self._write_gptq(given, source)
-            _build(source, target, Path(scratch, "cache"), fuse=not mixed)
+            mixed = self._write_gptq(given, source)
+            build(source, target, Path(scratch, "cache"), fuse=not mixed, here=given.alone)
+            head = _head(given)
             onnx_genai_head.put_(target, head)
+            rounded = head.rounded
+            del head
             for path in sorted(target.iterdir()):
                 path.rename(folder / path.name)
         for path in given.companions():
@@ -108,7 +109,7 @@ class OnnxGenai(Exporter):
         notes = [
             "inputs of MatMulNBits are rounded to int8, block by block, as it runs (accuracy_level 4): fast, and not exact"
         ]
-        if head.rounded:
+        if rounded:
             tied = "; the embeddings are looked up in the same codes" if _is_tied(given) else ""
             notes.insert(
                 0, f"the head was in float: rounded to {_head_bits(given)} bits in blocks of {HEAD_BLOCK}{tied}"
@@ -119,25 +120,24 @@ class OnnxGenai(Exporter):
             notes.append("the artifact's own rounding of inputs is left out: MatMulNBits has one of its own")
         return notes
 
-    def _write_gptq(self, given: Given, folder: Path) -> tuple[onnx_genai_head.Head, bool]:
-        """A folder the builder reads, its vocabulary a stand-in; the real head; whether layers differ in grid."""
+    def _write_gptq(self, given: Given, folder: Path) -> bool:
+        """A folder the builder reads, its vocabulary a stand-in; whether layers differ in grid."""
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
-        head: Blocks | None = None
         for name, weight in given.weights():
             found = blocks_of(weight)
             shapes[name] = (found.bits, found.block)
             if name == HEAD:
-                head, found = found, onnx_genai_head.first_rows(found)
+                found = onnx_genai_head.first_rows(found)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _gptq(found).items()}
-        rounds = head is None
-        outside = {name: tensor for name, tensor in given.floats() if name in (EMBEDDING, f"{HEAD}.weight")}
-        tensors |= {name: tensor for name, tensor in given.floats() if name not in outside}
-        if head is None:
-            head = rounded_head(outside.get(f"{HEAD}.weight", outside[EMBEDDING]), _head_bits(given))
-            tensors |= {f"{HEAD}.{suffix}": x for suffix, x in _gptq(onnx_genai_head.first_rows(head)).items()}
+        for name, tensor in given.floats():
+            is_outside = name in (EMBEDDING, f"{HEAD}.weight")
+            tensors[name] = tensor[: onnx_genai_head.ROWS].clone() if is_outside else tensor
+        if HEAD not in shapes:
+            own = tensors.pop(f"{HEAD}.weight", tensors[EMBEDDING])
+            head = onnx_genai_head.first_rows(rounded_head(own, _head_bits(given)))
+            tensors |= {f"{HEAD}.{suffix}": x for suffix, x in _gptq(head).items()}
             shapes[HEAD] = (head.bits, head.block)
-        tensors[EMBEDDING] = outside[EMBEDDING][: onnx_genai_head.ROWS].clone()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         bits, block = max(set(shapes.values()), key=list(shapes.values()).count)
         others = {
@@ -152,8 +152,15 @@ class OnnxGenai(Exporter):
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         for path in given.companions():
             shutil.copyfile(path, folder / path.name)
-        real = onnx_genai_head.Head(blocks=head, embedding=outside[EMBEDDING], rounded=rounds)
-        return real, any(HEAD not in pattern for pattern in others)
+        return any(HEAD not in pattern for pattern in others)
+
+
+def _head(given: Given) -> onnx_genai_head.Head:
+    """The real head and embeddings; read when the builder is done, so that they are not held while it works."""
+    outside = {name: tensor for name, tensor in given.floats() if name in (EMBEDDING, f"{HEAD}.weight")}
+    own = next((blocks_of(weight) for name, weight in given.weights() if name == HEAD), None)
+    blocks = own or rounded_head(outside.get(f"{HEAD}.weight", outside[EMBEDDING]), _head_bits(given))
+    return onnx_genai_head.Head(blocks=blocks, embedding=outside[EMBEDDING], rounded=own is None)
 
 
 def _head_bits(given: Given) -> int:
@@ -194,32 +201,6 @@ def _is_tied(given: Given) -> bool:
     return bool(given.config.get("tie_word_embeddings"))
 
 
-def _build(source: Path, target: Path, cache: Path, *, fuse: bool) -> None:
-    """Run the builder. It changes sys.path, prints and reads whole files: all that stays in a process of its own.
-
-    Args:
-        fuse: make one product of queries, keys and values, which must then be on one grid.
-    """
-    command = [
-        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(target), "-p", "int4",
-        "-e", "cpu", "-c", str(cache), "--extra_options", "accuracy_level=4", "hf_token=false",
-        f"fuse_qkv={str(fuse).lower()}",
-    ]  # fmt: skip
-    # The builder multiplies every layer out and packs it again; pieces of that go back to the system at once, or never.
-    surroundings = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise CompressLabError(f"onnxruntime-genai's builder has not ended within {SECONDS} s") from error
-    if done.returncode or not (target / "model.onnx").exists():
-        last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or ["no message"]
-        raise CompressLabError(f"onnxruntime-genai's builder failed: {last[0]}")
-
-
 def _shape_scales_(path: Path) -> None:
     """Give scales and zero points two dimensions: the builder writes one, which embeddings that share them do not accept."""
     import onnx
@@ -241,24 +222,23 @@ def _shape_scales_(path: Path) -> None:
 
 def _check(given: Given, path: Path) -> None:
     """CompressLabError if a layer's codes, scales or zero points in the graph are not the artifact's."""
-    found = {node.name: node for node in read_blocks(path)}
-    done: dict[str, int] = {}  # rows of a node that have been compared
-    for name, weight in sorted(given.weights(), key=lambda pair: _order(pair[0])):
+    found, skeleton = read_blocks(path), given.skeleton()
+    for name, weight in given.weights():
         node = next((node for node in _node_names(name) if node in found), None)
         if node is None:
             raise CompressLabError(
                 f"{path} has no MatMulNBits for layer {name}: this builder names its nodes otherwise"
             )
-        first = done.get(node, 0)
-        done[node] = first + len(weight.codes)
-        if not found[node].holds(blocks_of(weight), first):
+        before = _before(name) if node.endswith("/qkv_proj/MatMulNBits") else []
+        first = sum(models.matrix_shape(skeleton.get_submodule(other))[0] for other in before)
+        if not found[node]().holds(blocks_of(weight), first):
             raise CompressLabError(f"{path}: the codes of layer {name} are not the artifact's: report this")
 
 
-def _order(layer: str) -> tuple[str, int]:
-    """Layers that share a node in the order of its rows."""
+def _before(layer: str) -> list[str]:
+    """The layers whose rows come first in a node of queries, keys and values."""
     owner, _, leaf = layer.rpartition(".")
-    return owner, "qkv".find(leaf[0])
+    return [f"{owner}.{kind}_proj" for kind in "qkv"[: "qkv".index(leaf[0])]]
 
 
 def _node_names(layer: str) -> list[str]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import models
+from compresslab.deploy import graphs
 from compresslab.deploy.native import read_inputs
 from compresslab.edits import Edit, apply_
 from compresslab.errors import CompressLabError
@@ -164,7 +165,9 @@ def _exported(model: nn.Module, example: tuple[Tensor, ...], names: list[str], o
                 dynamic_shapes=shapes, optimize=True, verbose=False,
             )  # fmt: skip
     except Exception as error:
-        raise CompressLabError(f"torch.onnx cannot export the model: {_first_line(error)}") from error
+        said = _first_line(error)
+        where = graphs.culprit(graphs.export(model, example, shapes).graph, said)
+        raise CompressLabError(f"torch.onnx cannot export the model: {said}{where}") from error
     assert program is not None
     return program.model_proto
 

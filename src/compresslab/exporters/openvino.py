@@ -29,6 +29,7 @@ from compresslab import models
 from compresslab.deploy import coded_layers, graphs
 from compresslab.errors import CompressLabError
 from compresslab.exporters.contract import Exporter, Given
+from compresslab.exporters.paged import Pages, give_back
 
 MODEL = "openvino_model.xml"
 
@@ -64,21 +65,24 @@ class OpenVINO(Exporter):
 
     def write(self, given: Given, folder: Path) -> Sequence[str]:
         ov = library()
-        network = coded_layers.network(given.folder) if given.is_compressed else given.model()
+        pages = Pages(folder)
+        network = coded_layers.network(given.folder, pages.keep) if given.is_compressed else given.model()
         is_decoder = models.is_language_model(network)
         inputs = [name for name, _ in graphs.inputs_of(network)]
         program = graphs.decoder(network) if is_decoder else graphs.forward(network)
         del network
+        outputs = [] if is_decoder else list(program.call_spec.out_spec.context)
+        give_back()
         converted, readers = _converted(ov, program)
-        _narrow_codes_(ov, converted, readers, given)
+        del program
+        give_back()
+        _narrow_codes_(ov, converted, readers, given, pages)
         if is_decoder:
             _make_stateful_(ov, converted)
         else:
-            outputs = list(program.call_spec.out_spec.context)
             for port, name in zip([*converted.inputs, *converted.outputs], [*inputs, *outputs], strict=True):
                 port.get_tensor().set_names({name})
-        del program
-        _store_in_halves_(ov, converted)
+        _store_in_halves_(ov, converted, pages)
         ov.save_model(converted, folder / MODEL, compress_to_fp16=False)
         config = {key: value for key, value in given.config.items() if key != "quantization_config"}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -119,7 +123,8 @@ def _converted(ov: Any, program: torch.export.ExportedProgram) -> tuple[Any, dic
     finally:
         quiet.setLevel(level)
     lines = [line.strip() for line in str(error).splitlines() if "aten" in line or "perator" in line]
-    raise CompressLabError(f"OpenVINO cannot convert this network: {(lines or [str(error)])[0]}") from error
+    where = graphs.culprit(program.graph, str(error))
+    raise CompressLabError(f"OpenVINO cannot convert this network: {(lines or [str(error)])[0]}{where}") from error
 
 
 def _decoders(program: torch.export.ExportedProgram) -> Iterator[Any]:
@@ -174,7 +179,7 @@ def _fake_quantize(ov: Any) -> Any:
     return ConversionExtension("compresslab.fake_quantize.default", convert)
 
 
-def _narrow_codes_(ov: Any, model: Any, readers: dict[str, str], given: Given) -> None:
+def _narrow_codes_(ov: Any, model: Any, readers: dict[str, str], given: Given, pages: Pages) -> None:
     """Give every constant of codes its layer's name, and one of up to 4 bits a type of 4 bits."""
     grids, left = given.grids, {f"{layer}.codes" for layer in given.grids}
     for node in model.get_ordered_ops():
@@ -189,6 +194,7 @@ def _narrow_codes_(ov: Any, model: Any, readers: dict[str, str], given: Given) -
             narrow = ov.opset13.constant(values, dtype=kind)
             node.input(0).replace_source_output(narrow.output(0))
             constant = narrow
+            pages.forget()
         constant.set_friendly_name(name)
         left.discard(name)
     if left:
@@ -231,7 +237,7 @@ def _make_stateful_(ov: Any, model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _store_in_halves_(ov: Any, model: Any) -> None:
+def _store_in_halves_(ov: Any, model: Any, pages: Pages) -> None:
     """Store float constants that 16 bits hold exactly in them, with the Convert that OpenVINO's compression writes.
 
     bfloat16 weights and scales are exact in float16 between 6e-5 and 65504; what is not stays as it is.
@@ -240,7 +246,7 @@ def _store_in_halves_(ov: Any, model: Any) -> None:
         if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
             continue
         values = np.asarray(node.data)
-        half = _halves(values)
+        half = _halves(values, pages)
         if half is None:
             continue
         small = ov.opset13.constant(half)
@@ -252,7 +258,7 @@ def _store_in_halves_(ov: Any, model: Any) -> None:
             user.replace_source_output(wide.output(0))
 
 
-def _halves(values: np.ndarray) -> np.ndarray | None:
+def _halves(values: np.ndarray, pages: Pages) -> np.ndarray | None:
     """The same numbers in float16, some rows at a time; None if they are few, or one of them is not there in float16."""
     if values.size < 16:
         return None
@@ -263,6 +269,7 @@ def _halves(values: np.ndarray) -> np.ndarray | None:
             half[start : start + 4096] = part
             if not np.array_equal(half[start : start + 4096].astype(np.float32), part):
                 return None
+            pages.forget()
     return half
 
 

@@ -161,7 +161,7 @@ def _run_streamed(job: Job) -> Result:
 
     differing = _differing(job) if job.weights_sha256 else ()
     said = ", ".join(filter(None, (job.source, "read block by block")))
-    asked = job.windows is not None or job.images is not None or job.examples is not None
+    asked = any((job.windows, job.images, job.examples, job.written))
     found = quality.ask(job.model_copy(update={"source": said}), streamed.load(job.folder)) if asked else []
     return Result(
         measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)

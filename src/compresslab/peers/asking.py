@@ -1,8 +1,8 @@
 """Asking a peer: its script in its environment, a job as JSON in, its answer as JSON out, and proof that both sides did the same.
 
-Job -> `python run_NAME.py JOB.json ANSWER.json` -> Answer. The script says which bytes it read (their hashes) and how many
-tokens it predicted; an answer about other bytes is an error, not a row. Its files are described in scripts/peer_job.py,
-which the scripts share.
+Job -> `python run_NAME.py JOB.json ANSWER.json` -> Answer. The script says which bytes it read (their hashes) and what the
+network was worth before it touched it; an answer about other bytes is an error, not a row. What is in the files is up to the
+lab that hands them over (course/beside.py) and to the scripts, which share scripts/peer_job.py.
 """
 
 from __future__ import annotations
@@ -30,17 +30,15 @@ class Job:
     """What a peer is to do.
 
     Attributes:
-        model: a causal LM's folder, as transformers opens it.
-        calibration: safetensors file with "input_ids", int64 [samples, length].
-        test: the same for what it is measured on; None for compressing alone.
+        networks: folders that transformers opens, by what they are to the job; "model" is the one to compress.
+        data: safetensors files, by what they are to the job, such as "calibration", "train" or "test".
         out: an empty or absent folder for what it writes.
         settings: bits and such, as its script knows them.
     """
 
-    model: Path
-    calibration: Path
+    networks: dict[str, Path]
+    data: dict[str, Path]
     out: Path
-    test: Path | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     threads: int = 1
@@ -51,10 +49,9 @@ class Answer:
     """What a peer says.
 
     Attributes:
-        sha256: "calibration" and perhaps "test" -> hash of the file that it read.
-        tokens: how many it predicted; 0 without a test.
-        float_loss, loss: summed negative log-likelihood before and after, in nats; None without a test.
-        nbytes: of the files of weights that it wrote.
+        sha256: name of a file of data -> hash of what it read.
+        before: metric -> what it measured on the network as it was handed over.
+        after: metric -> what it measured on what it made of it; "bytes" are those of the files of weights that it wrote.
         versions: of the packages that mattered.
         seconds: for each of its parts, by name; "total" is its whole process.
         peak_rss_bytes: the largest resident memory of its process.
@@ -62,10 +59,8 @@ class Answer:
     """
 
     sha256: dict[str, str]
-    tokens: int
-    float_loss: float | None
-    loss: float | None
-    nbytes: int
+    before: dict[str, float]
+    after: dict[str, float]
     versions: dict[str, str]
     seconds: dict[str, float]
     peak_rss_bytes: int
@@ -86,7 +81,7 @@ def ask(peer: Peer, job: Job, *, time_limit: float = TIME_LIMIT) -> Answer:
         started = time.perf_counter()
         try:
             done = subprocess.run(
-                command, env=_surroundings(job), cwd=scratch, capture_output=True, text=True, errors="replace",
+                command, env=_surroundings(job, Path(scratch)), cwd=scratch, capture_output=True, text=True, errors="replace",
                 timeout=time_limit, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -104,16 +99,16 @@ def ask(peer: Peer, job: Job, *, time_limit: float = TIME_LIMIT) -> Answer:
     return found
 
 
-def _surroundings(job: Job) -> dict[str, str]:
-    """Its process sees nothing of ours, and no hub: model and data are handed to it."""
+def _surroundings(job: Job, scratch: Path) -> dict[str, str]:
+    """Its process sees nothing of ours, and no hub: networks and data are handed to it. Code of networks is copied to scratch."""
     own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return own | offline | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job.threads)}
+    alone = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job.threads)}
+    return own | offline | alone | {"HF_MODULES_CACHE": str(scratch / "modules")}
 
 
 def _hold_against(peer: Peer, job: Job, found: Answer) -> None:
-    given = {"calibration": job.calibration} | ({} if job.test is None else {"test": job.test})
-    for what, path in given.items():
+    for what, path in job.data.items():
         wanted, read = file_sha256(path), found.sha256.get(what)
         if read != wanted:
             raise CompressLabError(

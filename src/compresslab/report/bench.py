@@ -11,6 +11,7 @@ from compresslab.report.pieces import terminal_table
 from compresslab.report.plots import human, number, plain
 from compresslab.report.schema import Measurement
 
+_Line = tuple[int, float, str, str, dict[str, Measurement]]  # threads, p50, runtime, folder, what was measured
 _TIMED = {"prefill_ms": "prefill", "decode_ms_per_token": "decode, per token", "forward_ms": "forward"}
 Row = tuple[str, str, int, Sequence[Measurement]]  # runtime, folder, threads, what was measured
 
@@ -37,6 +38,21 @@ def to_terminal(rows: Iterable[Row]) -> RenderableType:
             table.add_row(*map(Text, (runtime, plain(folder), str(threads), *times, memory, *rate)))
         said = lines[0][4][name]
         how = f"{label} in ms, n = {said.n}, {said.conditions.partition(', ' + lines[0][2])[0]}"
-        parts += [Text(plain(how), style="bold"), table, Text()]
+        parts += [Text(plain(how), style="bold"), table, *map(Text, _verdicts(lines)), Text()]
     devices = {m.device.rpartition(",")[0] for *_, measured in rows for m in measured}
     return Group(*parts, Text(plain("; ".join(sorted(devices))), style="dim"))
+
+
+def _verdicts(lines: Sequence[_Line]) -> list[str]:
+    """For each number of threads the fastest runtime, and how much longer the others take."""
+    said = []
+    for threads in sorted({line[0] for line in lines}):
+        (_, least, best, folder, _), *others = sorted(
+            (line for line in lines if line[0] == threads), key=lambda line: line[1]
+        )
+        rest = ", ".join(
+            f"{runtime} ({plain(name)}) takes {ms / least:.3g} times" for _, ms, runtime, name, _ in others
+        )
+        if rest:
+            said.append(f"{threads} threads: {best} ({plain(folder)}) is the fastest; {rest} as long")
+    return said

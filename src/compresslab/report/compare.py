@@ -34,6 +34,7 @@ QUALITIES = {
     "sentence_similarity_spearman": True, "word_similarity_spearman": True, "rougeL": True, "bleu": True,
     "embedding_cosine": True, "top1_agreement": True,
 }  # fmt: skip
+NOTHING = "quality"  # the name of what no run has measured
 _LOWER = re.compile(r"perplexity|^kl|divergence|loss|error|flips")
 # Cost -> (the first of these that a run has, unit, label, whether the device matters).
 COSTS: dict[str, tuple[tuple[str, ...], str, str, bool]] = {
@@ -178,7 +179,7 @@ def _runs(reports: Sequence[Report]) -> list[Run]:
 def _quality(runs: Sequence[Run], wanted: str | None) -> str:
     names = dict.fromkeys(name for run in runs for name, m in run.values.items() if m.unit == "1")
     if wanted is None:
-        return next((name for name in QUALITIES if name in names), "perplexity")
+        return next((name for name in QUALITIES if name in names), NOTHING)
     if wanted not in names:
         there = ", ".join(names) or "none: compress without --no-measure"
         raise CompressLabError(f"no run has a measurement '{wanted}': there are {there}")
@@ -236,7 +237,8 @@ def _pick(front: Front, runs: Sequence[Run], axis: Axis, target: float) -> str:
         return f"No run takes at most {target:g} ms: {least}.{out}"
     sign = -1 if axis.higher_is_better else 1
     best = min(within, key=lambda p: (sign * p.quality, p.cost))
-    why = f"{axis.label} {human(best.quality, '1')}, the best of the {len(within)} of {len(alike)} runs within it"
+    rank = "the only one" if len(within) == 1 else f"the best of the {len(within)}"
+    why = f"{axis.label} {human(best.quality, '1')}, {rank} of {len(alike)} runs within it"
     better = [p for p in alike if sign * p.quality < sign * best.quality]
     slower = "".join(
         f"; {by_run[p.run]} has {human(p.quality, '1')} and takes {human(p.cost, 'ms')}"

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from compresslab.errors import CompressLabError
 from compresslab.serving.generation import generate
-from compresslab.serving.opening import open_runtime
+from compresslab.serving.opening import open_runtime, reason
 from compresslab.serving.runtime import Runtime, Sampling
 
 HELP = "/reset  forget the conversation\n/exit   leave (also Ctrl-D)\n/help   this\nCtrl-C ends an answer\n"
@@ -95,7 +95,8 @@ def chat(folder: Path, *, runtime: str = "auto", sampling: Sampling) -> None:
     opened = open_runtime(folder, runtime)
     talk = Chat(opened, sampling, sys.stdout, sys.stderr)
     if sys.stdin.isatty():
-        sys.stderr.write(f"{folder.resolve().name} on {opened.name}, {opened.context_length} tokens of context\n{HELP}")
+        sys.stderr.write(f"{folder.resolve().name} on {opened.name}, {opened.context_length} tokens of context\n")
+        sys.stderr.write(f"{opened.name}: {reason(folder, opened.name)}\n{HELP}")
     for line in _lines(sys.stdin):
         if not talk.take(line):
             break

@@ -1,4 +1,8 @@
-"""One function that picks the runtime by what lies in a folder, or by name."""
+"""The runtime of a folder: picked by what lies in it, or by name; and why.
+
+A folder holds one kind of model. Where that is an artifact, torch's packed kernels are the only ones that need no export, and
+onnxruntime-genai decoded faster where both were timed (results/decoding-smollm2.json): `reason` says so; ask `bench` for others.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,22 @@ def open_runtime(folder: Path, name: str = "auto") -> Runtime:
     from compresslab.serving.torch_runtime import TorchRuntime
 
     return TorchRuntime(folder, packed=chosen == "packed")
+
+
+def reason(folder: Path, name: str) -> str:
+    """Why a runtime is the one for what lies in a folder, and what would be faster."""
+    if name not in ("packed", "torch"):
+        return f"the folder holds {RUNTIMES[name].reads}"
+    if RUNTIMES["packed"].file(folder) is None:
+        return "a model in float, multiplied as it is"
+    from compresslab.serving.torch_runtime import can_pack
+
+    faster = f"ONNX Runtime decoded SmolLM2 faster: compresslab export {folder} --to onnx-genai --out DIR"
+    if name == "packed":
+        return f"int4 and int8 layers stay packed in memory; {faster}"
+    if can_pack(folder):
+        return f"weights are multiplied out; --runtime packed keeps them packed, and {faster}"
+    return f"weights are multiplied out, as no layer has a packed kernel that is fast on this CPU; {faster}"
 
 
 def pick(folder: Path) -> str:

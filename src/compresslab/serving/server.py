@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compresslab.errors import CompressLabError
-from compresslab.serving.opening import open_runtime
+from compresslab.serving.opening import open_runtime, reason
 
 if TYPE_CHECKING:
     import uvicorn
@@ -45,6 +45,7 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         say(f"{service.name} on {opened.name}, {opened.context_length} tokens of context: "
             f"http://{shown}:{listening.getsockname()[1]}/v1 (Ctrl-C ends)")  # fmt: skip
+        say(f"{opened.name}: {reason(folder, opened.name)}")
         if not is_loopback(host):
             say(f"warning: {host} can be reached from other machines, and there is no password")
         try:

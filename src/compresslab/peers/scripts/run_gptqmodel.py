@@ -2,7 +2,7 @@
 
 settings: "bits", "group_size" (null for one scale per output channel), "symmetric". All else is left at its defaults, but
 for its order of columns by group ("act_group_aware"), which needs groups. The calibration windows are handed over as token
-ids. The loss is that of the folder it wrote, opened again by its own CPU kernels, which work in 16 bits.
+ids. The perplexity is that of the folder it wrote, opened again by its own CPU kernels, which work in 16 bits.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # its loader wants two; on two cores 
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-from peer_job import PeerJob, logits_of
+from peer_job import TextJob
 
 
 def main() -> None:
-    job = PeerJob("gptqmodel", "torch", "transformers")
+    job = TextJob("gptqmodel", "torch", "transformers")
     settings = job.settings
-    if job.test is not None:
-        job.open()
+    job.open()
     group = settings["group_size"] or -1
     config = QuantizeConfig(
         bits=settings["bits"], group_size=group, sym=settings["symmetric"], act_group_aware=group > 0, device="cpu"
@@ -29,10 +28,9 @@ def main() -> None:
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in job.calibration]
     job.timed("quantize", lambda: model.quantize(rows, batch_size=8))
     model.save(str(job.out))
-    if job.test is not None:
-        again = GPTQModel.load(str(job.out), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
-        job.loss = job.loss_of(logits_of(again.model.eval()))
-        job.notes.append("measured on its checkpoint, opened again in 16 bits")
+    again = GPTQModel.load(str(job.out), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    job.measure(again.model.eval())
+    job.notes.append("measured on its checkpoint, opened again in 16 bits")
     job.answer(sorted(job.out.rglob("*.safetensors")))
 
 

@@ -1,7 +1,7 @@
 """vLLM's llm-compressor, GPTQ: a peer of Lab 3.3, and the benchmarks' peer for `w4a16-gptq`.
 
 settings: "bits", "group_size" (null for one scale per output channel), "symmetric". Every Linear but lm_head is rounded;
-all else is left at llm-compressor's defaults. The loss is that of the checkpoint it wrote, opened again by transformers.
+all else is left at llm-compressor's defaults. The perplexity is that of the checkpoint it wrote, opened again by transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from peer_job import PeerJob, logits_of
+from peer_job import TextJob
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -24,7 +24,7 @@ def weights_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    job = PeerJob("llmcompressor", "compressed-tensors", "torch", "transformers", "datasets", "safetensors", "numpy")
+    job = TextJob("llmcompressor", "compressed-tensors", "torch", "transformers", "datasets", "safetensors", "numpy")
     ids = job.calibration
     model, tokenizer = job.open("auto"), AutoTokenizer.from_pretrained(job.model)
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
@@ -44,10 +44,9 @@ def main() -> None:
     # Without this line plain transformers cannot open an asymmetric pack-quantized folder (compressed-tensors 0.20).
     config["quantization_config"]["dequantize"] = True
     path.write_text(json.dumps(config), encoding="utf-8")
-    if job.test is not None:
-        again = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32).eval()
-        job.loss = job.loss_of(logits_of(again))
-        job.notes.append("measured on its checkpoint, opened again")
+    again = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32).eval()
+    job.measure(again)
+    job.notes.append("measured on its checkpoint, opened again")
     job.answer(sorted(job.out.rglob("*.safetensors")))
 
 

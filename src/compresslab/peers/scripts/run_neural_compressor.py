@@ -2,7 +2,7 @@
 
 settings: "bits", "group_size" (null for one scale per output channel), "symmetric". Its int8 path for inputs traces the
 whole program and its CPU backend for it (IPEX) is deprecated, so the row that is held beside ours is that of weights alone.
-Every Linear but lm_head is rounded. The loss is that of the network it returns, whose layers unpack their codes; the bytes
+Every Linear but lm_head is rounded. The perplexity is that of the network it returns, whose layers unpack their codes; the bytes
 are those of its state.
 """
 
@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import torch
 from neural_compressor.torch.quantization import RTNConfig, convert, prepare
-from peer_job import PeerJob, logits_of
+from peer_job import TextJob
 
 
 def main() -> None:
-    job = PeerJob("neural-compressor", "torch", "transformers")
+    job = TextJob("neural-compressor", "torch", "transformers")
     model, settings = job.open(), job.settings
     config = RTNConfig(
         bits=settings["bits"], use_sym=settings["symmetric"], group_size=settings["group_size"] or -1, use_layer_wise=False,
         quant_lm_head=False,
     )  # fmt: skip
     rounded = job.timed("quantize", lambda: convert(prepare(model, config)))
-    if job.test is not None:
-        job.loss = job.loss_of(logits_of(rounded.eval()))
+    job.measure(rounded.eval())
     path = job.out / "weights.pt"
     torch.save(rounded.state_dict(), path)
     job.answer([path])

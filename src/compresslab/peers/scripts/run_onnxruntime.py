@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 import torch
 from onnxruntime import quantization
-from peer_job import PeerJob
+from peer_job import TextJob
 from torch import Tensor, nn
 
 CALIBRATORS = {
@@ -46,7 +46,7 @@ class Windows(quantization.CalibrationDataReader):
         return None if batch is None else {"input_ids": batch.numpy()}
 
 
-def exported(job: PeerJob, path: Path) -> None:
+def exported(job: TextJob, path: Path) -> None:
     free = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("tokens", min=2, max=256)}
     program = torch.onnx.export(
         Logits(job.open()), (job.calibration[:2],), input_names=["input_ids"], output_names=["logits"], dynamo=True,
@@ -65,7 +65,7 @@ def left_alone(path: Path) -> list[str]:
 
 
 def main() -> None:
-    job = PeerJob("onnxruntime", "onnx", "torch", "transformers")
+    job = TextJob("onnxruntime", "onnx", "torch", "transformers")
     plain, ready, small = (job.out / f"{name}.onnx" for name in ("plain", "ready", "small"))
     job.timed("export", lambda: exported(job, plain))
     quantization.quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
@@ -87,8 +87,9 @@ def main() -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(small), options, providers=["CPUExecutionProvider"])
-    if job.test is not None:
-        job.loss = job.loss_of(lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0]))
+    job.after["perplexity"] = job.perplexity(
+        lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
+    )
     kinds = [node.op_type for node in onnx.load(str(small)).graph.node]
     count = kinds.count("MatMulInteger") if job.settings["mode"] == "dynamic" else kinds.count("QuantizeLinear")
     if not count:

@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 import torch
-from peer_job import PeerJob, logits_of
+from peer_job import TextJob
 from torch import nn
 from torchao.quantization import IntxWeightOnlyConfig, PerAxis, quantize_
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -27,7 +27,7 @@ def in_blocks(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and "lm_head" not in name
 
 
-def train_(model: Any, job: PeerJob) -> None:
+def train_(model: Any, job: TextJob) -> None:
     settings, generator = job.settings, torch.Generator().manual_seed(job.seed)
     steps, warmup = settings["steps"], math.ceil(settings["warmup"] * settings["steps"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
@@ -48,7 +48,7 @@ def train_(model: Any, job: PeerJob) -> None:
 
 
 def main() -> None:
-    job = PeerJob("torchao", "torch", "transformers")
+    job = TextJob("torchao", "torch", "transformers")
     model, bits = job.open(), job.settings["bits"]
     weights = IntxFakeQuantizeConfig(DTYPES[bits], granularity="per_channel", is_symmetric=True)
     inputs = IntxFakeQuantizeConfig(DTYPES[bits], "per_token", is_symmetric=False) if job.settings["inputs"] else None
@@ -61,8 +61,7 @@ def main() -> None:
     for name, quantizer in kept.items():
         if quantizer is not None:
             model.get_submodule(name).register_forward_pre_hook(lambda _, args, rounded=quantizer: (rounded(args[0]),))
-    if job.test is not None:
-        job.loss = job.loss_of(logits_of(model))
+    job.measure(model)
     path = job.out / "weights.pt"
     torch.save(model.state_dict(), path)
     if inputs is not None:

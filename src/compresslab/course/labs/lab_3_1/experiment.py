@@ -57,8 +57,10 @@ def measure(settings: Settings | Deployed, seed: int, say: Callable[[str], None]
     return trials.rows
 
 
-def peers(settings: Settings) -> list[Asked]:
+def peers(settings: Settings | Deployed) -> list[Asked]:
     """ONNX Runtime's quantiser with inputs in 8 bits, and Neural Compressor's rounding of weights alone."""
+    if isinstance(settings, Deployed):
+        return []
     asked = [Asked(row="onnxruntime-dynamic", peer="onnxruntime", ours="dynamic-8", settings={"mode": "dynamic"})]
     for calibrator in ("minmax", "percentile", "entropy"):
         told = {"mode": "static", "calibrator": calibrator}

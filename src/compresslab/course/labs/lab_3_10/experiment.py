@@ -19,14 +19,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from compresslab import models
 from compresslab.contract import FeatureLoss, LogitLoss
-from compresslab.course import in_memory
+from compresslab.course import beside, in_memory
+from compresslab.course.beside import Asked, Handed
 from compresslab.course.labs.lab_3_10 import pretrained
 from compresslab.course.labs.lab_3_10.controls import ShuffledHints
-from compresslab.course.trials import TextSettings, Trials, opened
+from compresslab.course.trials import TextSettings, Trials, material, opened
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.hints import Hints
 from compresslab.distill.soft_labels import SoftLabels
@@ -63,17 +65,10 @@ def measure(settings: Any, seed: int, say: Callable[[str], None]) -> dict[str, d
         return pretrained.measure(settings, seed, say)
     trials = Trials(settings, seed, say)
     teacher = opened(trials.model).float()
-    student, _ = student_of(models.find(trials.model), Shape(layers=settings.layers, take="skip"))
+    student = _student(trials.model, settings)
     untaught = models.materialise(student)
     rows = {"teacher": trials.rows["float"], "untaught": trials.row(untaught, in_memory.float_bytes(untaught))}
-    training = Training(
-        steps=settings.steps,
-        batch=settings.batch,
-        learning_rate=settings.learning_rate,
-        checks=1,
-        held_back=0.05,
-        warmup=0.1,
-    )
+    training = _training(settings)
     fresh, _ = student_of(models.find(trials.model), Shape(layers=settings.layers, fresh=True, seed=FRESH + seed))
     for name, losses in taught_by(settings, len(models.blocks(teacher)), seed).items():
         say(f"seed {seed}: {name}")
@@ -81,6 +76,33 @@ def measure(settings: Any, seed: int, say: Callable[[str], None]) -> dict[str, d
         network = in_memory.taught(start, teacher, losses, trials.windows, training, seed=seed)
         rows[name] = trials.row(network, in_memory.float_bytes(network))
     return rows
+
+
+def peers(settings: Any) -> list[Asked]:
+    """TRL, whose student is taught by logits alone, as long and as fast as ours and on the same windows."""
+    if isinstance(settings, pretrained.Settings):
+        return []
+    told = beside.told_to_train(_training(settings))
+    return [Asked(row="trl", peer="trl", ours="logits", settings=told, hand=handed, whole="untaught")]
+
+
+def handed(settings: Settings, seed: int, folder: Path) -> Handed:
+    """The student as it begins, its teacher, and the windows that are not held back."""
+    teacher, windows, test = material(settings, seed)
+    student = models.materialise(_student(teacher, settings))
+    return beside.lesson(student, teacher, _training(settings), windows, test, seed, folder)
+
+
+def _student(teacher: Any, settings: Settings) -> models.Source:
+    """Of the last block of each run of the teacher's."""
+    return student_of(models.find(teacher), Shape(layers=settings.layers, take="skip"))[0]
+
+
+def _training(settings: Settings) -> Training:
+    return Training(
+        steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, checks=1, held_back=0.05,
+        warmup=0.1,
+    )  # fmt: skip
 
 
 def taught_by(settings: Settings, blocks: int, seed: int) -> dict[str, Losses]:

@@ -105,16 +105,16 @@ SETTINGS: dict[str, Settings] = {
 def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
     if not isinstance(settings, OnPictures):
-        return peers(settings, seed, say)
+        return students(settings, seed, say)
     rows: Rows = {}
     if "peers" in settings.parts and settings.pictures is not None:
-        rows |= peers(settings, seed, say)
+        rows |= students(settings, seed, say)
     if "encoder" in settings.parts:
         rows |= exits.measure(settings.encoder, seed, say)
     return rows
 
 
-def peers(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
+def students(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of networks on pictures."""
     school = School(settings, seed)
     labels, soft = school.train.labels, settings.soft

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from compresslab.course import in_memory
+from compresslab.course import beside, in_memory
 from compresslab.course.beside import Asked
 from compresslab.course.trials import TextSettings, Trials
 from compresslab.recipe import Training
@@ -71,7 +71,7 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[s
 def peers(settings: Settings) -> list[Asked]:
     """torchao, as long and as fast as ours, on the same windows."""
     training = _training(settings)
-    told = {name: getattr(training, name) for name in ("steps", "batch", "learning_rate", "warmup", "max_grad_norm")}
+    told = beside.told_to_train(training)
     return [
         Asked(
             row=f"torchao-{bits}", peer="torchao", ours=f"ste-{bits}",

@@ -7,6 +7,8 @@ in each layer, shuffled within layers, and drawn by lot; all trained on for as m
 a language model, calibration windows of a seed -> zeros by size, by size and input norm (Wanda), with an update of what is left
 (SparseGPT), and by lot, anywhere and 2 of every 4 -> perplexity. No row of it is trained.
 
+a pre-trained encoder, at `real` and `paper` -> 90 % zeros at once or gradually, trained on or not: pretrained.py.
+
 `bytes` are those of a safetensors file with a bit for every place and the numbers that are left. Three rows say what the same
 network takes when its zeros are stored like other numbers, and as compressed sparse rows. At `real` and `paper` there are no
 digits: the language model is a pre-trained one.
@@ -27,8 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compresslab.batch_norms import renew_batch_norms_
-from compresslab.course import digits
+from compresslab.course import beside, digits
+from compresslab.course.beside import Asked, Handed
 from compresslab.course.digits import Pictures
+from compresslab.course.labs.lab_3_5 import pretrained
+from compresslab.course.labs.lab_3_5.pretrained import Encoder
 from compresslab.course.trials import TextSettings, Trials
 from compresslab.deploy.sparse_storage import to_bitmask, to_csr
 from compresslab.lottery import CONTROLS, Lottery, Ticket, drawn, shuffled
@@ -39,6 +44,7 @@ from compresslab.recipe import Training
 Masks = dict[str, Tensor]
 Rows = dict[str, dict[str, float]]
 NEW = 1000  # added to the seed of a network that is initialised anew
+PEER_SCOPES = ("global", "layer")  # of a threshold
 FORMS = {"bitmask": to_bitmask, "csr": to_csr}
 
 
@@ -61,26 +67,86 @@ class Digits:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TextSettings):
-    """One scale of the lab."""
+    """One scale of the lab.
 
+    Attributes:
+        parts: what is measured, of "digits", "text" and "encoder".
+    """
+
+    parts: Sequence[str]
     digits: Digits | None = None
+    encoder: Encoder | None = None
 
 
 SETTINGS = {
     "micro": Settings(
-        model="characters", seeds=5, samples=64, window=64, test_windows=96, test_length=128, digits=Digits()
+        model="characters", seeds=5, samples=64, window=64, test_windows=96, test_length=128, digits=Digits(),
+        parts=("digits", "text"),
     ),
-    "real": Settings(model="smollm2-135m", seeds=1, samples=16, window=512, test_windows=12, test_length=512),
+    "real": Settings(
+        model="smollm2-135m", seeds=1, samples=16, window=512, test_windows=12, test_length=512,
+        parts=("text", "encoder"), encoder=Encoder(model="minilm-l6"),
+    ),
     "paper": Settings(
-        model="meta-llama/Llama-2-7b-hf", seeds=1, samples=128, window=2048, test_windows=64, test_length=2048
+        model="meta-llama/Llama-2-7b-hf", seeds=1, samples=128, window=2048, test_windows=64, test_length=2048,
+        parts=("text", "encoder"), encoder=Encoder(
+            model="google-bert/bert-base-uncased", samples=16_384, window=128, steps=20_000, batch=32, learning_rate=1e-4,
+            passages=512,
+        ),
     ),
-}
+}  # fmt: skip
 
 
 def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
-    rows = {} if settings.digits is None else of_digits(settings.digits, seed, say)
-    return rows | of_text(settings, seed, say)
+    rows: Rows = {}
+    if "digits" in settings.parts and settings.digits is not None:
+        rows |= of_digits(settings.digits, seed, say)
+    if "text" in settings.parts:
+        rows |= of_text(settings, seed, say)
+    if "encoder" in settings.parts and settings.encoder is not None:
+        rows |= pretrained.measure(settings.encoder, seed, say)
+    return rows
+
+
+def peers(settings: Settings) -> list[Asked]:
+    """torch's own pruning, of the same networks to the same sparsities; the digits' trained on as ours are."""
+    text = {"scope": "layer", "sparsity": 0.5}
+    asked = [Asked(row="torch-prune-text-50", peer="torch-prune", ours="magnitude-50", settings=text)]
+    if settings.digits is None:
+        return asked
+    told = settings.digits
+    training = {"optimizer": "SGD", "options": sgd(told), "batch": told.batch, "steps": told.more_steps}
+    return asked + [
+        Asked(
+            row=f"torch-prune-{scope}-{100 * sparsity:g}", peer="torch-prune", ours=f"{scope}-{100 * sparsity:g}",
+            settings={"scope": scope, "sparsity": sparsity, "training": training}, hand=handed, whole="dense",
+        )
+        for sparsity in told.sparsities
+        for scope in PEER_SCOPES
+    ]  # fmt: skip
+
+
+def handed(settings: Settings, seed: int, folder: Path) -> Handed:
+    """The digits' network trained whole, its pictures in the order they are shown in, and the masks that we find."""
+    assert settings.digits is not None
+    trials = OnDigits(settings.digits, seed, lambda what: None)
+    dense = trials.dense()
+    data = {
+        "train": {"pixel_values": trials.shown.pixels, "labels": trials.shown.labels, "order": trials.order()[None]},
+        "test": {"pixel_values": trials.test.pixels, "labels": trials.test.labels},
+        "masks": {
+            f"{scope}-{100 * sparsity:g}.{layer}": mask
+            for sparsity in settings.digits.sparsities
+            for scope in PEER_SCOPES
+            for layer, mask in trials.masks(dense, sparsity)[scope].items()
+        },
+    }
+    return Handed(networks={"model": beside.network(dense, folder / "model")}, data=beside.files(data, folder))
+
+
+def sgd(settings: Digits) -> dict[str, Any]:
+    return {"lr": settings.more_rate, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def of_text(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
@@ -160,16 +226,8 @@ class OnDigits:
 
     def lottery(self) -> None:
         """The ticket and its controls, each trained for as many steps on the same pictures."""
-        training = Training(
-            steps=self.settings.steps, batch=self.settings.batch, learning_rate=self.settings.learning_rate, checks=1,
-            weight_decay=0.01,
-        )  # fmt: skip
-        examples = self.shown.examples()
         with tempfile.TemporaryDirectory() as folder:
-            lot = Lottery(
-                layers=self.layers, examples=examples, held_back=examples[: self.settings.batch], settings=training,
-                folder=Path(folder), share=1 - (1 - self.settings.ticket) ** (1 / self.settings.rounds), seed=self.seed,
-            )  # fmt: skip
+            lot = self._lot(Path(folder))
             self.say(f"seed {self.seed}: lottery")
             self.tickets = lot.draw_(copy.deepcopy(self.start), self.settings.rounds)
             self.row("dense", self.network(self.tickets[0].trained))
@@ -179,6 +237,27 @@ class OnDigits:
                 self.say(f"seed {self.seed}: ticket, {kind}")
                 found = lot.control_(copy.deepcopy(self.start), self.tickets[-1], kind, seed=self.seed, again=again)
                 self.row(f"ticket-{kind}", self.network(found.trained))
+
+    def dense(self) -> nn.Module:
+        """The network trained whole, without any ticket."""
+        with tempfile.TemporaryDirectory() as folder:
+            (whole,) = self._lot(Path(folder)).draw_(copy.deepcopy(self.start), 0)
+        return self.network(whole.trained)
+
+    def _lot(self, folder: Path) -> Lottery:
+        training = Training(
+            steps=self.settings.steps, batch=self.settings.batch, learning_rate=self.settings.learning_rate, checks=1,
+            weight_decay=0.01,
+        )  # fmt: skip
+        examples = self.shown.examples()
+        return Lottery(
+            layers=self.layers, examples=examples, held_back=examples[: self.settings.batch], settings=training,
+            folder=folder, share=1 - (1 - self.settings.ticket) ** (1 / self.settings.rounds), seed=self.seed,
+        )  # fmt: skip
+
+    def order(self) -> Tensor:
+        """In which order the pictures are shown after weights were masked."""
+        return torch.randperm(len(self.shown.labels), generator=torch.Generator().manual_seed(self.seed))
 
     def masks(self, network: nn.Module, sparsity: float) -> dict[str, Masks]:
         """By size with one threshold and with one in each layer, and two controls that keep as many."""
@@ -195,12 +274,11 @@ class OnDigits:
     def trained_on(self, network: nn.Module, masks: Masks) -> nn.Module:
         """A copy with these masks after some more steps: SGD with momentum, the learning rate falling along a cosine."""
         found = copy.deepcopy(network).train()
-        optimizer = torch.optim.SGD(found.parameters(), lr=self.settings.more_rate, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(found.parameters(), **sgd(self.settings))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.more_steps)
         if masks:
             prune_(optimizer, weights_of(found, masks), masks, 0.0)  # no more than these masks have, and held
-        order = torch.randperm(len(self.shown.labels), generator=torch.Generator().manual_seed(self.seed))
-        for rows in order.split(self.settings.batch)[: self.settings.more_steps]:
+        for rows in self.order().split(self.settings.batch)[: self.settings.more_steps]:
             found(pixel_values=self.shown.pixels[rows], labels=self.shown.labels[rows]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -11,9 +11,11 @@ At `real` and `paper` the models are pre-trained encoders and language models, w
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 
 from compresslab.channels import take_out_
 from compresslab.contract import Member
-from compresslab.course import digits, in_memory
+from compresslab.course import beside, digits, in_memory
+from compresslab.course.beside import Asked, Handed
 from compresslab.course.labs.lab_3_6 import pretrained
 from compresslab.course.labs.lab_3_6.pretrained import Pretrained
 from compresslab.course.timing import in_turn
@@ -31,6 +34,8 @@ from compresslab.numerics.selection import drop_smallest
 from compresslab.prune.group_magnitude import GroupMagnitude
 
 Rows = dict[str, dict[str, float]]
+INNER = [f"layers.{block}.conv1" for block in range(3)]  # what makes the channels inside the blocks of digits.Training
+INNER_FRAC = 0.625  # of them leaves 28.8 thousand weights, where half of all channels leaves 29.7
 EXAMPLE = {"pixel_values": torch.zeros(2, 1, digits.SIDE, digits.SIDE)}
 
 
@@ -89,13 +94,47 @@ def measure(settings: Settings | Pretrained, seed: int, say: Callable[[str], Non
         row(f"{name}-cut", smaller)
         cut[name] = row(name, smaller, settings.epochs)
     shape = cut["smallest"]
-    row("fresh-short", fresh(shape, seed), settings.epochs)
-    row("fresh-long", fresh(shape, seed), training.epochs + settings.epochs)
+    row("fresh-short", pretrained.fresh(shape, seed), settings.epochs)
+    row("fresh-long", pretrained.fresh(shape, seed), training.epochs + settings.epochs)
     mask = row("mask", whole, settings.epochs, largest_weights(whole, parameters(shape)))
     networks = {"whole": whole, "smallest": shape, "mask": mask}
     for name, found in latencies(networks, settings).items():
         rows[name] |= sizes(networks[name]) | found
     return rows
+
+
+def peers(settings: Settings | Pretrained) -> list[Asked]:
+    """Two frameworks that take channels out, each with as long a training after it as ours.
+
+    Neither follows the shortcuts of this network, which pad channels with zeros, so they take from the channels inside the
+    blocks, and more of them, until about as many weights are left.
+    """
+    if isinstance(settings, Pretrained):
+        return []
+    training = replace(digits.Training(), epochs=settings.epochs)
+    told = {
+        "layers": INNER, "frac": INNER_FRAC, "batches": settings.batches, "rounds": settings.rounds,
+        "training": {
+            "optimizer": "AdamW", "options": {"lr": training.learning_rate, "weight_decay": digits.WEIGHT_DECAY},
+            "batch": training.batch, "steps": training.epochs * math.ceil(training.pictures / training.batch),
+        },
+    }  # fmt: skip
+    return [
+        Asked(row=peer, peer=peer, ours="smallest", settings=told, hand=handed, whole="whole")
+        for peer in ("torch-pruning", "nni")
+    ]
+
+
+def handed(settings: Settings, seed: int, folder: Path) -> Handed:
+    """The whole network, and the pictures that it is trained on again in the order they are shown in."""
+    training = replace(digits.Training(), epochs=settings.epochs)
+    shown, test = digits.pictures("train", training.pictures, seed), digits.pictures("test", settings.test)
+    data = {
+        "train": {"pixel_values": shown.pixels, "labels": shown.labels, "order": digits.orders(training, seed)},
+        "test": {"pixel_values": test.pixels, "labels": test.labels},
+    }
+    network = beside.network(digits.trained(seed, digits.Training()), folder / "model")
+    return Handed(networks={"model": network}, data=beside.files(data, folder))
 
 
 def methods(settings: Settings, seed: int) -> dict[str, Any]:
@@ -139,15 +178,6 @@ def trained_on(
         with masking(network, kept) as masks:
             digits.train_(network, seed, training, after_step=masks.apply_)
     return network.eval().requires_grad_(False)
-
-
-def fresh(network: nn.Module, seed: int) -> nn.Module:
-    """The same shape with weights that never saw a picture."""
-    network = copy.deepcopy(network)
-    with torch.random.fork_rng():
-        torch.manual_seed(10_000 + seed)
-        network.apply(network._init_weights)  # type: ignore[arg-type]
-    return network
 
 
 def largest_weights(network: nn.Module, count: int) -> dict[str, Tensor]:

@@ -8,6 +8,9 @@ Every row is trained for as many steps in all. A row "after" is pruned half-way:
 then the other half. Rows "twice" cost double: "after-twice" has all steps before its masks and as many after them, "snip-twice"
 has its masks first and then one training of twice the length.
 
+At `real` two networks learn the digits for longer, each a part that can be measured apart: ResNet-20 and a small transformer. A
+row of theirs begins with the part's name.
+
 Bytes are four for every weight that is left and a bit for every place of a pruned layer, whatever its value.
 """
 
@@ -38,6 +41,7 @@ from compresslab.scoring import find_masks, network_of
 from compresslab.solving import Pass
 
 Masks = dict[str, Tensor]
+Rows = dict[str, dict[str, float]]
 SCORED: dict[str, Any] = {
     "random": RandomMask(),
     "snip": SNIP(),
@@ -89,6 +93,31 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One network of a scale that has several."""
+
+    rows: Mapping[int, tuple[str, ...]]
+    task: tasks.OfDigits | tasks.OfPictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """A scale of several networks.
+
+    Attributes:
+        model: of the part `resnet`; transformer: of the part `vit`.
+        parts: what is measured.
+    """
+
+    model: str
+    transformer: str
+    seeds: int
+    resnet: Part
+    vit: Part
+    parts: Sequence[str] = ("resnet", "vit")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OnPictures(Settings):
     """A scale whose pictures the user brings."""
 
@@ -96,7 +125,8 @@ class OnPictures(Settings):
 
 
 BEFORE = ("random", "magnitude", "snip", "shuffled", "grasp", "synflow")
-SETTINGS: dict[str, Settings] = {
+ALL = (*BEFORE, "after", "after-twice")
+SETTINGS: dict[str, Settings | Several] = {
     "micro": Settings(
         model="resnet-8", seeds=5, task=tasks.OfDigits(
             training=digits.Training(widths=(8, 32, 64), pictures=2048, epochs=2, learning_rate=2e-2, noise=0.1)
@@ -107,9 +137,18 @@ SETTINGS: dict[str, Settings] = {
             98: ("random", "snip", "shuffled", "grasp", "synflow", "synflow-once"),
         },
     ),
-    "real": OnPictures(
-        model="resnet-20", seeds=1, task=tasks.OfPictures(steps=120, batch=128),
-        rows={95: ("random", "snip", "shuffled", "grasp", "synflow", "after")},
+    "real": Several(
+        model="resnet-20", transformer="vit-3", seeds=3,
+        resnet=Part(
+            rows={90: ALL, 95: (*ALL, "snip-twice"), 98: ALL}, task=tasks.OfDigits(
+                training=digits.Training(pictures=1536, epochs=4, batch=32, learning_rate=1e-2, noise=0.3, side=8)
+            ),
+        ),
+        vit=Part(
+            rows={90: ALL, 95: (*ALL, "snip-twice"), 98: ALL}, task=tasks.OfDigits(
+                training=digits.Training(pictures=2048, epochs=4, batch=32, learning_rate=2e-3, side=8)
+            ),
+        ),
     ),
     "paper": OnPictures(
         model="resnet-20", seeds=1, task=tasks.OfPictures(steps=62_400, batch=128, augmented=True),
@@ -119,8 +158,22 @@ SETTINGS: dict[str, Settings] = {
 }  # fmt: skip
 
 
-def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def measure(settings: Settings | Several, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
+    if isinstance(settings, Settings):
+        return of_one(settings, seed, say)
+    networks = {"resnet": (settings.model, settings.resnet), "vit": (settings.transformer, settings.vit)}
+    rows: Rows = {}
+    for name in settings.parts:
+        model, part = networks[name]
+        one = Settings(model=model, seeds=settings.seeds, rows=part.rows, task=part.task)
+        found = of_one(one, seed, lambda what, name=name: say(f"{name}, {what}"))  # type: ignore[misc]
+        rows |= {f"{name}-{row}": metrics for row, metrics in found.items()}
+    return rows
+
+
+def of_one(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
+    """Rows of one network."""
     task: Task
     if isinstance(settings.task, tasks.OfPictures):
         task = tasks.Pictures(settings.task, settings.model, getattr(settings, "pictures", None), seed)

@@ -1,6 +1,6 @@
-"""What the networks of Lab 3.7 learn: digits at micro, and pictures that the user brings at the other scales.
+"""What the networks of Lab 3.7 learn: digits at micro and real, and pictures that the user brings at paper.
 
-digits: a small ResNet and the training of course/digits.py, one thread, as two would wait for each other.
+digits: a ResNet or a small transformer and the training of course/digits.py, one thread, as two would wait for each other.
 pictures: ResNet-20; a folder or .parquet of pictures of 32 x 32 -> some to test on and some held back, always the same ones, and
 the rest to train on -> training with masks (masked.train_masked_), SGD with momentum as in the papers.
 """
@@ -8,6 +8,7 @@ the rest to train on -> training with masks (masked.train_masked_), SGD with mom
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compresslab import models
 from compresslab.course import digits
-from compresslab.course.own_pictures import SIDE, blocks_of, opened, resnet
+from compresslab.course.own_pictures import SIDE, accuracy, blocks_of, parts, resnet
 from compresslab.data.labelled import Example
 from compresslab.masked import masking, train_masked_
 from compresslab.recipe import Training
@@ -46,15 +48,19 @@ class Digits:
 
     def __init__(self, settings: OfDigits, model: str, seed: int) -> None:
         self.settings, self.seed = settings, seed
-        self.training = dataclasses.replace(settings.training, blocks=blocks_of(model))
-        self.test = digits.pictures("test", settings.tested, noise=self.training.noise)
+        self.depth = layers_of(model)
+        self.training = dataclasses.replace(settings.training, blocks=self.depth or blocks_of(model))
+        self.test = digits.pictures("test", settings.tested, noise=self.training.noise, side=self.training.side)
 
     @cached_property
     def examples(self) -> Sequence[Example]:
-        shown = digits.pictures("train", self.training.pictures, self.seed, noise=self.training.noise)
+        told = self.training
+        shown = digits.pictures("train", told.pictures, self.seed, noise=told.noise, side=told.side)
         return shown.examples()[: self.settings.scored]
 
     def initial(self) -> nn.Module:
+        if self.depth:
+            return transformer(self.depth, self.training.side, self.seed)
         return digits.build(self.training, self.seed)
 
     def train_(self, network: nn.Module, kept: Mapping[str, Tensor], share: float) -> None:
@@ -66,6 +72,25 @@ class Digits:
     def accuracy(self, network: nn.Module) -> float:
         with one_thread():
             return 100 * digits.accuracy(network, self.test)
+
+
+def layers_of(model: str) -> int:
+    """Of "vit-N"; 0 for another network."""
+    found = re.fullmatch(r"vit-([1-9]\d*)", model)
+    return int(found[1]) if found else 0
+
+
+def transformer(layers: int, side: int, seed: int) -> nn.Module:
+    """An untrained transformer that reads pictures of one channel in patches of 2 x 2.
+
+    Its weights begin at a deviation of about the square root of one over its width: ViT's own of 0.02 is for a width of 768.
+    """
+    config = models.described(
+        "ViTForImageClassification", hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        image_size=side, patch_size=2, num_channels=1, num_labels=digits.CLASSES, initializer_range=0.1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return models.initialised(config, seed)
 
 
 @contextmanager
@@ -102,12 +127,7 @@ class Pictures:
 
     def __init__(self, settings: OfPictures, model: str, source: str | None, seed: int) -> None:
         self.settings, self.model, self.seed = settings, model, seed
-        every = opened(source)
-        self.test, self.held_back, self.shown = (
-            every[: settings.tested],
-            every[settings.tested : settings.tested + settings.held_back],
-            every[settings.tested + settings.held_back :],
-        )
+        self.test, self.held_back, self.shown = parts(source, tested=settings.tested, held_back=settings.held_back)
 
     @cached_property
     def examples(self) -> Sequence[Example]:
@@ -130,12 +150,8 @@ class Pictures:
             else:
                 train_(network, shown, settings, Path(folder), seed=self.seed, held_back=self.held_back)
 
-    @torch.no_grad()
     def accuracy(self, network: nn.Module) -> float:
-        pixels = torch.stack([example["pixel_values"] for example in self.test])
-        labels = torch.stack([example["labels"] for example in self.test])
-        said = torch.cat([network.eval()(pixel_values=part).logits.argmax(dim=1) for part in pixels.split(250)])
-        return 100 * float((said == labels).double().mean())
+        return accuracy(network.eval(), self.test)
 
 
 class Augmented(Sequence[Example]):

@@ -11,12 +11,16 @@ the same share of multiply-accumulates or of measured time:
 
 A configuration is judged on pictures that neither trained the network nor test it, after its batch norms have taken new
 statistics. Every row is tested so, and after the same short training; its time is foretold by the table, and measured.
+
+At `real` there are three parts: a pre-trained EfficientNet-Lite0, a MobileNetV2 that learns small pictures on the spot, and a
+supernet, whose parts are networks already: once_for_all.py.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +28,25 @@ import torch
 from torch import Tensor, nn
 
 from compresslab import data, methods, models, narrowing
+from compresslab.architectures.inverted_residuals import (
+    InvertedResidualsConfig,
+    InvertedResidualsForImageClassification,
+)
 from compresslab.batch_norms import renew_batch_norms_
 from compresslab.contract import ChannelRemover
 from compresslab.coupling import couplings
-from compresslab.course import digits, in_memory
+from compresslab.course import digits, in_memory, own_pictures
+from compresslab.course.labs.lab_3_8 import once_for_all
+from compresslab.course.labs.lab_3_8.once_for_all import OnceForAll
+from compresslab.data.labelled import Example
 from compresslab.data.labelled_images import image_batches, label_ids
 from compresslab.errors import CompressLabError
 from compresslab.measure import layers as timing
+from compresslab.recipe import Training
 from compresslab.search.evolution import drawn_best, evolved
 from compresslab.search.latency import LatencyTable
 from compresslab.search.widths import Limit, Widths, allocated, dense, fitted, uniform
+from compresslab.training import collate
 
 Rows = dict[str, dict[str, float]]
 Batches = list[dict[str, Tensor]]
@@ -45,7 +58,7 @@ class Settings:
     """One scale of the lab.
 
     Attributes:
-        limits: what is compared, by the prefix of the rows' names.
+        limits: what is compared, by the prefix of the rows' names; all rows within the first, two within the others.
         steps, multiple: widths offered of every group, and what they are multiples of.
         size, generations: of the evolution.
         renewed, judged: pictures for the batch norms, and for judging a configuration.
@@ -53,6 +66,10 @@ class Settings:
         batch: at which time is measured.
         tested: pictures that accuracy is measured on.
         side: pixels of the pictures, if not as many as the model's own.
+        learned: steps in which a network without pre-trained weights learns.
+        parts: of the lab, what is measured; a part without pictures is left out.
+        pictures: of the classes that the model knows.
+        small_pictures: in ten classes, which `mobilenet` and `supernet` learn.
     """
 
     model: str
@@ -69,8 +86,19 @@ class Settings:
     batch: int
     tested: int = 1194
     side: int | None = None
+    learned: int = 0
+    parts: Sequence[str] = ()
     pictures: str | None = None
+    small_pictures: str | None = None
+    mobilenet: Settings | None = None
+    supernet: OnceForAll | None = None
 
+
+MOBILENET = Settings(
+    model="mobilenet-v2", seeds=1, limits={"mobilenet-": Limit(frac=0.7, of="latency", batch=64)},
+    steps=4, multiple=8, size=8, generations=4, renewed=128, judged=256, learned=300, tuned=1280, tested=2000,
+    learning_rate=1e-3, batch=64,
+)  # fmt: skip
 
 SETTINGS = {
     "micro": Settings(
@@ -80,6 +108,7 @@ SETTINGS = {
     "real": Settings(
         model="efficientnet-lite0", seeds=1, limits={"": Limit(frac=0.9, of="latency", batch=1)}, steps=6, multiple=8, size=12,
         generations=8, renewed=32, judged=24, tuned=96, tested=250, learning_rate=1e-3, batch=1, side=160,
+        parts=("efficientnet", "mobilenet", "supernet"), mobilenet=MOBILENET, supernet=OnceForAll(),
     ),
     "paper": Settings(
         model="google/mobilenet_v2_1.0_224", seeds=1, limits={"": Limit(frac=0.5, of="latency", batch=1)}, steps=8, multiple=8,
@@ -109,12 +138,43 @@ class Subject:
 
 
 def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
-    """Rows of one seed."""
-    say(f"seed {seed}: the network")
-    subject = _digits(settings, seed) if settings.model == "digits" else _pictures(settings, seed)
+    """Rows of one seed. CompressLabError if there are no pictures for any part."""
+    if settings.model == "digits":
+        return _searched(settings, _digits(settings, seed), seed, say)
+    small, rows = settings.small_pictures, Rows()
+    parts = settings.parts or ("efficientnet",)
+    if "efficientnet" in parts and settings.pictures is not None:
+        say(f"seed {seed}: the network")
+        rows |= _searched(settings, _pictures(settings, settings.pictures, seed), seed, say)
+    if "mobilenet" in parts and settings.mobilenet is not None and small is not None:
+        say(f"seed {seed}: MobileNetV2")
+        rows |= _searched(settings.mobilenet, _mobilenet(settings.mobilenet, small, seed), seed, say)
+    if "supernet" in parts and settings.supernet is not None and small is not None:
+        with one_thread():
+            rows |= once_for_all.measure(settings.supernet, small, seed, say)
+    if not rows:
+        raise CompressLabError(
+            "this scale of lab 3.8 needs labelled pictures: name a folder or a .parquet with --pictures, or small ones in ten "
+            "classes with --small-pictures"
+        )
+    return rows
+
+
+def _searched(settings: Settings, subject: Subject, seed: int, say: Callable[[str], None]) -> Rows:
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of dropout in the short training
         return _measured(settings, subject, seed, say)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So that other work on this machine does not count (measure/layers.py)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _measured(settings: Settings, subject: Subject, seed: int, say: Callable[[str], None]) -> Rows:
@@ -126,12 +186,8 @@ def _measured(settings: Settings, subject: Subject, seed: int, say: Callable[[st
         network, couplings(network, small), method, None, steps=settings.steps, multiple=settings.multiple
     )
     say(f"seed {seed}: a table of latencies")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that other work on this machine does not count (measure/layers.py)
-    try:
+    with one_thread():
         return _compared(settings, subject, choices, seed, say)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _compared(
@@ -144,10 +200,11 @@ def _compared(
     predictor = narrowing.measured_predictor(network, choices, subject.example, table)
     costs = narrowing.NetworkCosts(choices, {settings.batch: predictor})
     judge = remembered(narrowing.Judge(network, choices, subject.judge, renew=subject.renew))
-    rows: Rows = {"float": _tested(network, subject) | _costs(costs, dense(choices.space), settings.batch)}
-    rows["float"]["bytes"] = float(in_memory.float_bytes(network))
+    first = next(iter(settings.limits))
+    whole = _tested(network, subject) | _costs(costs, dense(choices.space), settings.batch)
+    rows: Rows = {f"{first}float": whole | {"bytes": float(in_memory.float_bytes(network))}}
     for prefix, limit in settings.limits.items():
-        for name, widths in chosen(settings, choices, costs, limit, judge, seed, say, every=not prefix).items():
+        for name, widths in chosen(settings, choices, costs, limit, judge, seed, say, every=prefix == first).items():
             say(f"seed {seed}: {prefix}{name}")
             smaller = narrowing.narrowed(network, choices.coupling, choices.keep(widths))
             renew_batch_norms_(smaller, subject.renew)
@@ -156,7 +213,7 @@ def _compared(
             row["measured_ms"] = timing.time_network_ms(smaller, subject.example)
             _train_(smaller, subject.train, settings.learning_rate)
             rows[prefix + name] = row | {"tuned": _tested(smaller, subject)["accuracy"]}
-    rows["float"]["measured_ms"] = timing.time_network_ms(network, subject.example)
+    rows[f"{first}float"]["measured_ms"] = timing.time_network_ms(network, subject.example)
     return rows
 
 
@@ -237,18 +294,57 @@ def _digits(settings: Settings, seed: int) -> Subject:
     )  # fmt: skip
 
 
-def _pictures(settings: Settings, seed: int) -> Subject:
+# Of MobileNetV2's stages (arXiv 1801.04381, table 2): expansion, channels, blocks; and strides, fewer for small pictures.
+MOBILENET_V2 = (
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 1), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1),
+)  # fmt: skip
+SMALL = 16  # pixels
+
+
+def _mobilenet(settings: Settings, source: str, seed: int) -> Subject:
+    """A MobileNetV2 of half the width that has learned small pictures for a few steps."""
+    test, judged, shown = own_pictures.parts(source, tested=settings.tested, held_back=settings.judged, side=SMALL)
+    training = Training(steps=settings.learned, batch=64, learning_rate=4e-3, checks=1, held_back=0.005)
+    network = in_memory.trained_on(mobilenet(seed), shown, training, seed=seed)
+    renew = _batches(collate(shown[: settings.renewed])["pixel_values"], None, settings.renewed)
+    renew_batch_norms_(network, renew)  # as those of what is cut
+
+    def split(examples: Sequence[Example], size: int) -> Batches:
+        every = collate(examples)
+        return _batches(every["pixel_values"], every["labels"], size)
+
+    order = torch.randperm(len(shown), generator=torch.Generator().manual_seed(seed + 500)).tolist()
+    return Subject(
+        network=network, renew=renew, judge=split(judged, settings.judged), test=split(test, 250),
+        train=split([shown[i] for i in order[: settings.tuned]], 64),
+        example={"pixel_values": collate(test[: settings.batch])["pixel_values"]},
+    )  # fmt: skip
+
+
+def mobilenet(seed: int) -> nn.Module:
+    """The untrained network of a seed."""
+    width = stem = 16
+    stages = []
+    for expansion, channels, blocks, _ in MOBILENET_V2:
+        stages.append([(expansion * (channels // 2 if block else width), 3) for block in range(blocks)])
+        width = channels // 2
+    config = InvertedResidualsConfig(
+        stages=stages, widths=[channels // 2 for _, channels, _, _ in MOBILENET_V2], stem_channels=stem, head_channels=320,
+        strides=[stride for *_, stride in MOBILENET_V2], image_size=SMALL, num_labels=own_pictures.CLASSES,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return InvertedResidualsForImageClassification(config)
+
+
+def _pictures(settings: Settings, pictures: str, seed: int) -> Subject:
     """A pre-trained classifier on labelled pictures; the calibration split is judged on, the validation split trained on."""
-    if settings.pictures is None:
-        raise CompressLabError(
-            "this scale of lab 3.8 needs labelled pictures: name a folder or a .parquet with --pictures"
-        )
     source = models.find(settings.model)
     network = models.materialise(source).float().eval().requires_grad_(False)
     processor = source.image_processor()
 
     def split(name: str, count: int | None) -> tuple[Tensor, Tensor]:
-        found = data.pictures(str(settings.pictures), name)
+        found = data.pictures(pictures, name)
         order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
         pixels = torch.cat(list(image_batches(found, processor, indices=order)))
         if settings.side is not None:

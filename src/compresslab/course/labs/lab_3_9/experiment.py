@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from compresslab.course import digits, in_memory
+from compresslab.course.beside import Asked
 from compresslab.course.digits import CLASSES, SIDE, Pictures
 from compresslab.course.labs.lab_3_9 import pretrained
 from compresslab.distill.fused import logit_loss
@@ -93,6 +94,11 @@ def measure(settings: Any, seed: int, say: Callable[[str], None]) -> Rows:
     lesson.unseen("unseen-dealt", strict, change=dealt)
     lesson.unseen(f"unseen-soft-{t}", strict)
     return lesson.rows
+
+
+def peers(settings: Any) -> list[Asked]:
+    """TRL on a language model; it has no trainer that teaches classes of pictures."""
+    return pretrained.peers(settings) if isinstance(settings, pretrained.Settings) else []
 
 
 def smoothed(smoothing: float) -> Loss:

@@ -18,8 +18,9 @@ from typing import Any
 from compresslab import models, recipe
 from compresslab.caching import teach_cache
 from compresslab.contract import LogitLoss
-from compresslab.course import in_memory
-from compresslab.course.trials import TextSettings, Trials
+from compresslab.course import beside, in_memory
+from compresslab.course.beside import Asked, Handed
+from compresslab.course.trials import TextSettings, Trials, material
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.pairing import Losses
@@ -61,10 +62,10 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[s
     """Rows of one seed."""
     trials = Trials(settings, seed, say)
     rows = {"text-teacher": trials.rows["float"]}
-    student, _ = student_of(models.find(settings.model), Shape(layers=settings.layers))
+    student = _student(settings)
     untaught = models.materialise(student)
     rows["text-untaught"] = trials.row(untaught, in_memory.float_bytes(untaught))
-    training = Training(steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, checks=1)
+    training = _training(settings)
     with tempfile.TemporaryDirectory() as folder:
         say(f"seed {seed}: the teacher's answers")
         cache = teach_cache(
@@ -77,6 +78,27 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[s
             network = in_memory.taught(models.materialise(student), told, on, trials.windows, training, seed=seed)
             rows[name] = trials.row(network, in_memory.float_bytes(network))
     return rows
+
+
+def peers(settings: Settings) -> list[Asked]:
+    """TRL, as long and as fast as ours on the same windows; its loss has all of the teacher's tokens and no labels."""
+    told = beside.told_to_train(_training(settings))
+    return [Asked(row="trl", peer="trl", ours="text-soft", settings=told, hand=handed, whole="text-untaught")]
+
+
+def handed(settings: Settings, seed: int, folder: Path) -> Handed:
+    """The student as it begins, its teacher, and the windows that are not held back."""
+    teacher, windows, test = material(settings, seed)
+    student = models.materialise(_student(settings)).float()
+    return beside.lesson(student, teacher, _training(settings), windows, test, seed, folder)
+
+
+def _student(settings: Settings) -> models.Source:
+    return student_of(models.find(settings.model), Shape(layers=settings.layers))[0]
+
+
+def _training(settings: Settings) -> Training:
+    return Training(steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, checks=1)
 
 
 def taught_by(settings: Settings) -> dict[str, tuple[LogitLoss, ...]]:

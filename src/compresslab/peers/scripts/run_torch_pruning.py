@@ -1,0 +1,46 @@
+"""Torch-Pruning: a peer of Lab 3.6.
+
+settings: "layers" whose output channels are taken out, "frac" of each, "training" afterwards, "batches" and "rounds" of
+the stopwatch.
+
+The importance of a channel is the sum of |w| over everything that is coupled with it, as in our group-magnitude with power 1.
+
+Its graph takes zero-padding along the channels, which is this network's shortcut, for an operation that leaves every channel
+where it is, and looks up channels that are not there; written as a concatenation with zeros, it finds no number of channels for
+the zeros. So `layers` are those inside the blocks, whose channels no shortcut carries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch_pruning
+from peer_job import Logits, PictureJob
+from torch import Tensor, nn
+
+
+def prune_(model: Any, layers: list[str], frac: float, example: Tensor) -> None:
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        Logits(model), example, pruning_ratio=frac,
+        importance=torch_pruning.importance.MagnitudeImportance(p=1, group_reduction="sum", normalizer=None),
+        ignored_layers=[m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and n not in layers],
+    )  # fmt: skip
+    pruner.step()
+
+
+def main() -> None:
+    job = PictureJob("torch-pruning", "torch", "transformers")
+    model, told = job.open(), job.settings
+    example = job.data["test"]["pixel_values"][:2]
+    job.timed("prune", lambda: prune_(model, told["layers"], told["frac"], example))
+    job.timed("train", lambda: job.train_(model))
+    job.measure(model)
+    job.weigh(model)
+    path = job.out / "weights.pt"
+    torch.save(model.state_dict(), path)
+    job.answer([path])
+
+
+if __name__ == "__main__":
+    main()
