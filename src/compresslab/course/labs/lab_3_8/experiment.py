@@ -141,17 +141,20 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed. CompressLabError if there are no pictures for any part."""
     if settings.model == "digits":
         return _searched(settings, _digits(settings, seed), seed, say)
-    small, rows = settings.small_pictures, Rows()
-    parts = settings.parts or ("efficientnet",)
-    if "efficientnet" in parts and settings.pictures is not None:
-        say(f"seed {seed}: the network")
-        rows |= _searched(settings, _pictures(settings, settings.pictures, seed), seed, say)
-    if "mobilenet" in parts and settings.mobilenet is not None and small is not None:
-        say(f"seed {seed}: MobileNetV2")
-        rows |= _searched(settings.mobilenet, _mobilenet(settings.mobilenet, small, seed), seed, say)
-    if "supernet" in parts and settings.supernet is not None and small is not None:
-        with one_thread():
-            rows |= once_for_all.measure(settings.supernet, small, seed, say)
+    rows: Rows = {}
+    for part in settings.parts or ("efficientnet",):
+        pictures = settings.pictures if part == "efficientnet" else settings.small_pictures
+        if pictures is None:
+            say(f"seed {seed}: without part {part}, for it has no pictures")
+        elif part == "supernet" and settings.supernet is not None:
+            with one_thread():
+                rows |= once_for_all.measure(settings.supernet, pictures, seed, say)
+        elif part == "mobilenet" and settings.mobilenet is not None:
+            say(f"seed {seed}: MobileNetV2")
+            rows |= _searched(settings.mobilenet, _mobilenet(settings.mobilenet, pictures, seed), seed, say)
+        else:
+            say(f"seed {seed}: the network")
+            rows |= _searched(settings, _pictures(settings, pictures, seed), seed, say)
     if not rows:
         raise CompressLabError(
             "this scale of lab 3.8 needs labelled pictures: name a folder or a .parquet with --pictures, or small ones in ten "
