@@ -431,6 +431,19 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def hub_offline() -> Iterator[None]:
+    """Have other libraries ask no hub meanwhile."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear layers and blocks of any architecture
 # ---------------------------------------------------------------------------------------------------------------------

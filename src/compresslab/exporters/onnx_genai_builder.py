@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from compresslab import models
 from compresslab.errors import CompressLabError
 from compresslab.exporters.paged import give_back
 
@@ -61,15 +62,13 @@ def _apart(arguments: Sequence[str]) -> str:
 
 def _here(arguments: Sequence[str]) -> str:
     """Run it in this process; what it said last, if it failed."""
-    from huggingface_hub import constants
-
     give_back()
     with contextlib.suppress(OSError, AttributeError):  # another libc than GNU's
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL)
-    argv, offline, said = sys.argv, constants.HF_HUB_OFFLINE, io.StringIO()
+    argv, said = sys.argv, io.StringIO()
     try:
-        sys.argv, constants.HF_HUB_OFFLINE = [MODULE, *arguments], True
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        sys.argv = [MODULE, *arguments]
+        with models.hub_offline(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             runpy.run_module(MODULE, run_name="__main__")
     except SystemExit as stop:
         lines = said.getvalue().strip().splitlines() or ["no message"]
@@ -77,6 +76,6 @@ def _here(arguments: Sequence[str]) -> str:
     except Exception as error:  # noqa: BLE001 - whatever it may be, a process of its own would end with it as well
         return f"{type(error).__name__}: {error}"
     finally:
-        sys.argv, constants.HF_HUB_OFFLINE = argv, offline
+        sys.argv = argv
         give_back()  # its graph and weights refer to each other
     return ""
