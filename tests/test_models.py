@@ -632,3 +632,11 @@ def test_a_report_of_the_plan_counts_every_parameter(saved: dict[str, Path]) -> 
     assert len(plan.layers) == 7 * on_disk["num_hidden_layers"]
     whole = (saved["llama"] / "model.safetensors").stat().st_size
     assert 0 < estimate.artifact_bytes < whole
+
+
+def test_a_config_is_had_by_the_name_of_its_architecture() -> None:
+    config = models.described("ViTForImageClassification", hidden_size=32, num_attention_heads=2, num_labels=3)
+    assert (config.hidden_size, config.num_labels) == (32, 3)
+    assert type(models.build(config)).__name__ == "ViTForImageClassification"
+    with pytest.raises(CompressLabError, match="no architecture 'ViTForNothing'"):
+        models.described("ViTForNothing")
