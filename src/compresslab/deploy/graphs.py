@@ -127,11 +127,11 @@ def _traced(wrapped: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> torch.e
 
 def culprit(graph: torch.fx.Graph, said: str) -> str:
     """Node and layer of the first operator of a traced graph that a runtime's message names: " (node ...)", or ""."""
+    named = set(re.findall(r"\b(?:aten|prims)(?:\.|::)(\w+)", said))  # aten.special_erfc may be called prims.erfc there
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        operator = str(node.target).rpartition(".")[0] or str(node.target)
-        if re.search(rf"{re.escape(operator)}(?!\w)", said):
+        parts = str(node.target).split(".")
+        leaf = parts[1] if len(parts) > 1 else parts[0]
+        if node.op == "call_function" and any(leaf == name or leaf.endswith(f"_{name}") for name in named):
             owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
             layer = owners[-1].removeprefix("model.") if owners else ""
             return f" (node {node.name} of {f'layer {layer}' if layer else 'no single layer'})"

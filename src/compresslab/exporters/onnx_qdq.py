@@ -166,7 +166,8 @@ def _exported(model: nn.Module, example: tuple[Tensor, ...], names: list[str], o
             )  # fmt: skip
     except Exception as error:
         said = _first_line(error)
-        where = graphs.culprit(graphs.export(model, example, shapes).graph, said)
+        free = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for _ in names)
+        where = graphs.culprit(graphs.export(model, example, free).graph, said)
         raise CompressLabError(f"torch.onnx cannot export the model: {said}{where}") from error
     assert program is not None
     return program.model_proto
