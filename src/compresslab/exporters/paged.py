@@ -41,7 +41,7 @@ class Pages:
         if size <= SMALL:
             return tensor
         if not self._files or self._used + size > len(self._files[-1][1]):
-            file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - lives as long as what is mapped
+            file: IO[bytes] = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - lives as long as what is mapped
             file.truncate(max(FILE, size))
             self._files.append((file, mmap.mmap(file.fileno(), max(FILE, size))))
             self._used = 0
