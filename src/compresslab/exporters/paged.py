@@ -41,9 +41,9 @@ class Pages:
         if size <= SMALL:
             return tensor
         if not self._files or self._used + size > len(self._files[-1][1]):
-            made = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - lives as long as what is mapped
-            made.truncate(max(FILE, size))
-            self._files.append((made, mmap.mmap(made.fileno(), max(FILE, size))))
+            file: IO[bytes] = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - lives as long as what is mapped
+            file.truncate(max(FILE, size))
+            self._files.append((file, mmap.mmap(file.fileno(), max(FILE, size))))
             self._used = 0
         file, mapped = self._files[-1]
         start, self._used = self._used, self._used + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
