@@ -80,7 +80,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compress(model: Path, out: Path, **settings: Any) -> Path:
     from compresslab import pipeline
 
-    with tiny.quick():
+    with tiny.quick(), tiny.unmeasured():
         pipeline.compress(model, tiny.recipe("rtn", **{"group_size": 32, **settings}), None, out=out, measure=False)
     return out
 

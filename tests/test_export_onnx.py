@@ -32,7 +32,7 @@ def compress(folder: Path, *steps: dict[str, Any]) -> Path:
            "calibration": {"samples": 8, "sequence_length": 16}}  # fmt: skip
     tiny.save("bert", folder / "model")
     text = str(tiny.write_text(folder / "text.txt")) if STATIC in steps else None
-    with tiny.quick():
+    with tiny.quick(), tiny.unmeasured():
         pipeline.compress(folder / "model", parse(raw, "tiny"), text, out=folder / "artifact", measure=False)
     return folder / "artifact"
 
@@ -93,7 +93,7 @@ def test_genai_holds_the_codes_and_gives_the_logits_of_torch(
     from compresslab.exporters.onnx_genai import head_codes
 
     tiny.save(network, tmp_path / "model", head_dim=16, vocab_size=vocabulary)
-    with tiny.quick():
+    with tiny.quick(), tiny.unmeasured():
         pipeline.compress(tmp_path / "model", tiny.recipe("rtn"), None, out=tmp_path / "artifact", measure=False)
     done = compresslab.export(tmp_path / "artifact", "onnx-genai", out=tmp_path / "out", options={"head": bits})
     assert any(f"the head was in float: rounded to {bits} bits" in note for note in done.notes)
@@ -119,7 +119,7 @@ def test_genai_from_the_command_line_runs_the_builder_in_its_own_process(tmp_pat
     """No second process beside it, no word of the builder's, and the bytes of the other way."""
     pytest.importorskip("onnxruntime_genai")
     tiny.save("llama-tied", tmp_path / "model", head_dim=16)
-    with tiny.quick():
+    with tiny.quick(), tiny.unmeasured():
         pipeline.compress(tmp_path / "model", tiny.recipe("rtn"), None, out=tmp_path / "artifact", measure=False)
     compresslab.export(tmp_path / "artifact", "onnx-genai", out=tmp_path / "apart")
     alone = "from compresslab.exporters import onnx_genai_builder as b; b._apart = None; from compresslab.cli import main; main()"
@@ -137,7 +137,7 @@ def test_genai_refuses_heads_its_kernel_has_not(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     with pytest.raises(CompressLabError, match="head=3: MatMulNBits knows 4 and 8"):
         tiny.save("llama-tied", tmp_path / "tied", head_dim=16)
-        with tiny.quick():
+        with tiny.quick(), tiny.unmeasured():
             pipeline.compress(tmp_path / "tied", tiny.recipe("rtn"), None, out=tmp_path / "fits", measure=False)
         compresslab.export(tmp_path / "fits", "onnx-genai", out=tmp_path / "out", options={"head": 3})
     with pytest.raises(CompressLabError, match="multiples of 16"):

@@ -48,7 +48,7 @@ def session(path: Path) -> tuple[Any, Counter[str]]:
 def test_all_products_run_on_codes_and_outputs_are_the_artifacts(kind: str, pictures: Path, tmp_path: Path) -> None:
     raw = {"name": "tiny", "version": 1, "steps": list(STEPS), "ignore": [], "calibration": {"samples": 8}}
     model = tiny.save_convnet(kind, tmp_path / "model")
-    with tiny.quick():
+    with tiny.quick(), tiny.unmeasured():
         pipeline.compress(model, parse(raw, "tiny"), str(pictures), out=tmp_path / "artifact", measure=False)
     done = compresslab.export(tmp_path / "artifact", "onnx", out=tmp_path / "out")
     opened, ran = session(done.folder / "model.onnx")

@@ -117,7 +117,7 @@ def mixed(folder: Path, **settings: Any) -> Path:
 
     layers = {"*down_proj": {"bits": 8, **settings}, "*o_proj": "float"}
     recipe = tiny.recipe("rtn", group_size=32, **{"symmetric": True, **settings}).override({"layers": layers})
-    with tiny.quick():
+    with tiny.quick(), tiny.unmeasured():
         pipeline.compress(tiny.save("llama", folder / "model"), recipe, None, out=folder / "artifact", measure=False)
     return folder / "artifact"
 

@@ -316,6 +316,14 @@ def fake_measure(job: fresh.Job) -> fresh.Result:
     return fresh.Result(measurements=(), weights_compared=len(job.weights_sha256), weights_differing=())
 
 
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """No fresh process: what an artifact is to a reader is not what is asked, and each costs six seconds of imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh, "measure", fake_measure)
+        yield
+
+
 def steps_taken(
     model: Path,
     folder: Path,
@@ -329,7 +337,8 @@ def steps_taken(
     from compresslab import pipeline
 
     out = folder / "artifact"
-    pipeline.compress(model, parse(raw, "tiny"), None if data is None else str(data), out=out, measure=False)
+    with unmeasured():
+        pipeline.compress(model, parse(raw, "tiny"), None if data is None else str(data), out=out, measure=False)
     return out
 
 
@@ -339,7 +348,7 @@ def compressed(kind: str, folder: Path, *, method: str = "rtn", **settings: Any)
 
     model = save(kind, folder / "model")
     data = str(write_text(folder / "text.txt")) if method != "rtn" else None
-    with quick():
+    with quick(), unmeasured():
         pipeline.compress(model, recipe(method, **settings), data, out=folder / "artifact", measure=False)
     return folder / "artifact"
 

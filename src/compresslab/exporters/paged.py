@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import mmap
 import tempfile
+import weakref
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,11 @@ SMALL = 1 << 16  # bytes up to which a tensor stays where it is
 FILE = 1 << 28  # bytes of a file, or as many as its only tensor has
 
 
+def _close(files: list[tuple[IO[bytes], mmap.mmap]]) -> None:
+    for file, _ in files:
+        file.close()
+
+
 class Pages:
     """Tensors in files that vanish when nothing refers to them.
 
@@ -33,6 +39,7 @@ class Pages:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: list[tuple[IO[bytes], mmap.mmap]] = []
+        weakref.finalize(self, _close, self._files)  # what is mapped stays for as long as a tensor refers to it
         self._used = 0  # bytes of the last file
 
     def keep(self, tensor: Tensor) -> Tensor:
