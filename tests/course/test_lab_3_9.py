@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from PIL import Image
 
 from compresslab.course import digits
-from compresslab.course.labs.lab_3_9 import experiment, pretrained
+from compresslab.course.labs.lab_3_9 import experiment, pictures, pretrained
+from compresslab.errors import CompressLabError
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +83,53 @@ def test_the_rows_of_a_language_model_weigh_teacher_and_text() -> None:
     assert not any(loss.needs_teacher for name in ("text-hard", "text-smooth") for loss in losses[name])
     asked = pretrained.asking(settings)
     assert asked.calibration.samples == settings.samples and asked.calibration.sequence_length == settings.window
+
+
+CLASS = pictures.Class(
+    teacher="resnet-8", side=8, taught=24, shown=16, tested=20, teacher_steps=2, steps=2, batch=8, temperature=2.0
+)
+
+
+@pytest.fixture
+def own_pictures(tmp_path: Path) -> str:
+    """60 pictures in ten classes, a folder for each."""
+    for number in range(60):
+        folder = tmp_path / "pictures" / f"{number % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        Image.new("RGB", (32, 32), (4 * number, 20 * (number % 10), 0)).save(content, "PNG")
+        (folder / f"{number}.png").write_bytes(content.getvalue())
+    return str(tmp_path / "pictures")
+
+
+def test_teacher_students_and_test_have_pictures_of_their_own(own_pictures: str) -> None:
+    parts = pictures.brought(CLASS, own_pictures, 0)
+    assert [len(part) for part in parts] == [24, 16, 20]
+    every = torch.stack([one["pixel_values"] for part in parts for one in part]).flatten(1)
+    assert every.shape[1] == 3 * 8 * 8 and len(every.unique(dim=0)) == 60
+    again = pictures.brought(CLASS, own_pictures, 1)
+    assert torch.equal(again[2][0]["pixel_values"], parts[2][0]["pixel_values"])
+    assert not torch.equal(again[0][0]["pixel_values"], parts[0][0]["pixel_values"])
+    with pytest.raises(CompressLabError, match="has 60 pictures, and this scale needs 61"):
+        pictures.brought(dataclasses.replace(CLASS, shown=17), own_pictures, 0)
+
+
+def test_students_on_pictures_start_alike_and_differ_by_what_they_are_told(
+    own_pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[torch.Tensor] = []
+    told: list[tuple[str, ...]] = []
+    real = pictures.in_memory.taught_on
+
+    def watched(student: torch.nn.Module, teacher: Any, losses: Any, shown: Any, *args: Any, **named: Any) -> Any:
+        started.append(next(student.parameters()).detach().clone())
+        told.append(tuple(type(loss).__name__ for loss in losses.on_logits))
+        return real(student, teacher, losses, shown, *args, **named)
+
+    monkeypatch.setattr(pictures.in_memory, "taught_on", watched)
+    settings = dataclasses.replace(pretrained.SETTINGS["real"], small=CLASS, pictures=own_pictures, parts=["pictures"])
+    rows = experiment.measure(settings, 0, lambda what: None)
+    assert list(rows) == [f"pictures-{name}" for name in ("teacher", "hard", "smooth", "soft", "untrained")]
+    assert not torch.equal(started[0], started[1]) and all(torch.equal(started[1], one) for one in started[2:])
+    assert told == [("HardLabels",)] * 3 + [("SoftLabels", "HardLabels")] * 2
+    assert not experiment.peers(settings)

@@ -10,7 +10,7 @@ The temperature is 1: of a softer teacher k tokens hold too little.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from compresslab.caching import teach_cache
 from compresslab.contract import LogitLoss
 from compresslab.course import beside, in_memory
 from compresslab.course.beside import Asked, Handed
+from compresslab.course.labs.lab_3_9 import pictures
+from compresslab.course.labs.lab_3_9.pictures import Class
 from compresslab.course.trials import TextSettings, Trials, material
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
@@ -27,14 +29,18 @@ from compresslab.pairing import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of
 
+CIFAR_10 = Class()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TextSettings):
-    """One scale of the lab.
+    """One scale of the lab: a language model, and pictures if the user brings some.
 
     Attributes:
         layers: blocks of the student.
         k: tokens of the teacher that are kept.
+        small: how the pictures are learnt.
+        parts: which are measured.
     """
 
     layers: int
@@ -44,6 +50,9 @@ class Settings(TextSettings):
     k: int = 64
     soft: float = 0.9
     smoothing: float = 0.1
+    small: Class = CIFAR_10
+    pictures: str | None = None
+    parts: Sequence[str] = ("text", "pictures")
 
 
 SETTINGS = {
@@ -54,12 +63,21 @@ SETTINGS = {
     "paper": Settings(
         model="HuggingFaceTB/SmolLM2-1.7B", seeds=1, samples=4096, window=512, test_windows=64, test_length=2048, layers=12,
         steps=2000, batch=16, learning_rate=1e-4,
+        small=Class(side=32, taught=25_000, shown=10_000, teacher_steps=30_000, steps=10_000, batch=128),
     ),
 }  # fmt: skip
 
 
 def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """Rows of one seed."""
+    rows = on_text(settings, seed, say) if "text" in settings.parts else {}
+    if "pictures" in settings.parts and settings.pictures is not None:
+        rows |= pictures.measure(settings.small, settings.pictures, seed, say)
+    return rows
+
+
+def on_text(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Rows of the language model."""
     trials = Trials(settings, seed, say)
     rows = {"text-teacher": trials.rows["float"]}
     student = _student(settings)
@@ -82,6 +100,8 @@ def measure(settings: Settings, seed: int, say: Callable[[str], None]) -> dict[s
 
 def peers(settings: Settings) -> list[Asked]:
     """TRL, as long and as fast as ours on the same windows; its loss has all of the teacher's tokens and no labels."""
+    if "text" not in settings.parts:
+        return []
     told = beside.told_to_train(_training(settings))
     return [Asked(row="trl", peer="trl", ours="text-soft", settings=told, hand=handed, whole="text-untaught")]
 
