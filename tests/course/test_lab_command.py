@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
-from compresslab.course import catalogue, experiment, grader, grading, learner, notebook, verifying
+from compresslab.course import catalogue, experiment, grader, grading, learner, notebook, theory, verifying
+from compresslab.errors import CompressLabError
 
 LAB = catalogue.lab("3.3")
 
@@ -53,6 +54,8 @@ def test_a_learner_goes_through_a_lab(
     assert row["attempts"] == 2 and row["hints"] == 2 and row["looked"] and "passed" in row["state"]
     assert json.loads(lab("progress", "--learner", "bob", "--json")[1]) == []
     assert "3.3" in lab("path", "advanced")[1]
+    first = json.loads(lab("path", "advanced", "--json")[1])[0]
+    assert first["weeks"] == "1-2" and "passed" in first["labs"][0]["state"]
     assert "零點" in lab("glossary", "zero")[1]
 
 
@@ -109,3 +112,28 @@ def test_what_is_promised_is_the_least_that_must_come_out(tmp_path: Path, monkey
     assert not said("holds") and said("direction only") == ["lab 3.3, k: direction only (1 ± 1)"]
     assert not said("direction only", at_least="direction only") and said("does not hold", at_least="direction only")
     assert not any(said(verdict, at_least="does not hold") for verdict in experiment.VERDICTS)  # an open question
+
+
+@pytest.mark.parametrize("name", catalogue.PATHS)
+@pytest.mark.parametrize("lang", ["en", "zh-TW"])
+def test_a_path_leads_from_its_first_week_to_its_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, lang: str
+) -> None:
+    code, out, _ = tiny.run_cli(monkeypatch, capsys, "lab", "path", name, "--lang", lang)
+    assert code == 0
+    last = 0
+    for stretch in catalogue.path(name):
+        begins, ends = map(int, stretch.weeks.split("-"))
+        assert begins == last + 1 and ends >= begins
+        last = ends
+        assert stretch.weeks in out and all(number in catalogue.labs() for number in stretch.labs)
+        assert all(f"compresslab lab theory {number}" in out for number in stretch.chapters)
+
+
+def test_the_two_first_paths_take_every_lab_once_and_the_beginner_reads_every_chapter() -> None:
+    labs = [number for name in ("beginner", "advanced") for stretch in catalogue.path(name) for number in stretch.labs]
+    assert sorted(labs) == sorted(catalogue.labs())
+    chapters = [number for stretch in catalogue.path("beginner") for number in stretch.chapters]
+    assert chapters == list(theory.chapters())
+    with pytest.raises(CompressLabError, match="beginner"):
+        catalogue.path("begginer")

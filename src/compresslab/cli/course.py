@@ -57,13 +57,28 @@ def path(
     name: Annotated[str, typer.Argument(help="beginner, advanced or research.")], lang: Lang = None,
     learner: Learner = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """A learning path: its labs in order, and how far you are."""
+    """A learning path, week by week: what to read, which labs, and how far you are."""
     from compresslab.course import catalogue, words
+    from compresslab.course import theory as shelf
 
-    there, missing = catalogue.path(name)
-    _labs(there, lang, learner, as_json)
-    if missing and not as_json:
-        _say(words.say("missing-labs", words.language(lang), count=missing))
+    stretches, known, lang = catalogue.path(name), catalogue.labs(), words.language(lang)
+    if as_json:
+        rows = [
+            {"weeks": stretch.weeks, "chapters": stretch.chapters, "project": stretch.project}
+            | {"labs": _rows([known[number] for number in stretch.labs], lang, learner)}
+            for stretch in stretches
+        ]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))  # noqa: T201
+        return
+    for stretch in stretches:
+        _say(words.say("weeks", lang, weeks=stretch.weeks))
+        for number in stretch.chapters:
+            _say(words.say("read-chapter", lang, number=number, title=shelf.title(number)))
+        if stretch.labs:
+            _labs([known[number] for number in stretch.labs], lang, learner, as_json=False)
+        if stretch.project:
+            _say(words.say(stretch.project, lang))
+        _say("")
 
 
 @lab_app.command()
@@ -80,18 +95,19 @@ def theory(
     from compresslab.course import words
 
     if number is None:
-        for known, path in shelf.chapters().items():
-            _say(f"{known}  {path.stem.partition('-')[2].replace('_', ' ')}")
+        for known in shelf.chapters():
+            _say(f"{known}  {shelf.title(known)}")
     else:
         out_console.print(Markdown(shelf.read(number, words.language(lang)), code_theme="default"))
 
 
-def _labs(found: list[Any], lang: str | None, learner: str | None, as_json: bool) -> None:
+def _rows(found: list[Any], lang: str, learner: str | None) -> list[dict[str, Any]]:
+    """Labs, and how far the learner is with each."""
     from compresslab.course import words
     from compresslab.course.learner import Progress
 
-    lang, steps = words.language(lang), Progress(learner)
-    rows = [
+    steps = Progress(learner)
+    return [
         {
             "number": lab.number, "title": lab.say("title", lang), "question": lab.say("question", lang),
             "state": words.say(steps.of(lab).state, lang), "attempts": steps.of(lab).attempts,
@@ -99,6 +115,13 @@ def _labs(found: list[Any], lang: str | None, learner: str | None, as_json: bool
         }
         for lab in found
     ]  # fmt: skip
+
+
+def _labs(found: list[Any], lang: str | None, learner: str | None, as_json: bool) -> None:
+    from compresslab.course import words
+
+    lang = words.language(lang)
+    rows = _rows(found, lang, learner)
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))  # noqa: T201
         return

@@ -14,17 +14,48 @@ from typing import Any
 import yaml
 
 from compresslab.course import words
-from compresslab.errors import CompressLabError, unknown
+from compresslab.errors import unknown
 
 LABS = Path(__file__).resolve().parent / "labs"
 FILES = (
     "lab.yaml", "words.yaml", "lab.py", "experiment.py", "checks.py", "exercise.py", "solution.py", "paper.yaml",
     "README.md", "README.zh-TW.md",
 )  # fmt: skip
-PATHS: dict[str, tuple[str, ...]] = {
-    "beginner": ("3.1", "3.2", "3.5", "3.6", "3.9", "3.10"),
-    "advanced": ("3.3", "3.4", "3.7", "3.8", "3.11", "3.12"),
-    "research": ("3.1", "3.3", "3.4", "3.7", "3.8", "3.11", "3.12"),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Some weeks of a learning path.
+
+    Attributes:
+        weeks: "1-2".
+        chapters: of the theory, to read first.
+        labs: in this order.
+        project: of the learner's own, a key of words.yaml; "" for none.
+    """
+
+    weeks: str
+    chapters: tuple[str, ...] = ()
+    labs: tuple[str, ...] = ()
+    project: str = ""
+
+
+PATHS: dict[str, tuple[Stretch, ...]] = {
+    "beginner": (
+        Stretch(weeks="1-2", chapters=("3.1",), labs=("3.1", "3.2")),
+        Stretch(weeks="3-4", chapters=("3.2",), labs=("3.5", "3.6")),
+        Stretch(weeks="5-6", chapters=("3.3",), labs=("3.9", "3.10")),
+    ),
+    "advanced": (
+        Stretch(weeks="1-2", labs=("3.3", "3.4")),
+        Stretch(weeks="3-5", labs=("3.7", "3.8"), project="project-fusion"),
+        Stretch(weeks="6-8", labs=("3.11", "3.12"), project="project-deployment"),
+    ),
+    "research": (
+        Stretch(weeks="1-4", chapters=("3.1", "3.2", "3.3"), labs=("3.3", "3.4"), project="project-theory"),
+        Stretch(weeks="5-8", labs=("3.7", "3.8", "3.11", "3.12"), project="project-experiments"),
+        Stretch(weeks="9-12", project="project-study"),
+    ),
 }
 
 
@@ -85,12 +116,8 @@ def lab(number: str) -> Lab:
     return known[number]
 
 
-def path(name: str) -> tuple[list[Lab], int]:
-    """The labs of a learning path that are there, in order, and how many of the path are still to be written."""
+def path(name: str) -> tuple[Stretch, ...]:
+    """A learning path, week by week."""
     if name not in PATHS:
         raise unknown("path", name, PATHS)
-    known = labs()
-    there = [known[number] for number in PATHS[name] if number in known]
-    if not there:
-        raise CompressLabError(f"none of the labs of path '{name}' is there yet")
-    return there, len(PATHS[name]) - len(there)
+    return PATHS[name]

@@ -22,6 +22,12 @@ def chapters() -> dict[str, Path]:
     return {path.name.partition("-")[0]: path for path in paths}
 
 
+def title(number: str) -> str:
+    """Of a chapter; "" where the chapters are not installed."""
+    path = chapters().get(number)
+    return "" if path is None else path.stem.partition("-")[2].replace("_", " ")
+
+
 def read(number: str, lang: str) -> str:
     """A chapter as Markdown for a terminal. CompressLabError if there is none, or pylatexenc is not installed."""
     known = chapters()
