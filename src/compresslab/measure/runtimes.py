@@ -115,7 +115,7 @@ class OpenVino(Runtime):
 
 class GenAi(Runtime):
     package, module, extra = "onnxruntime-genai", "onnxruntime_genai", "genai"
-    reads = "a folder with genai_config.json"
+    reads = "genai_config.json and its graph"
 
     def file(self, folder: Path) -> Path | None:
         return _first(folder, "genai_config.json")
