@@ -267,7 +267,7 @@ def failing(after: int, value: float = float("nan")) -> Callable[..., Tensor]:
 
 
 def test_a_recovery_that_diverges_keeps_the_best_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovering, "_own_loss", failing(after=5))
+    monkeypatch.setattr(recovering, "own_loss", failing(after=5))
     artifact, report = run(tmp_path / "out", MAGNITUDE)
     assert "diverged: the loss of step 6 is nan; the network is that of step 4" in report.data["training"]["notice"]
     assert all("diverged" in layer.note for layer in report.layers)
@@ -278,7 +278,7 @@ def test_a_recovery_that_diverges_keeps_the_best_and_says_so(tmp_path: Path, mon
 
 
 def test_a_divergence_before_all_zeros_are_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovering, "_own_loss", failing(after=5))
+    monkeypatch.setattr(recovering, "own_loss", failing(after=5))
     with pytest.raises(
         CompressLabError, match=r"diverged: the loss of step 6 is nan, before any check.*lower the learning"
     ):

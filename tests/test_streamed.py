@@ -110,7 +110,7 @@ def test_quality_is_measured_in_batches(tmp_path: Path) -> None:
 
 
 def larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "fits_whole", lambda source, ceiling=None: False)
+    monkeypatch.setattr(preflight, "fits_whole", lambda *_: False)
 
 
 def test_evaluate_reads_what_does_not_fit_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from compresslab import models, preflight, streamed
 from compresslab.artifact import Artifact
 from compresslab.deploy import torch_packed
 from compresslab.errors import CompressLabError
-from compresslab.measure import fresh, generation, harness, quality, size, speed, writing
+from compresslab.measure import fresh, generation, harness, perplexity, quality, size, speed, writing
 from compresslab.measure.cost import PROMPT
 from compresslab.measure.energy import Settings, grid_intensity
 from compresslab.questions import PASSAGES, window_length
@@ -88,10 +88,10 @@ def evaluate(
 def _in_blocks(folder: Path, ceiling: int | None, length: int) -> bool:
     """Whether a model is to be read block by block. CompressLabError if there is too little memory even for that."""
     source = streamed.source_of(folder)
-    if preflight.fits_whole(source, ceiling):
+    window = length * int(getattr(source.config, "vocab_size", 0) or 0)
+    if preflight.fits_whole(source, ceiling, perplexity.AT_ONCE * window):
         return False
-    vocabulary = int(getattr(source.config, "vocab_size", 0) or 0)
-    least = preflight.streamed_bytes(source, max(quality.STREAMED_LOGITS, length * vocabulary) if vocabulary else 0)
+    least = preflight.streamed_bytes(source, max(quality.STREAMED_LOGITS, window) if window else 0)
     if ceiling is not None and least > ceiling:
         raise CompressLabError(
             f"reading {folder} block by block takes about {least / 1e9:.2f} GB: allow --memory {least / 1e9 + 0.01:.2f}GB or "

@@ -221,15 +221,8 @@ def _followed(
 ) -> tuple[Artifact, Report]:  # fmt: skip
     """What a rank other than the leader does: its share of the walks, the training and the solving; and what the leader made."""
     clock = Clock()
-    job = _prepared(
-        _job(calibrated, stages, methods, layout, None, progress, team),
-        stages,
-        methods,
-        material,
-        seed,
-        progress,
-        clock,
-    )
+    job = _job(calibrated, stages, methods, layout, None, progress, team)
+    job = _prepared(job, stages, methods, material, seed, progress, clock)
     job, _ = _learned(job, stages, recipe, layout, material, None, seed, progress, clock)
     layerwise.run(job)
     return team.told(None)  # type: ignore[return-value]

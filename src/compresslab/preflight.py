@@ -383,13 +383,15 @@ def _median(call: Callable[[], object]) -> float:
     return statistics.median(hardware.seconds(call))
 
 
-def fits_whole(source: Source, ceiling: int | None = None) -> bool:
+def fits_whole(source: Source, ceiling: int | None = None, logits: int = 0) -> bool:
     """Whether the model can be opened as a whole in float32 now, as measuring does, with a tenth to work with.
 
     Args:
         ceiling: bytes that it may take; by default all that is free.
+        logits: see streamed_bytes.
     """
-    whole = PROGRAM_BYTES + 4.4 * sum(parameter.numel() for parameter in source.skeleton().parameters())
+    numbers = sum(parameter.numel() for parameter in source.skeleton().parameters()) + 2 * logits
+    whole = PROGRAM_BYTES + 4.4 * numbers
     free = psutil.virtual_memory().available
     return whole < (free if ceiling is None else min(ceiling, free))
 

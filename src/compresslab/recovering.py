@@ -35,7 +35,7 @@ from compresslab.plan import Unit
 from compresslab.pruning import Ungated, Unrounded
 from compresslab.recipe import Training
 from compresslab.solving import BlockState, Job, Solved
-from compresslab.training import Loss, Record, collate, split, train_
+from compresslab.training import Loss, Record, collate, own_loss, split, train_
 from compresslab.weights import OverlaidWeights
 
 EVALUATED = 4  # batches of the training that are judged at a time
@@ -116,7 +116,7 @@ def _after_pruning(source: Source, pruners: Mapping[str, Pruner], lesson: Lesson
     before = loss_on(model, held_back, lesson)
     record = train_masked_(
         model, kept, training, lesson.settings, lesson.folder, seed=lesson.seed, held_back=held_back,
-        loss=lesson.loss or _own_loss, on_step=lesson.on_step, device=lesson.device,
+        loss=lesson.loss or own_loss, on_step=lesson.on_step, device=lesson.device,
     )  # fmt: skip
     note = record.notice
     if record.best_loss < before:
@@ -159,7 +159,7 @@ def in_training(source: Source, methods: Mapping[str, TrainedPruner], lesson: Le
     try:
         record = train_(
             model, training, lesson.settings, lesson.folder, seed=lesson.seed, held_back=held_back,
-            loss=_with_penalties(gates, lesson.loss or _own_loss), on_step=_steps(model, methods, gates, lesson),
+            loss=_with_penalties(gates, lesson.loss or own_loss), on_step=_steps(model, methods, gates, lesson),
             best_from=settled, device=lesson.device,
         )  # fmt: skip
         kept = {layer: gate.kept() for layer, gate in gates.items()}
@@ -204,11 +204,6 @@ def _steps(
     return step
 
 
-def _own_loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    found: Tensor = network(**batch).loss
-    return found
-
-
 def _with_penalties(gates: Mapping[str, Gate], loss_of: Loss) -> Loss:
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         found = loss_of(network, batch)
@@ -222,7 +217,7 @@ def _with_penalties(gates: Mapping[str, Gate], loss_of: Loss) -> Loss:
 def loss_on(model: nn.Module, examples: Sequence[Example], lesson: Lesson) -> float:
     """The mean loss of a network on examples, taken in batches as the training's checks take it."""
     model.eval()
-    size, total, loss = EVALUATED * lesson.settings.batch, 0.0, lesson.loss or _own_loss
+    size, total, loss = EVALUATED * lesson.settings.batch, 0.0, lesson.loss or own_loss
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         batch = {key: value.to(lesson.device) for key, value in collate(part).items()}

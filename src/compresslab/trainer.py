@@ -23,7 +23,7 @@ from compresslab import ranks
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.recipe import Training
-from compresslab.training import KEPT, Loss
+from compresslab.training import KEPT, Loss, own_loss
 
 WEIGHTS = "model.safetensors"
 OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {}, "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"}}
@@ -54,7 +54,7 @@ def run_(
     team = ranks.started()
     steps = settings.steps_for(len(examples))
     trainer = _Trainer(
-        model=model if team.is_alone else _Together(model, loss or _own_loss),
+        model=model if team.is_alone else _Together(model, loss or own_loss),
         args=_arguments(settings, steps, folder, seed, device, team.share_of_batch(settings.batch)),
         train_dataset=_Examples(examples),
         eval_dataset=_Examples(held_back),
@@ -147,11 +147,6 @@ class _Together(nn.Module):
 
     def load_state_dict(self, *arguments: Any, **more: Any) -> Any:
         return self.network.load_state_dict(*arguments, **more)
-
-
-def _own_loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    found: Tensor = network(**batch).loss
-    return found
 
 
 class _NotFinite(Exception):

@@ -101,6 +101,12 @@ def train_(
     )
 
 
+def own_loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss that a network takes of its labels."""
+    found: Tensor = network(**batch).loss
+    return found
+
+
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """The examples to train on and those held back, picked by the seed; at least one of each."""
     if len(examples) < 2:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from compresslab import models
 from compresslab.course import character_model
@@ -110,18 +107,6 @@ CHAIN = pictures.Chain(
     teacher="resnet-14", assistant="resnet-8", student="resnet-8", side=8, labelled=40, test=10, teacher_steps=2, steps=3,
     batch=16,
 )  # fmt: skip
-
-
-@pytest.fixture
-def own_pictures(tmp_path: Path) -> str:
-    """60 pictures in ten classes, a folder for each."""
-    for number in range(60):
-        folder = tmp_path / "pictures" / f"{number % 10}"
-        folder.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        Image.new("RGB", (32, 32), (4 * number, 20 * (number % 10), 0)).save(content, "PNG")
-        (folder / f"{number}.png").write_bytes(content.getvalue())
-    return str(tmp_path / "pictures")
 
 
 def test_a_leap_on_pictures_takes_as_much_compute_as_the_way_through_an_assistant(own_pictures: str) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from compresslab.course import digits
+from compresslab.course import own_pictures as course_pictures
 from compresslab.course.labs.lab_3_9 import experiment, pictures, pretrained
 from compresslab.errors import CompressLabError
 
@@ -90,28 +88,16 @@ CLASS = pictures.Class(
 )
 
 
-@pytest.fixture
-def own_pictures(tmp_path: Path) -> str:
-    """60 pictures in ten classes, a folder for each."""
-    for number in range(60):
-        folder = tmp_path / "pictures" / f"{number % 10}"
-        folder.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        Image.new("RGB", (32, 32), (4 * number, 20 * (number % 10), 0)).save(content, "PNG")
-        (folder / f"{number}.png").write_bytes(content.getvalue())
-    return str(tmp_path / "pictures")
-
-
-def test_teacher_students_and_test_have_pictures_of_their_own(own_pictures: str) -> None:
-    parts = pictures.brought(CLASS, own_pictures, 0)
-    assert [len(part) for part in parts] == [24, 16, 20]
-    every = torch.stack([one["pixel_values"] for part in parts for one in part]).flatten(1)
+def test_parts_that_are_drawn_share_no_picture_and_only_the_test_is_always_the_same(own_pictures: str) -> None:
+    (own, shown), test = course_pictures.drawn(own_pictures, (24, 16), tested=20, seed=0, side=8)
+    assert [len(part) for part in (own, shown, test)] == [24, 16, 20]
+    every = torch.stack([one["pixel_values"] for part in (own, shown, test) for one in part]).flatten(1)
     assert every.shape[1] == 3 * 8 * 8 and len(every.unique(dim=0)) == 60
-    again = pictures.brought(CLASS, own_pictures, 1)
-    assert torch.equal(again[2][0]["pixel_values"], parts[2][0]["pixel_values"])
-    assert not torch.equal(again[0][0]["pixel_values"], parts[0][0]["pixel_values"])
+    (other, _), same = course_pictures.drawn(own_pictures, (24, 16), tested=20, seed=1, side=8)
+    assert torch.equal(same[0]["pixel_values"], test[0]["pixel_values"])
+    assert not torch.equal(other[0]["pixel_values"], own[0]["pixel_values"])
     with pytest.raises(CompressLabError, match="has 60 pictures, and this scale needs 61"):
-        pictures.brought(dataclasses.replace(CLASS, shown=17), own_pictures, 0)
+        course_pictures.drawn(own_pictures, (24, 17), tested=20, seed=0)
 
 
 def test_students_on_pictures_start_alike_and_differ_by_what_they_are_told(

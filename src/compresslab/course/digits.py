@@ -17,10 +17,10 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,6 +42,14 @@ class Pictures:
 
     pixels: Tensor
     labels: Tensor
+
+    @classmethod
+    def of(cls, examples: Sequence[Mapping[str, Any]]) -> Pictures:
+        """Examples as training.train_ takes them, of one size."""
+        return cls(
+            pixels=torch.stack([one["pixel_values"] for one in examples]),
+            labels=torch.stack([torch.as_tensor(one["labels"]) for one in examples]),
+        )
 
     def examples(self) -> list[dict[str, Tensor]]:
         """As training.train_ takes them."""

@@ -55,10 +55,34 @@ def parts(
     Args:
         side: pixels; 32, or 16 or 8, each then the mean of as many as it stands for.
     """
-    every = opened(source)
-    if side != SIDE:
-        every = [{**one, "pixel_values": nn.functional.avg_pool2d(one["pixel_values"], SIDE // side)} for one in every]
+    every = _smaller(opened(source), side)
     return every[:tested], every[tested : tested + held_back], every[tested + held_back :]
+
+
+def drawn(
+    source: str | None, sizes: Sequence[int], *, tested: int, seed: int, side: int = SIDE
+) -> tuple[list[list[Example]], list[Example]]:
+    """As many pictures as are asked for, drawn by a seed, in parts that share none; and some to test on, which no seed changes.
+
+    Args:
+        side: see `parts`.
+
+    Raises:
+        CompressLabError: if there are too few.
+    """
+    every = opened(source)
+    wanted = tested + sum(sizes)
+    if len(every) < wanted:
+        raise CompressLabError(f"{source} has {len(every)} pictures, and this scale needs {wanted}: bring more")
+    order = torch.randperm(len(every) - tested, generator=torch.Generator().manual_seed(seed))[: sum(sizes)] + tested
+    found = [_smaller([every[place] for place in part.tolist()], side) for part in order.split(list(sizes))]
+    return found, _smaller(every[:tested], side)
+
+
+def _smaller(examples: list[Example], side: int) -> list[Example]:
+    if side == SIDE:
+        return examples
+    return [{**one, "pixel_values": nn.functional.avg_pool2d(one["pixel_values"], SIDE // side)} for one in examples]
 
 
 @torch.no_grad()

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from compresslab.measure.environment import device_label
 from compresslab.measure.intervals import Scored, exp_ratio
 
+AT_ONCE = 2  # windows in a forward
 
-def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 2, conditions: str = "") -> Scored:
+
+def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = AT_ONCE, conditions: str = "") -> Scored:
     """exp of the mean negative log-likelihood of each token given those before it in its window.
 
     Windows do not overlap and the first token of each is not predicted, so n windows of L tokens make n (L - 1)

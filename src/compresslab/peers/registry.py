@@ -15,7 +15,7 @@ from compresslab.errors import CompressLabError, unknown
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE / "scripts"
-STATES = ("runs", "waiting", "excluded")
+STATES = ("runs", "excluded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,10 @@ class Peer:
 
     Attributes:
         package: what it is called on PyPI.
-        labs: those it is held beside, or will be.
-        state: "runs" (it has a script), "waiting" (it can be installed, no lab asks it yet), "excluded" (it cannot be
-            installed, or not be given a torch network).
+        labs: those it is held beside, or would be.
+        state: "runs" (it has a script), "excluded" (it cannot be installed, or not be given a torch network).
         ours: our method or recipe that covers its job; None where there is none yet.
-        note: why it waits or is excluded, or what to know of its row, by language.
+        note: why it is excluded, or what to know of its row, by language.
         script, requirements: files; named after the peer unless given.
     """
 

@@ -126,6 +126,22 @@ class PictureJob(PeerJob):
         self.before["accuracy"] = self.accuracy(model)
         return model
 
+    def pruned_by(self, prune: Callable[[Any, list[str], float, Tensor], None]) -> None:
+        """The whole job of a framework that takes out channels: settings "layers", "frac", "training", "batches", "rounds".
+
+        Args:
+            prune: in place, given the network, names of layers, the share of each that goes, and pixels to trace it with.
+        """
+        model, told = self.open(), self.settings
+        example = self.data["test"]["pixel_values"][:2]
+        self.timed("prune", lambda: prune(model, told["layers"], told["frac"], example))
+        self.timed("train", lambda: self.train_(model))
+        self.measure(model)
+        self.weigh(model)
+        path = self.out / "weights.pt"
+        torch.save(model.state_dict(), path)
+        self.answer([path])
+
     def measure(self, model: nn.Module) -> None:
         self.after["accuracy"] = self.accuracy(model)
 

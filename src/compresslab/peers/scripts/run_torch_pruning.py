@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch_pruning
 from peer_job import Logits, PictureJob
 from torch import Tensor, nn
@@ -31,15 +30,7 @@ def prune_(model: Any, layers: list[str], frac: float, example: Tensor) -> None:
 
 def main() -> None:
     job = PictureJob("torch-pruning", "torch", "transformers")
-    model, told = job.open(), job.settings
-    example = job.data["test"]["pixel_values"][:2]
-    job.timed("prune", lambda: prune_(model, told["layers"], told["frac"], example))
-    job.timed("train", lambda: job.train_(model))
-    job.measure(model)
-    job.weigh(model)
-    path = job.out / "weights.pt"
-    torch.save(model.state_dict(), path)
-    job.answer([path])
+    job.pruned_by(prune_)
 
 
 if __name__ == "__main__":

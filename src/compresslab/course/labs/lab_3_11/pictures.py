@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from compresslab.course import in_memory, own_pictures
@@ -21,7 +20,6 @@ from compresslab.course.digits import Pictures, accuracy
 from compresslab.data.labelled import Example
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
-from compresslab.errors import CompressLabError
 from compresslab.measure import counts
 from compresslab.pairing import Losses
 from compresslab.recipe import Training
@@ -127,19 +125,8 @@ class School:
 
 
 def brought(settings: Chain, pictures: str, seed: int) -> tuple[list[Example], Pictures]:
-    """Pictures to learn from, and to test on, which no seed changes."""
-    every = own_pictures.opened(pictures)
-    if len(every) < settings.labelled + settings.test:
-        raise CompressLabError(
-            f"{pictures} has {len(every)} pictures, and this scale needs {settings.labelled + settings.test}: bring more"
-        )
-    drawn = torch.randperm(len(every) - settings.test, generator=torch.Generator().manual_seed(seed))
-    places = [*range(settings.test), *(drawn[: settings.labelled] + settings.test).tolist()]
-    pixels = torch.stack([every[place]["pixel_values"] for place in places])
-    pixels = nn.functional.adaptive_avg_pool2d(pixels, settings.side)
-    labels = torch.stack([torch.as_tensor(every[place]["labels"]) for place in places])
-    test, shown = (
-        Pictures(pixels=pixels[part], labels=labels[part])
-        for part in (slice(None, settings.test), slice(settings.test, None))
+    """Pictures to learn from, and to test on."""
+    (shown,), test = own_pictures.drawn(
+        pictures, (settings.labelled,), tested=settings.test, seed=seed, side=settings.side
     )
-    return list(shown.examples()), test
+    return shown, Pictures.of(test)

@@ -28,7 +28,6 @@ from compresslab.course.labs.lab_3_12 import exits
 from compresslab.distill.early_exits import EarlyExits
 from compresslab.distill.fused import logit_loss
 from compresslab.distill.soft_labels import SoftLabels
-from compresslab.errors import CompressLabError
 from compresslab.features import FeatureTerms
 from compresslab.mutual import mutual_loss
 from compresslab.teachers import ADAPTIVE, MEAN, Ensemble, mixed
@@ -229,24 +228,10 @@ class School:
 
 
 def brought(settings: OnPictures, seed: int) -> tuple[Pictures, Pictures, Pictures]:
-    """Pictures of the user: with labels, without (whose labels nobody reads), and to test on, which no seed changes."""
-    every = own_pictures.opened(settings.pictures)
+    """Pictures of the user: with labels, without (whose labels nobody reads), and to test on."""
     sizes = (settings.labelled, settings.unlabelled)
-    if len(every) < sum(sizes) + settings.test:
-        raise CompressLabError(
-            f"{settings.pictures} has {len(every)} pictures, and this scale needs {sum(sizes) + settings.test}: bring more"
-        )
-    rest = range(settings.test, len(every))
-    drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[: sum(sizes)] + settings.test
-    places = (*drawn.split(list(sizes)), torch.arange(settings.test))
-    first, second, last = (
-        Pictures(
-            pixels=torch.stack([every[i]["pixel_values"] for i in part.tolist()]),
-            labels=torch.stack([torch.as_tensor(every[i]["labels"]) for i in part.tolist()]),
-        )
-        for part in places
-    )
-    return first, second, last
+    (first, second), last = own_pictures.drawn(settings.pictures, sizes, tested=settings.test, seed=seed)
+    return Pictures.of(first), Pictures.of(second), Pictures.of(last)
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.course import digits
 from compresslab.course.own_pictures import SIDE, accuracy, blocks_of, parts, resnet
+from compresslab.course.timing import one_thread
 from compresslab.data.labelled import Example
 from compresslab.masked import masking, train_masked_
 from compresslab.recipe import Training
@@ -91,16 +91,6 @@ def transformer(layers: int, side: int, seed: int) -> nn.Module:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return models.initialised(config, seed)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,7 @@ supernet, whose parts are networks already: once_for_all.py.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,7 @@ from compresslab.coupling import couplings
 from compresslab.course import digits, in_memory, own_pictures
 from compresslab.course.labs.lab_3_8 import once_for_all
 from compresslab.course.labs.lab_3_8.once_for_all import OnceForAll
+from compresslab.course.timing import one_thread
 from compresslab.data.labelled import Example
 from compresslab.data.labelled_images import image_batches, label_ids
 from compresslab.errors import CompressLabError
@@ -167,17 +167,6 @@ def _searched(settings: Settings, subject: Subject, seed: int, say: Callable[[st
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of dropout in the short training
         return _measured(settings, subject, seed, say)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """So that other work on this machine does not count (measure/layers.py)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measured(settings: Settings, subject: Subject, seed: int, say: Callable[[str], None]) -> Rows:

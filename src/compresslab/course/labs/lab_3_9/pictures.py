@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from compresslab.contract import LogitLoss
@@ -18,7 +17,6 @@ from compresslab.course import in_memory, own_pictures
 from compresslab.data.labelled import Example
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
-from compresslab.errors import CompressLabError
 from compresslab.pairing import Losses
 from compresslab.recipe import Training
 
@@ -56,7 +54,8 @@ class Class:
 
 def measure(settings: Class, source: str, seed: int, say: Callable[[str], None]) -> Rows:
     """Rows of one seed."""
-    own, shown, test = brought(settings, source, seed)
+    sizes = (settings.taught, settings.shown)
+    (own, shown), test = own_pictures.drawn(source, sizes, tested=settings.tested, seed=seed, side=settings.side)
     rows: Rows = {}
 
     def row(name: str, network: nn.Module) -> nn.Module:
@@ -93,16 +92,3 @@ def _learned(
         held_back=0.02,
     )  # fmt: skip
     return in_memory.taught_on(network, teacher, Losses(on_logits=losses, on_features=()), shown, training, seed=seed)
-
-
-def brought(settings: Class, source: str, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
-    """Pictures that the teacher learns from, others that students learn from, and some to test on, which no seed changes."""
-    test, _, others = own_pictures.parts(source, tested=settings.tested, held_back=0, side=settings.side)
-    if len(others) < settings.taught + settings.shown:
-        raise CompressLabError(
-            f"{source} has {len(test) + len(others)} pictures, and this scale needs "
-            f"{settings.tested + settings.taught + settings.shown}: bring more"
-        )
-    drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
-    mine = [others[place] for place in drawn[: settings.taught]]
-    return mine, [others[place] for place in drawn[settings.taught : settings.taught + settings.shown]], test
