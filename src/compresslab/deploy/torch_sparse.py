@@ -4,9 +4,10 @@
     rows and in blocks, in turn -> a `Timing` each -> SparseLinear in the place of those that gain
 
 Zeros anywhere cost a dense product nothing less. Compressed rows read 4 + 8 bytes for every number that is left and jump about
-in x: they gain from about 80 to 90 % zeros on, and with many rows of x at a time, as one read of W then serves all of them.
-Where that point lies depends on shape and machine, so it is measured and not assumed. The kernels take float32; the dense
-product that they are held against is the one in the network's own dtype.
+in x, so they gain only where few numbers are left, and whether they do depends on shape, rows and machine: it is measured and
+not assumed. The kernels take float32; the dense product that they are held against is the one in the network's own dtype. Of
+SmolLM2 at 90 % zeros all products together became at most 1.2 times faster than in bfloat16, and 1.4 times than in float32
+(results/sparse-smollm2.json).
 
 Law (tests/deploy/test_torch_sparse.py): the network computes what it computed.
 """

@@ -11,9 +11,6 @@ import math
 from compresslab.report.plots import plain
 from compresslab.report.schema import Layer, Report
 
-# What leaving zeros out needs before it pays on a processor, about; `compresslab sparse` measures it where it matters.
-PAYS_FROM_PERCENT, PAYS_FROM_ROWS = 80, 16
-
 
 def pruned(report: Report) -> list[Layer]:
     return [layer for layer in report.layers if layer.sparsity is not None]
@@ -49,8 +46,8 @@ def limits(report: Report) -> list[str]:
     if any(layer.pattern is None for layer in layers):
         found.append(
             f"The zeros are anywhere and are {stored}: the mask makes this folder neither smaller nor faster. Removing whole "
-            f"heads, neurons or layers does; leaving zeros out of the products starts to pay from about {PAYS_FROM_PERCENT} % "
-            f"zeros and {PAYS_FROM_ROWS} rows at a time: `compresslab sparse` measures it on your machine."
+            f"heads, neurons or layers does; leaving zeros out of the products gains little on a processor even where "
+            "nine of ten weights are zero: `compresslab sparse` measures it on your machine."
         )
     if patterns:
         found.append(
