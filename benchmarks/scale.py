@@ -1,15 +1,18 @@
 """A model of 7 thousand million parameters on a small machine, costs over four sizes, and runs that are killed.
 
-    python benchmarks/scale.py --work FOLDER [--parts copy rounding hqq gptq layers tokens kills] [--out results/scale.json]
+    python benchmarks/scale.py --work FOLDER [--parts copy rounding hqq gptq layers tokens kills ceiling ranks] [--out FILE]
 
 Checkpoints are random weights in a real model's exact shapes (`compresslab random-model`), made in FOLDER once; the largest
 takes 13.5 GB and its artifact 4 GB. Every compression is a process of its own, whose peak of resident memory the system
 tells at its end (wait4: the process and those it started, whichever was largest). What the preflight foretold stands beside it.
 
     copy      the checkpoint copied and synced to disk: what rounding is compared with
-    rounding, hqq, gptq   all of it by w4a16-rtn, -hqq and -gptq, the last one with 16 x 512 tokens
+    rounding, hqq, gptq   all of it by w4a16-rtn, -hqq and -gptq, the last one with 16 x 512 tokens; like the copy, they find no
+              page of the checkpoint in memory
     layers, tokens        seconds of solving at four depths, and at four lengths of calibration
     kills     20 runs, each killed by SIGKILL at random moments, twice each, and run again: are the artifact's bytes the same?
+    ceiling   much calibration text in as much memory as the run likes, and under a ceiling: peaks, seconds, and the same bytes?
+    ranks     one process of one thread, and two gloo ranks of one thread each: seconds, and the same bytes?
 
 Parts are measured one after the other and kept as they finish, so that some can be done again. Keep the machine quiet.
 """
@@ -39,6 +42,7 @@ SMALL = "qwen2.5-0.5b"  # its shapes for what needs many runs
 DEPTHS = (2, 4, 8, 16)
 LENGTHS = (16, 32, 64, 128)  # samples of 128 tokens
 KILLS = 20
+CEILING = "1.7GB"
 UNTOUCHED = ("model.safetensors", "config.json", "tokenizer.json")  # reports have times of day in them
 
 WORKER = """
@@ -49,23 +53,26 @@ from compresslab.errors import CompressLabError
 def say(name, value):
     print(json.dumps({name: value}), flush=True)
 
-model, out, recipe, data, settings, foretell = json.loads(sys.argv[1])
+model, out, recipe, data, settings, foretell, memory = json.loads(sys.argv[1])
 if foretell:
     _, estimate, _ = pipeline.plan_only(model, recipe, settings=settings)
     say("foretold", {"seconds": estimate.seconds, "memory_bytes": estimate.memory_bytes, "parts": estimate.parts})
-_, report = pipeline.compress(model, recipe, data, out=out, settings=settings, measure=False)
+_, report = pipeline.compress(model, recipe, data, out=out, settings=settings, measure=False, memory=memory)
 say("seconds", report.seconds)
 """
 
 
-def process(command: list[str], *, kill_after: float | None = None) -> tuple[list[str], float, int, int]:
+def process(
+    command: list[str], *, kill_after: float | None = None, threads: int | None = None
+) -> tuple[list[str], float, int, int]:
     """Run it to its end, or for a while.
 
     Returns:
         its lines, its seconds, the peak of its resident memory in bytes, and its exit code (-9 if killed).
     """
     started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    few = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | few)
     if kill_after is not None:
         try:
             child.wait(kill_after)
@@ -81,9 +88,26 @@ def process(command: list[str], *, kill_after: float | None = None) -> tuple[lis
 
 
 def job(
-    model: Path, out: Path, recipe: str, data: str | None, settings: dict[str, Any], *, foretell: bool
+    model: Path,
+    out: Path,
+    recipe: str,
+    data: str | None,
+    settings: dict[str, Any],
+    *,
+    foretell: bool,
+    memory: str | None = None,
 ) -> list[str]:
-    return [sys.executable, "-c", WORKER, json.dumps([str(model), str(out), recipe, data, settings, foretell])]
+    asked = json.dumps([str(model), str(out), recipe, data, settings, foretell, memory])
+    return [sys.executable, "-c", WORKER, asked]
+
+
+def forget(folder: Path) -> None:
+    """Have the system read a folder's files from disk again."""
+    os.sync()
+    for path in folder.iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
 
 
 def fresh(out: Path) -> Path:
@@ -93,10 +117,17 @@ def fresh(out: Path) -> Path:
 
 
 def compressed(
-    model: Path, out: Path, recipe: str, data: str | None = None, settings: dict[str, Any] | None = None
+    model: Path,
+    out: Path,
+    recipe: str,
+    data: str | None = None,
+    settings: dict[str, Any] | None = None,
+    memory: str | None = None,
 ) -> dict[str, Any]:
     """One whole compression, with what was foretold of it."""
-    lines, seconds, peak, code = process(job(model, fresh(out), recipe, data, settings or {}, foretell=True))
+    forget(model)
+    command = job(model, fresh(out), recipe, data, settings or {}, foretell=True, memory=memory)
+    lines, seconds, peak, code = process(command)
     if code:
         raise SystemExit(f"{recipe} on {model} ended with {code}")
     said: dict[str, Any] = {}
@@ -129,6 +160,7 @@ class Bench:
 
     def copy(self) -> dict[str, Any]:
         source, target = self.model(self.shape), self.work / "copy"
+        forget(source)
         started = time.perf_counter()
         shutil.copytree(source, target, dirs_exist_ok=True)
         os.sync()
@@ -176,6 +208,31 @@ class Bench:
             alike += _digests(self.out) == expected
         return {"runs": KILLS, "kills": killed, "byte_identical": alike, "undisturbed_seconds": whole}
 
+    def ceiling(self) -> dict[str, Any]:
+        model, settings = self.model(SMALL, DEPTHS[1]), {"calibration.samples": 128, "calibration.sequence_length": 512}
+        free = compressed(model, self.out, "w4a16-gptq", self.data, settings)
+        expected = _digests(self.out)
+        under = compressed(model, self.out, "w4a16-gptq", self.data, settings, CEILING)
+        return {"free": free, "under": under, "ceiling": CEILING, "same_bytes": _digests(self.out) == expected}
+
+    def ranks(self) -> dict[str, Any]:
+        model, settings = self.model(SMALL, DEPTHS[1]), {"calibration.samples": 64, "calibration.sequence_length": 512}
+        alone = job(model, self.out, "w4a16-gptq", self.data, settings, foretell=False)
+        script = self.work / "worker.py"
+        script.write_text(WORKER, encoding="utf-8")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        seconds, digests = [], []
+        for command in (alone, [*launcher, str(script), alone[-1]]):
+            fresh(self.out)
+            _, took, _, code = process(command, threads=1)
+            assert code == 0
+            seconds.append(took)
+            digests.append(_digests(self.out))
+        return {
+            "seconds": dict(zip(("one process", "two ranks"), seconds, strict=True)),
+            "same_bytes": digests[0] == digests[1],
+        }
+
 
 def _digests(out: Path) -> dict[str, str]:
     return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in UNTOUCHED}
@@ -197,7 +254,7 @@ def _line(sizes: Any, seconds: list[float]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parts = ("copy", "rounding", "hqq", "gptq", "layers", "tokens", "kills")
+    parts = ("copy", "rounding", "hqq", "gptq", "layers", "tokens", "kills", "ceiling", "ranks")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--shape", default="llama-2-7b")
     parser.add_argument("--data", default="wiki")

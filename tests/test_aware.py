@@ -237,7 +237,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_artifact(tmp_path: Path, monkey
     steps: list[str] = []
     again, _ = go(tmp_path / "killed", progress=pipeline.Progress(step=steps.append))
     assert sum("training" in what for what in steps) == 3  # of 6, the check was after 3
-    assert again.manifest()["weights_sha256"] == whole.manifest()["weights_sha256"]
+    assert again.manifest()["weights_xxh3"] == whole.manifest()["weights_xxh3"]
     assert not (tmp_path / "killed.partial").exists()
 
 
@@ -260,7 +260,7 @@ def test_a_training_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> N
     other = recipe_of(training={"steps": 6, "learning_rate": 1e-3, "batch": 4, "checks": 2})
     changed, _ = compress(tiny.make("vit"), other, images(), out=tmp_path / "out", measure=False)
     clean, _ = compress(tiny.make("vit"), other, images(), out=tmp_path / "clean", measure=False)
-    assert changed.manifest()["weights_sha256"] == clean.manifest()["weights_sha256"]
+    assert changed.manifest()["weights_xxh3"] == clean.manifest()["weights_xxh3"]
 
 
 # -- classifiers of text ---------------------------------------------------------------------------------------------

@@ -449,4 +449,4 @@ def test_a_killed_process_goes_on(text: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"recipe": recipe, "data": str(text), "measure": False}
     whole, _ = pipeline.compress(model, out=tmp_path / "whole", **settings)
     assert (found.folder / WEIGHTS).read_bytes() == (whole.folder / WEIGHTS).read_bytes()
-    assert found.manifest()["weights_sha256"] == whole.manifest()["weights_sha256"]
+    assert found.manifest()["weights_xxh3"] == whole.manifest()["weights_xxh3"]

@@ -52,12 +52,12 @@ def test_an_artifact_says_the_same_and_has_the_same_weights(tmp_path: Path, case
     whole = models.load(folder, dtype=torch.float32)
     found = streamed.load(folder)
     torch.testing.assert_close(logits(found, tokens), logits(whole, tokens), rtol=1e-4, atol=1e-4)
-    hashes = Artifact(folder).manifest()["weights_sha256"]
-    job = fresh.Job(folder=folder, weights_sha256=hashes, streamed=True, threads=2)
+    hashes = Artifact(folder).manifest()["weights_xxh3"]
+    job = fresh.Job(folder=folder, weights_xxh3=hashes, streamed=True, threads=2)
     assert len(hashes) == fresh._run(job).weights_compared > 0
     assert fresh._run(job).weights_differing == ()
     first = next(iter(hashes))
-    wrong = job.model_copy(update={"weights_sha256": hashes | {first: "0" * 64}})
+    wrong = job.model_copy(update={"weights_xxh3": hashes | {first: "0" * 32}})
     assert fresh._run(wrong).weights_differing == (first,)
 
 

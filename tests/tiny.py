@@ -313,7 +313,7 @@ def agreement(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def fake_measure(job: fresh.Job) -> fresh.Result:
     """What a fresh process would say of a sound artifact, without starting one."""
-    return fresh.Result(measurements=(), weights_compared=len(job.weights_sha256), weights_differing=())
+    return fresh.Result(measurements=(), weights_compared=len(job.weights_xxh3), weights_differing=())
 
 
 @contextmanager

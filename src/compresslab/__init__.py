@@ -11,7 +11,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from typing import Any
+
+# torch then asks the system for huge pages for tensors of 2 MB and more (it reads this at its first one): pages of 4 KB, met for
+# the first time, are half of what passes over a large weight cost.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Where torchao is installed (ExecuTorch brings it), transformers imports it, and it tells of kernels for other machines.
 logging.getLogger("torchao").setLevel(logging.ERROR)

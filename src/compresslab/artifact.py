@@ -34,6 +34,7 @@ from typing import Any, TypeVar, cast
 
 import filelock
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -294,7 +295,7 @@ class Writer:
             "file": file,
             "sha256": file_sha256(self.partial / file),
             "layers": {
-                layer: dataclasses.asdict(found.record) | {"weight_sha256": self._opened_sha256(found)}
+                layer: dataclasses.asdict(found.record) | {"weight_xxh3": self._opened_hash(found)}
                 for layer, found in solved.items()
             },
         }
@@ -305,12 +306,12 @@ class Writer:
         if state is not None:
             self._drop_older_states(unit.name)
 
-    def _opened_sha256(self, solved: Solved) -> str:
-        """weight_sha256 of a layer as it will be opened; where rows are independent, some at a time, which stay in the cache."""
+    def _opened_hash(self, solved: Solved) -> str:
+        """weight_hash of a layer as it will be opened; where rows are independent, some at a time, which stay in the cache."""
         weight = solved.weight
         if solved.transposed or not isinstance(weight, QuantWeight) or not weight.in_rows:
-            return weight_sha256(self.as_opened(weight, solved.transposed))
-        digest, step = hashlib.sha256(), max(1, 2**19 // weight.codes.shape[1])
+            return weight_hash(self.as_opened(weight, solved.transposed))
+        digest, step = xxhash.xxh3_128(), max(1, 2**19 // weight.codes.shape[1])
         for start in range(0, len(weight.codes), step):
             digest.update(_values(self.as_opened(weight.rows(start, start + step), False)))
         return digest.hexdigest()
@@ -357,7 +358,7 @@ class Writer:
         found = []
         for entry in self._progress["units"].values():
             for record in entry["layers"].values():
-                fields = {k: v for k, v in record.items() if k != "weight_sha256"}
+                fields = {k: v for k, v in record.items() if k != "weight_xxh3"}
                 found.append(LayerRecord(**fields | {"shape": tuple(fields["shape"])}))
         return found
 
@@ -382,7 +383,7 @@ class Writer:
 
     def weight_hashes(self) -> dict[str, str]:
         units = self._progress["units"].values()
-        return {layer: record["weight_sha256"] for entry in units for layer, record in entry["layers"].items()}
+        return {layer: record["weight_xxh3"] for entry in units for layer, record in entry["layers"].items()}
 
     @_names_the_disk
     def publish(self, folder: Path) -> Artifact:
@@ -390,7 +391,7 @@ class Writer:
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
         }
-        manifest = {"files": files, "run": self.key, "weights_sha256": self.weight_hashes()}
+        manifest = {"files": files, "run": self.key, "weights_xxh3": self.weight_hashes()}
         atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         if self.out.exists():
             old = self.partial / "replaced"
@@ -480,9 +481,12 @@ def atomic_write(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def weight_sha256(weight: Tensor) -> str:
-    """The hash of a weight's float32 values, row by row: equal if and only if every bit is."""
-    return hashlib.sha256(_values(weight)).hexdigest()
+def weight_hash(weight: Tensor) -> str:
+    """XXH3 (128 bits) of a weight's float32 values, row by row: it differs where any bit does.
+
+    It tells accidents, at the speed of memory; the files' own hashes are sha256.
+    """
+    return str(xxhash.xxh3_128(_values(weight)).hexdigest())
 
 
 def _values(weight: Tensor) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compresslab import models, preflight, ranks, teaching
 from compresslab.answers import Answered
-from compresslab.artifact import Artifact, Writer, check_output, weight_sha256
+from compresslab.artifact import Artifact, Writer, check_output, weight_hash
 from compresslab.caching import opened
 from compresslab.data.labelled import Example
 from compresslab.distill.teacher_cache import TeacherCache
@@ -326,4 +326,4 @@ def _hashes(source: Source) -> dict[str, str]:
     """Of every linear layer as it is stored, to be found again in the artifact."""
     stored = set(source.weights.names())
     layers = models.linear_layers(source.skeleton())
-    return {name: weight_sha256(source.weights.get(f"{name}.weight")) for name in layers if f"{name}.weight" in stored}
+    return {name: weight_hash(source.weights.get(f"{name}.weight")) for name in layers if f"{name}.weight" in stored}

@@ -584,7 +584,7 @@ def measured(
         if everything:
             before = fresh.measure(job)
             progress.step("the model as it was")
-        again = {"folder": folder, "weights_sha256": hashes, "packed": rounded and device.type == "cpu"}
+        again = {"folder": folder, "weights_xxh3": hashes, "packed": rounded and device.type == "cpu"}
         after = fresh.measure(job.model_copy(update=again))
         progress.step("the artifact, reloaded from disk")
     if after.weights_differing:

@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from compresslab.artifact import weight_hash
 from compresslab.aware import Untrained
 from compresslab.contract import NetworkPruner, Solver
 from compresslab.errors import CompressLabError
@@ -36,6 +37,7 @@ PROGRAM_BYTES = 560_000_000
 BYTES_PER_SECOND = 600_000_000
 PROBE_ROWS = 256
 WEIGHTS_PER_SECOND = 60e6  # what is done to each weight beside a solver's matrix products
+STARTS_IN = 6.0  # seconds until a fresh process has imported what opens a model; measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Estimate:
     Attributes:
         memory_bytes: peak resident memory of the process.
         disk_bytes: what the partial folder holds at most.
-        seconds: wall time without measuring before and after.
+        seconds: wall time until the artifact has been opened in a fresh process and compared bit by bit, without measuring.
         artifact_bytes: the weight files in the end.
         parts: seconds by what they go to.
         waiting_bytes: of memory_bytes, what walks hold while they wait for each other, which may lie on disk instead.
@@ -91,7 +93,10 @@ def estimate(
     outside_bytes = sum(numel(source, n) for u in plan.units if not u.name for n in u.tensors) * 2 * element
     if isinstance(source.weights, MemoryWeights):  # given as an object, or a checkpoint that had to be opened whole
         outside_bytes += all_bytes
-    parts = {"read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND}
+    parts = {
+        "read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND,
+        "check": _seconds_of_check(source, sum(rows * columns for rows, columns in shapes.values())),
+    }
     memory, states, waiting, batches = PROGRAM_BYTES + block_bytes + outside_bytes, 0, 0, 1
     if samples:
         compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
@@ -155,6 +160,16 @@ def within(found: Estimate, ceiling_bytes: int) -> tuple[Estimate, int]:
         parts=found.parts | {"wait on disk": moving},
     )
     return changed, allowance
+
+
+def _seconds_of_check(source: Source, weights: int) -> float:
+    """Of opening the artifact in a fresh process, and comparing what its codes stand for with what was solved.
+
+    A model that fits in memory is opened twice for it, in its own dtype and in float32; another layer by layer.
+    """
+    codes, scale = torch.ones(PROBE_ROWS, 1024, dtype=torch.int8), torch.ones(PROBE_ROWS, 1)
+    each = _median(lambda: weight_hash((codes.float() - scale) * scale)) / codes.numel()
+    return STARTS_IN + each * weights * (2 if fits_whole(source) else 1)
 
 
 def _memory_without_data(

@@ -52,7 +52,7 @@ class Job(Frozen):
         long_windows: "input_ids" for the quality by position, read through the KV cache that the folder asks for.
         examples: safetensors file with labelled examples in one batch, to count how often the model is right.
         reference: folder for what the uncompressed model answers; made if absent, compared with if there.
-        weights_sha256: layer -> hash of its de-quantised float32 weight, to be found again in the reloaded model.
+        weights_xxh3: layer -> artifact.weight_hash of its de-quantised weight, to be found again in the reloaded model.
         source: where the windows come from, in words.
         streamed: whether one block at a time shall be in memory; then nothing is timed, and no task is asked.
         packed: whether the folder is an artifact whose layers may also run on torch's packed kernels.
@@ -69,7 +69,7 @@ class Job(Frozen):
     long_windows: Path | None = None
     examples: Path | None = None
     reference: Path | None = None
-    weights_sha256: dict[str, str] = Field(default_factory=dict)
+    weights_xxh3: dict[str, str] = Field(default_factory=dict)
     source: str = ""
     device: str = "cpu"
     threads: int = 1
@@ -148,10 +148,8 @@ def _run(job: Job) -> Result:
     found += quality.ask(job, model)
     if job.speed:
         found += cost.counted(model, inputs)
-    differing = [name for name, sha256 in job.weights_sha256.items() if _hash(model, name) != sha256]
-    return Result(
-        measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
-    )
+    differing = [name for name, wanted in job.weights_xxh3.items() if _hash(model, name) != wanted]
+    return Result(measurements=tuple(found), weights_compared=len(job.weights_xxh3), weights_differing=tuple(differing))
 
 
 def _run_streamed(job: Job) -> Result:
@@ -159,29 +157,27 @@ def _run_streamed(job: Job) -> Result:
     from compresslab import streamed
     from compresslab.measure import quality
 
-    differing = _differing(job) if job.weights_sha256 else ()
+    differing = _differing(job) if job.weights_xxh3 else ()
     said = ", ".join(filter(None, (job.source, "read block by block")))
     asked = any((job.windows, job.images, job.examples, job.written))
     found = quality.ask(job.model_copy(update={"source": said}), streamed.load(job.folder)) if asked else []
-    return Result(
-        measurements=tuple(found), weights_compared=len(job.weights_sha256), weights_differing=tuple(differing)
-    )
+    return Result(measurements=tuple(found), weights_compared=len(job.weights_xxh3), weights_differing=tuple(differing))
 
 
 def _differing(job: Job) -> list[str]:
     """The layers that come from disk with other values than the job says; two at a time, for hashing lets others run."""
     from compresslab import streamed
-    from compresslab.artifact import weight_sha256
+    from compresslab.artifact import weight_hash
 
     weights = streamed.source_of(job.folder).weights
 
     def differs(layer: str) -> bool:
         torch.set_num_threads(1)  # of this thread
-        return weight_sha256(weights.get(f"{layer}.weight")) != job.weights_sha256[layer]
+        return weight_hash(weights.get(f"{layer}.weight")) != job.weights_xxh3[layer]
 
     with ThreadPoolExecutor(max_workers=job.threads) as pool:
         return [
-            name for name, other in zip(job.weights_sha256, pool.map(differs, job.weights_sha256), strict=True) if other
+            name for name, other in zip(job.weights_xxh3, pool.map(differs, job.weights_xxh3), strict=True) if other
         ]
 
 
@@ -211,10 +207,10 @@ def _on_packed_kernels(
 
 
 def _hash(model: torch.nn.Module, layer: str) -> str:
-    from compresslab.artifact import weight_sha256
+    from compresslab.artifact import weight_hash
     from compresslab.models import weight_of
 
-    return weight_sha256(weight_of(model.get_submodule(layer)))
+    return weight_hash(weight_of(model.get_submodule(layer)))
 
 
 if __name__ == "__main__":
