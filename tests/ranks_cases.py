@@ -15,6 +15,7 @@ from compresslab import distilling, pipeline, ranks, streamed
 from compresslab.activations.static import Static
 from compresslab.contract import Solver
 from compresslab.plan import make_plan
+from compresslab.quantize.autoround import AutoRound
 from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.kv_cache import KVCache
 from compresslab.quantize.qep import QEP
@@ -60,6 +61,10 @@ CASES: dict[str, Callable[[ranks.Ranks], tiny.MemorySink]] = {
     "grouped convolutions": lambda team: tiny.solve(
         tiny.make_convnet("mobilenet"), tiny.picture_batches(10, size=8), solver=GPTQ(group_size=None), ranks=team
     ),
+    "refined by blocks": lambda team: _language_model("llama", refiner=AutoRound(steps=4, batches=3), ranks=team),
+    "refined with fewer batches than ranks": lambda team: _language_model(
+        "llama", batches=_batches()[:1], refiner=AutoRound(steps=2), ranks=team
+    ),
     "no data": lambda team: _language_model("llama", RTN(group_size=16), batches=None, ranks=team),
 }
 
@@ -92,6 +97,7 @@ TRAININGS: dict[str, Callable[[Path, Path, Path], Path]] = {
     "pruned before": lambda *paths: _compressed("prune-magnitude-50-recovered", *paths),
     "pruned by activations before": lambda *paths: _compressed("prune-wanda-50-recovered-w4a16", *paths, group_size=16),
     "pruned in the course": lambda *paths: _compressed("prune-gradual-80", *paths),
+    "scales tuned": lambda *paths: _compressed("w3a16-e2e-qp", *paths, group_size=16),
     "rounded": lambda *paths: _compressed("w4a4-lsq", *paths),
     "taught by logits": lambda *paths: _taught(*paths, "distill-soft-labels"),
     "taught by hidden states": lambda *paths: _taught(*paths, "distill-hints"),

@@ -168,7 +168,7 @@ def _raise_at(layer: str) -> Any:
     return step
 
 
-def test_what_trains_is_refused(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_of_channels_is_refused(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "started", lambda: ranks.Ranks(0, 2))
     with pytest.raises(CompressLabError, match="start it without torchrun"):
-        pipeline.compress(model, "w4a16-autoround", str(text), out=tmp_path / "out")
+        pipeline.compress(model, "prune-channels-25", str(text), out=tmp_path / "out", budget="0.5macs")

@@ -650,7 +650,22 @@ class Equalizer(Method, Protocol):
         ...
 
 
-BlockForward = Callable[[int, Mapping[str, Tensor]], Tensor]
+class BlockForward(Protocol):
+    """A block on its own, whose layers' weights are the caller's choice."""
+
+    def __call__(self, index: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the block returns for a batch with these weights [out, in] by layer, differentiable in them.
+
+        The batch's input comes from the compressed blocks before.
+        """
+        ...
+
+    def backward(self, indices: Sequence[int], loss: Callable[[int], Tensor], parameters: Sequence[Tensor]) -> None:
+        """Add the gradient of the losses of these batches to the `grad` of the parameters.
+
+        Each rank computes those whose batches it walks; all have the sum, added in the order of `indices`.
+        """
+        ...
 
 
 @runtime_checkable
@@ -666,9 +681,8 @@ class Refiner(Method, Protocol):
         Args:
             weights: float32 [out, in], the block's weights as they were, by layer.
             solved: what the solver made of them; grids must stay the same.
-            forward: batch number, weights [out, in] by layer -> what the block returns for that batch with those weights,
-                differentiable in them. The batch's input comes from the compressed blocks before.
-            targets: what the uncompressed network's block returns for every batch.
+            forward: the block; called outside its `backward` only in one process.
+            targets: what the uncompressed network's block returns for every batch; nothing in it for those of other ranks.
 
         Raises:
             ValueError: if the block cannot be handled; the driver adds its name.

@@ -670,7 +670,8 @@ class Compression(Forward):
     def _finish(self, unit: Unit, walks: Sequence[Walk]) -> None:
         self._solve([layer for layer in unit.layers if layer not in self.solved], None)  # what no token reached
         references = [first_tensor(walk.reference.output) for walk in walks if walk.reference]
-        if walks and self.job.refiner is not None and unit.name and unit.layers:
+        wanted = self.job.refiner is not None and unit.name and unit.layers
+        if wanted and any(self.ranks.gathered([len(walks)])):
             self._refine(unit, walks, references)
         outputs, references = (self.ranks.gathered(x) for x in ([walk.output for walk in walks], references))
         state = BlockState(outputs=outputs, references=references, opened=self._opened(walks)) if outputs else None
@@ -693,13 +694,16 @@ class Compression(Forward):
         solved = {layer: found for layer in unit.layers if (found := self.solved[layer]) is not None}
         with torch.inference_mode(False):
             better = refined(
-                self.job, unit, self.model.get_submodule(unit.name), [self.entered.pop(walk.index) for walk in walks],
-                [first_tensor(walk.output) for walk in walks], references, solved, self.block_grams,
+                self.job, unit, self.model.get_submodule(unit.name),
+                {walk.index: self.entered.pop(walk.index) for walk in walks},
+                {walk.index: first_tensor(walk.output) for walk in walks},
+                {walk.index: reference for walk, reference in zip(walks, references, strict=True)},
+                solved, self.block_grams,
             )  # fmt: skip
         if better is not None:
             self.solved.update(better[0])
-            for walk, output in zip(walks, better[1], strict=True):
-                walk.output = _with_first(walk.output, output)
+            for walk in walks:
+                walk.output = _with_first(walk.output, better[1][walk.index])
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -37,6 +37,7 @@ from compresslab.errors import CompressLabError
 from compresslab.learning import Material
 from compresslab.measure import environment, fresh, gpu, size
 from compresslab.numerics.gram import best_precision
+from compresslab.numerics.grid import QuantWeight
 from compresslab.plan import Plan
 from compresslab.pruning import allocated
 from compresslab.questions import Questions
@@ -207,11 +208,6 @@ def _stages(
         if not team.is_alone:
             raise CompressLabError(f"a budget of {narrow} is searched by one process: start it without torchrun")
         stages = dataclasses.replace(stages, narrows=True)
-    if not team.is_alone and (stages.tuner is not None or stages.refiner is not None):
-        raise CompressLabError(
-            f"recipe '{recipe.name}' learns from what layers were solved to, which one process does on all of its data: start it "
-            "without torchrun, or take one that solves layer by layer (such as w4a16-gptq) or trains whole networks"
-        )
     return stages
 
 
@@ -382,7 +378,6 @@ def _learned(
         train = _recovered if stages.recovers else _trained
         return train(job, stages, recipe, material, folder, seed, progress, clock)
     if stages.tuner is not None:
-        assert writer is not None
         return _tuned(job, stages.tuner, recipe, layout, material, writer, seed, progress, clock)
     return job, {}
 
@@ -430,31 +425,43 @@ def _recovered(
 
 
 def _tuned(
-    job: solving.Job, tuner: Tuner, recipe: Recipe, layout: Layout, material: Material, writer: Writer, seed: int,
+    job: solving.Job, tuner: Tuner, recipe: Recipe, layout: Layout, material: Material, writer: Writer | None, seed: int,
     progress: Progress, clock: Clock,
 ) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
     """Everything solved, and its scales and norms trained, in place of what was planned; and what to report of it."""
     assert recipe.training is not None
-    with (
-        clock("calibrate and solve"),
-        Writer(writer.scratch("solved"), writer.key, as_opened=layout.as_opened, force=True) as first,
-    ):
+    with clock("calibrate and solve"):
         progress.stage("solve", len(job.plan.layers))
-        for done in first.records():
-            progress.step(done.name)
-        layerwise.run(dataclasses.replace(job, sink=first))
-        in_float = [done.name for done in first.records()]
-        solved = dict(read_weights(first.assemble(job.source, layout.config(list(job.plan.skipped), in_float))))
-        notes = {done.name: done.note for done in first.records()}
+        solved, notes, folder = job.ranks.told(_solved_first(job, layout, writer, progress))
     windows = [{"input_ids": example["input_ids"]} for example in material.examples]
     progress.stage("train", recipe.training.steps_for(round(len(windows) * (1 - recipe.training.held_back))))
     with clock("train"):
         outcome = tuning.tune(
-            job.source, solved, tuner, windows, recipe.training, writer.scratch("training"), notes=notes, seed=seed,
+            job.source, solved, tuner, windows, recipe.training, folder, notes=notes, seed=seed,
             device=job.device, dtype=job.compute_dtype, on_step=lambda done: progress.step("a step of the training"),
         )  # fmt: skip
     job = dataclasses.replace(job, source=outcome.source, batches=None, solvers=outcome.layers, refiner=None)
     return job, {"training": told_of(outcome.record) | {"loss_before": f"{outcome.before:.4f}"}}
+
+
+def _solved_first(
+    job: solving.Job, layout: Layout, writer: Writer | None, progress: Progress
+) -> tuple[dict[str, QuantWeight], dict[str, str], Path]:
+    """Every layer's codes and what its solver said, kept over a kill; and where the leader keeps the training of their scales.
+
+    Of no meaning but in the leader, which writes.
+    """
+    if writer is None:
+        layerwise.run(job)
+        return {}, {}, Path()
+    with Writer(writer.scratch("solved"), writer.key, as_opened=layout.as_opened, force=True) as first:
+        for done in first.records():
+            progress.step(done.name)
+        layerwise.run(dataclasses.replace(job, sink=ranks.SharedSink(job.ranks, first)))
+        records = first.records()
+        config = layout.config(list(job.plan.skipped), [done.name for done in records])
+        solved = dict(read_weights(first.assemble(job.source, config)))
+        return solved, {done.name: done.note for done in records}, writer.scratch("training")
 
 
 def told_of(record: Record) -> dict[str, Any]:

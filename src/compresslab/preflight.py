@@ -167,9 +167,14 @@ def _seconds_of_check(source: Source, weights: int) -> float:
 
     A model that fits in memory is opened twice for it, in its own dtype and in float32; another layer by layer.
     """
-    codes, scale = torch.ones(PROBE_ROWS, 1024, dtype=torch.int8), torch.ones(PROBE_ROWS, 1)
-    each = _median(lambda: weight_hash((codes.float() - scale) * scale)) / codes.numel()
-    return STARTS_IN + each * weights * (2 if fits_whole(source) else 1)
+    codes, scale, threads = (
+        torch.ones(PROBE_ROWS, 4096, dtype=torch.int8),
+        torch.ones(PROBE_ROWS, 1),
+        torch.get_num_threads(),
+    )
+    with hardware.threads(1):
+        each = _median(lambda: weight_hash((codes.float() - scale) * scale)) / codes.numel()
+    return STARTS_IN + each * weights / threads * (2 if fits_whole(source) else 1)
 
 
 def _memory_without_data(

@@ -10,7 +10,8 @@ Layers that read one tensor (query, key and value; gate and up) are solved at th
 Only rank 0, the leader, touches the output folder. A rank that fails or dies ends the run: torchrun stops the others, and the
 same command, with any number of ranks, goes on after the last finished block.
 
-A training is shared out by examples (trainer.py): each rank takes its part of every batch, and accelerate adds up the gradients.
+A refiner (AutoRound) computes the gradient of each batch where that is walked, and all add them in the order of batches. A
+training is shared out by examples (trainer.py): each rank takes its part of every batch, and accelerate adds up the gradients.
 The sums are those of one process, but for the order of adding, so the weights agree to rounding and not bit for bit.
 
 gloo carries what lies in main memory. NCCL is asked for what lies on GPUs; no run on several GPUs has been made yet. Without
@@ -91,6 +92,16 @@ class Ranks:
     def share(self, count: int) -> range:
         """The batches that this rank walks: neighbours, as many as the others have, give or take one."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def holder(self, index: int, count: int) -> int:
+        """The rank that walks a batch."""
+        return next(rank for rank in range(self.size) if index < (rank + 1) * count // self.size)
+
+    @_names_the_ranks
+    def handed_out_(self, tensor: Tensor, source: int) -> Tensor:
+        """What a rank has in a tensor, put into everybody's."""
+        dist.broadcast(tensor, src=source)
+        return tensor
 
     @_names_the_ranks
     def earliest(self, order: float) -> float:

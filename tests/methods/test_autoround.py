@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,14 @@ def refine(method: AutoRound, weight: Tensor, start: QuantWeight, x: Tensor, bat
     """A 'block' of one linear layer."""
     parts = x.chunk(batches)
 
-    def forward(index: int, weights: Mapping[str, Tensor]) -> Tensor:
-        return parts[index] @ weights["linear"].t()
+    class Forward:
+        def __call__(self, index: int, weights: Mapping[str, Tensor]) -> Tensor:
+            return parts[index] @ weights["linear"].t()
 
-    return method.refine({"linear": weight}, {"linear": start}, forward, [part @ weight.t() for part in parts])[
+        def backward(self, indices: Sequence[int], loss: Callable[[int], Tensor], parameters: Sequence[Tensor]) -> None:
+            torch.stack([loss(index) for index in indices]).sum().backward()
+
+    return method.refine({"linear": weight}, {"linear": start}, Forward(), [part @ weight.t() for part in parts])[
         "linear"
     ]
 

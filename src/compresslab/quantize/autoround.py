@@ -103,14 +103,20 @@ class AutoRound:
             if start.grid.table is not None:
                 raise ValueError(f"{name} is in format {start.grid.format}, and only integers have cells to round into")
         layers = {name: Learned(weights[name], solved[name], self) for name in weights}
+        parameters = [moving.parameter for layer in layers.values() for moving in layer.moving]
+
+        def loss(index: int) -> Tensor:
+            output = forward(index, {name: layer() for name, layer in layers.items()})
+            return torch.nn.functional.mse_loss(output.float(), targets[index].float())
+
         generator = torch.Generator().manual_seed(self.seed)
         seen: list[int] = []
         for step in range(self.steps):
+            indices = []
             for _ in range(self.batches):
                 seen = seen or torch.randperm(len(targets), generator=generator).tolist()
-                index = seen.pop()
-                output = forward(index, {name: layer() for name, layer in layers.items()})
-                torch.nn.functional.mse_loss(output.float(), targets[index].float()).backward()
+                indices.append(seen.pop())
+            forward.backward(indices, loss, parameters)
             for layer in layers.values():
                 layer.step_(1 - step / self.steps)
         return {name: layer.rounded() for name, layer in layers.items()}
