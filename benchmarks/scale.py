@@ -1,6 +1,6 @@
 """A model of 7 thousand million parameters on a small machine, costs over four sizes, and runs that are killed.
 
-    python benchmarks/scale.py --work FOLDER [--parts copy rounding hqq gptq layers tokens kills ceiling ranks] [--out FILE]
+    python benchmarks/scale.py --work FOLDER [--parts copy rounding hqq gptq layers tokens kills ceiling ranks exports]
 
 Checkpoints are random weights in a real model's exact shapes (`compresslab random-model`), made in FOLDER once; the largest
 takes 13.5 GB and its artifact 4 GB. Every compression is a process of its own, whose peak of resident memory the system
@@ -9,6 +9,7 @@ tells at its end (wait4: the process and those it started, whichever was largest
     copy      the checkpoint copied and synced to disk: what rounding is compared with
     rounding, hqq, gptq   all of it by w4a16-rtn, -hqq and -gptq, the last one with 16 x 512 tokens; like the copy, they find no
               page of the checkpoint in memory
+    exports   the rounded 7B artifact to other formats: seconds, and the peak of memory beside the model's bytes
     layers, tokens        seconds of solving at four depths, and at four lengths of calibration
     kills     20 runs, each killed by SIGKILL at random moments, twice each, and run again: are the artifact's bytes the same?
     ceiling   much calibration text in as much memory as the run likes, and under a ceiling: peaks, seconds, and the same bytes?
@@ -43,6 +44,7 @@ DEPTHS = (2, 4, 8, 16)
 LENGTHS = (16, 32, 64, 128)  # samples of 128 tokens
 KILLS = 20
 CEILING = "1.7GB"
+EXPORTS = ("safetensors-bf16", "awq", "gguf")
 UNTOUCHED = ("model.safetensors", "config.json", "tokenizer.json")  # reports have times of day in them
 
 WORKER = """
@@ -179,6 +181,21 @@ class Bench:
         settings = {"calibration.samples": 16, "calibration.sequence_length": 512}
         return compressed(self.model(self.shape), self.out, "w4a16-gptq", self.data, settings)
 
+    def exports(self) -> dict[str, Any]:
+        rounded = compressed(self.model(self.shape), self.out, "w4a16-rtn")
+        found, target = {"rounding": rounded}, self.work / "exported"
+        for name in EXPORTS:
+            shutil.rmtree(target, ignore_errors=True)
+            forget(self.out)
+            command = ["-m", "compresslab.cli", "export", str(self.out), "--to", name, "--out", str(target)]
+            lines, seconds, peak, code = process([sys.executable, *command])
+            if code:
+                raise SystemExit(f"export to {name} ended with {code}: {lines}")
+            size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+            found[name] = {"seconds": seconds, "peak_bytes": peak, "bytes": size}
+        shutil.rmtree(target)
+        return found
+
     def layers(self) -> dict[str, Any]:
         settings = {"calibration.samples": 32, "calibration.sequence_length": 128}
         sizes = [self.model(SMALL, blocks) for blocks in DEPTHS]
@@ -254,7 +271,7 @@ def _line(sizes: Any, seconds: list[float]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parts = ("copy", "rounding", "hqq", "gptq", "layers", "tokens", "kills", "ceiling", "ranks")
+    parts = ("copy", "rounding", "hqq", "gptq", "layers", "tokens", "kills", "ceiling", "ranks", "exports")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--shape", default="llama-2-7b")
     parser.add_argument("--data", default="wiki")
@@ -265,7 +282,8 @@ def main() -> None:
     kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {"parts": {}}
     for part in chosen.parts:
         measure: Callable[[], dict[str, Any]] = getattr(bench, part)
-        kept["parts"][part] = measure() | {"shape": bench.shape if part in parts[:4] else SMALL}
+        of = bench.shape if part in ("copy", "rounding", "hqq", "gptq", "exports") else SMALL
+        kept["parts"][part] = measure() | {"shape": of}
         kept["environment"] = environment.describe(torch.device("cpu"))
         chosen.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         print(part, json.dumps(kept["parts"][part]), flush=True)
