@@ -142,7 +142,8 @@ def compress(
 
     if not team.leads:
         return _followed(team, passing(source, plan), stages, methods, layout, material, chosen, seed, progress)
-    key = _key(source, chosen, material, seed, where)
+    with clock("read"):
+        key = _key(source, chosen, material, seed, where)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(passing(source, plan), stages, methods, layout, writer, progress, team)
         job = _prepared(job, stages, methods, material, seed, progress, clock)

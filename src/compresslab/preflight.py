@@ -36,6 +36,7 @@ from compresslab.weights import MemoryWeights
 PROGRAM_BYTES = 560_000_000
 BYTES_PER_SECOND = 600_000_000
 PROBE_ROWS = 256
+PROBES = 15  # whose median counts
 WEIGHTS_PER_SECOND = 60e6  # what is done to each weight beside a solver's matrix products
 STARTS_IN = 6.0  # seconds until a fresh process has imported what opens a model; measured
 
@@ -94,7 +95,7 @@ def estimate(
     if isinstance(source.weights, MemoryWeights):  # given as an object, or a checkpoint that had to be opened whole
         outside_bytes += all_bytes
     parts = {
-        "read and write": (all_bytes + 3 * artifact) / BYTES_PER_SECOND,
+        "read and write": (2 * all_bytes + 3 * artifact) / BYTES_PER_SECOND,  # once more to hash them
         "check": _seconds_of_check(source, sum(rows * columns for rows, columns in shapes.values())),
     }
     memory, states, waiting, batches = PROGRAM_BYTES + block_bytes + outside_bytes, 0, 0, 1
@@ -400,7 +401,7 @@ def rates(device: torch.device) -> tuple[float, float, float]:
 
 
 def _median(call: Callable[[], object]) -> float:
-    return statistics.median(hardware.seconds(call))
+    return statistics.median(hardware.seconds(call, PROBES))
 
 
 def fits_whole(source: Source, ceiling: int | None = None, logits: int = 0) -> bool:
