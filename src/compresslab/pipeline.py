@@ -142,8 +142,7 @@ def compress(
 
     if not team.leads:
         return _followed(team, passing(source, plan), stages, methods, layout, material, chosen, seed, progress)
-    with clock("read"):
-        key = _key(source, chosen, material, seed, where)
+    key = _key(source, chosen, material, seed, where, clock)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(passing(source, plan), stages, methods, layout, writer, progress, team)
         job = _prepared(job, stages, methods, material, seed, progress, clock)
@@ -471,12 +470,16 @@ def told_of(record: Record) -> dict[str, Any]:
     return dataclasses.asdict(record) | checks
 
 
-def _key(source: models.Source, recipe: Recipe, material: Material, seed: int, device: torch.device) -> dict[str, Any]:
+def _key(
+    source: models.Source, recipe: Recipe, material: Material, seed: int, device: torch.device, clock: Clock
+) -> dict[str, Any]:
     """All that the codes depend on: a run is only continued by the same one."""
+    with clock("read"):
+        model = source.weights.sha256
     return {
         "recipe": recipe.model_dump(mode="json"),
         "order of layers": [list(step.layers) for step in recipe.steps],  # two mappings are equal in any order
-        "model": source.weights.sha256,
+        "model": model,
         "config": source.config.to_json_string(use_diff=True),
         "data": None if material.found is None else material.found.sha256,
         "seed": seed,
