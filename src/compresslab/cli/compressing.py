@@ -39,7 +39,10 @@ def compress(
     ] = None,
     latency: Annotated[
         str | None,
-        typer.Option(metavar="5ms", help="Choose how many channels stay, for one example to take this long here."),
+        typer.Option(
+            metavar="5ms|5ms@8|5ms@8x128",
+            help="Choose how many channels stay, for a forward of one example (of 8, of 128 tokens each) to take this long here.",
+        ),
     ] = None,
     sensitivity: Annotated[
         str | None,
@@ -111,9 +114,12 @@ def _latency_budget(latency: str, budget: str | None) -> str:
 
     if budget is not None:
         raise CompressLabError("--latency and --budget are both budgets: give one")
-    if not latency.lower().rstrip().endswith("ms"):
-        raise CompressLabError(f"--latency takes milliseconds such as 5ms, not '{latency}'")
-    return f"{latency.strip()}/forward"
+    amount, at, batch = latency.partition("@")
+    if not amount.lower().rstrip().endswith("ms"):
+        raise CompressLabError(
+            f"--latency takes milliseconds such as 5ms, or 5ms@8 for eight at a time, not '{latency}'"
+        )
+    return f"{amount.strip()}/forward{at}{batch}"
 
 
 @app.command()
