@@ -21,7 +21,7 @@ from torch import Tensor
 
 HALF = 16  # bits of a pattern that one histogram sees
 BINS = 1 << HALF
-PARTS = 16  # pieces of a tensor that are counted side by side
+MOST_PARTS = 16  # pieces of a tensor that are counted side by side, none smaller than its histogram
 
 
 @numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
@@ -101,12 +101,12 @@ def count_halves(pattern, high, counts):
     Args:
         pattern: int32 [n], of numbers that are not negative.
         high: -1 to count the upper halves; else count the lower halves of the patterns with this upper one.
-        counts: int64 [PARTS, BINS], added to; the pieces' counts are to be summed.
+        counts: int64 [parts, BINS], added to; the pieces' counts are to be summed.
     """
-    length = len(pattern)
-    for p in numba.prange(PARTS):
+    length, parts = len(pattern), len(counts)
+    for p in numba.prange(parts):
         own = counts[p]
-        for x in pattern[length * p // PARTS : length * (p + 1) // PARTS]:
+        for x in pattern[length * p // parts : length * (p + 1) // parts]:
             if high < 0:
                 own[x >> HALF] += 1
             elif x >> HALF == high:
@@ -115,7 +115,7 @@ def count_halves(pattern, high, counts):
 
 def halves(score: Tensor, high: int = -1) -> Tensor:
     """int64 [BINS]: how many of these numbers, float32 and not negative, have each upper half (or lower, see above)."""
-    counts = np.zeros((PARTS, BINS), np.int64)
+    counts = np.zeros((min(max(score.numel() // BINS, 1), MOST_PARTS), BINS), np.int64)
     count_halves(score.contiguous().view(-1).numpy().view(np.int32), high, counts)
     return torch.from_numpy(counts.sum(axis=0))
 
