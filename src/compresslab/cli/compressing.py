@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from compresslab.cli.console import Device, Json, Seed, app, error_console, out_console, settings_of
+from compresslab.errors import CompressLabError
 
 
 @app.command()
@@ -81,7 +82,9 @@ def compress(
         quiet, as_json = True, False
     settings = settings_of(set_ or [], samples, sequence_length)
     if latency is not None:
-        budget = _latency_budget(latency, budget)
+        if budget is not None:
+            raise CompressLabError("--latency and --budget are both budgets: give one")
+        budget = latency_budget(latency)
     if ignore:
         from compresslab import recipe as recipes
 
@@ -109,11 +112,8 @@ def compress(
         out_console.print(f"report    {artifact.folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _latency_budget(latency: str, budget: str | None) -> str:
-    from compresslab.errors import CompressLabError
-
-    if budget is not None:
-        raise CompressLabError("--latency and --budget are both budgets: give one")
+def latency_budget(latency: str) -> str:
+    """A latency such as 5ms, 5ms@8 or 5ms@8x128 as a budget."""
     amount, at, batch = latency.partition("@")
     if not amount.lower().rstrip().endswith("ms"):
         raise CompressLabError(
@@ -148,7 +148,6 @@ def sweep(
     import psutil
 
     from compresslab import sweep as sweeps
-    from compresslab.errors import CompressLabError
 
     def listed(text: str) -> list[str]:
         return [word.strip() for word in text.split(",") if word.strip()]
