@@ -202,7 +202,7 @@ def train_(
         generator.set_state(kept["generator"])
         for name, part in parts.items():
             part.load_state_dict(kept[name])
-    model.train().to(memory_format=torch.channels_last)
+    model.train().requires_grad_(True).to(memory_format=torch.channels_last)
     for epoch in range(done, epochs):
         for chosen in torch.randperm(len(pixels), generator=generator).split(batch)[: len(pixels) // batch]:
             shown = normalised(shifted(pixels[chosen], generator)).contiguous(memory_format=torch.channels_last)
@@ -250,7 +250,7 @@ def on_cifar(
         return None if given.state is None else given.state / f"{name}-{what}.pt"
 
     train_(model, pixels, labels, given.epochs, rate, adam=adam, note=note("whole"))
-    pairs = zip(pixels[:512].split(64), labels[:512].split(64), strict=True)
+    pairs = zip(pixels[:256].split(64), labels[:256].split(64), strict=True)
     sample = [{"pixel_values": normalised(p), "labels": y} for p, y in pairs]
     started = time.perf_counter()
     if (kept := note("cut")) is not None and kept.exists():
@@ -294,7 +294,7 @@ def by_latency(model: nn.Module, sample: list[dict[str, Tensor]]) -> tuple[nn.Mo
     whole, found = predictor.ms(costs.dense), []
     for _ in range(narrowing.SEARCHES):
         limit = Both(frac=1 / FASTER, of="latency", batch=batch, macs_frac=0.5)
-        best = evolved(choices.space, costs, limit, judge, seed=0, size=16, generations=8).best
+        best = evolved(choices.space, costs, limit, judge, seed=0, size=12, generations=5).best
         measured = narrowing.measured_ms(model, choices, best.widths, pixels)
         found.append({"widths": best.widths, "damage": best.damage, "foretold_ms": costs.latency_ms(best.widths, batch),
                       "measured_ms": measured, "whole_ms": whole})  # fmt: skip

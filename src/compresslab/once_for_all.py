@@ -107,7 +107,7 @@ def pictures_of(source: str, processor: Any, samples: int | None) -> Pictures:
     labels = sorted({str(label) for found in splits for label in found.labels})
     names = None if all(label.isdigit() for label in labels) else labels
     classes = len(names) if names else 1 + max(map(int, labels))
-    parts = []
+    parts: list[list[Example]] = []
     for found in splits:
         ids = data.label_ids(found, {name: i for i, name in enumerate(names or ())}, classes)
         count = len(ids) if samples is None or found.split != "calibration" else min(samples, len(ids))
