@@ -95,6 +95,15 @@ def keep_largest_of_neighbours(weight, scale, n, m, kept):
 
 
 @numba.njit(parallel=True, cache=True)
+def copy_kept(weight, kept, out):
+    """out[i, j] = W[i, j] where kept[i, j], else 0; float32, bool and float32 [out, in]."""
+    for i in numba.prange(weight.shape[0]):
+        row, stays, into = weight[i], kept[i], out[i]
+        for j in range(len(row)):
+            into[j] = row[j] if stays[j] else np.float32(0)
+
+
+@numba.njit(parallel=True, cache=True)
 def count_halves(pattern, high, counts):
     """Histogram of one half of every bit pattern.
 
@@ -152,6 +161,13 @@ def keep_n_of_m(weight: Tensor, scale: Tensor, n: int, m: int) -> Tensor:
     kept = torch.empty(weight.shape, dtype=torch.bool)
     keep_largest_of_neighbours(weight.numpy(), scale.contiguous().numpy(), n, m, kept.numpy())
     return kept
+
+
+def zeroed(weight: Tensor, kept: Tensor) -> Tensor:
+    """W with zeros where it is not kept, float32 [out, in]; half the time of torch's product with a bool tensor."""
+    out = torch.empty(weight.shape)
+    copy_kept(weight.cpu().numpy(), kept.numpy(), out.numpy())
+    return out.to(weight.device)
 
 
 def drop_lowest(scores: Sequence[Tensor], drop: int) -> list[Tensor]:
