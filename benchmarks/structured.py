@@ -4,13 +4,15 @@
     python benchmarks/structured.py --only grouping minilm --out FILE               # needs no CIFAR-10
 
     grouping    a Llama of 30 blocks (SmolLM2-135M's shapes, no weights): seconds until its coupled groups are known
-    resnet-20   trained on CIFAR-10 here; half the operations by Taylor importances among isomorphic groups; trained on
-    vit         a small vision transformer, likewise; heads and neurons
-    minilm      MiniLM-L6 of the offline zoo; heads and neurons by group Fisher; recovered by imitating itself on wiki passages
+    resnet-20   trained on CIFAR-10 here; channels in eights by Taylor importances, how many of each group by evolution within
+                half the operations and, by a table of this machine, a share of the time at batch 32; the whole network teaches it
+    vit         a small vision transformer, half of its heads and neurons; taught likewise
+    minilm      MiniLM-L6 of the offline zoo; half of its heads and neurons by ZipLM, which refits what reads them; no training
 
 Every pair (the network before, and after it was cut) is timed in one process in turn, A B A B ..., at batches of 32 and 1, and
-the medians are told with their ratio. Keep the machine quiet. The training takes most of an hour on two cores; --epochs 0 leaves
-it out, and the accuracies then mean nothing.
+the medians are told with their ratio. Keep the machine quiet. Trainings compute in bfloat16 and note every epoch in --state, so
+that a run that was stopped goes on; --epochs 0 leaves them out, and the accuracies then mean nothing. Parts not asked for stay in
+the file as they are.
 Oracle: measure/counts.py for the operations; the cut networks equal those with zeros (cutting.py checks each).
 """
 
@@ -18,10 +20,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +34,25 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from compresslab import data, models
+from compresslab import data, models, narrowing, pipeline
 from compresslab.architectures.resnet_cifar import ResNetCifarConfig, ResNetCifarForImageClassification
+from compresslab.batch_norms import renew_batch_norms_
 from compresslab.channels import take_out_
 from compresslab.coupling import couplings
 from compresslab.data.labelled_images import pictures
 from compresslab.measure import counts, embedding
 from compresslab.measure.environment import cpu_name
-from compresslab.prune.group_fisher import GroupFisher
 from compresslab.prune.taylor import Taylor
+from compresslab.recipe import parse
+from compresslab.search import latency
+from compresslab.search.evolution import evolved
+from compresslab.search.widths import Costs, Limit, Widths
 
 BATCHES = (32, 1)
 AIM_FASTER, AIM_POINTS, AIM_CORRELATION = 1.7, 1.0, 0.02  # at batch 32; after recovery
+FASTER = 1.8  # what the search for ResNet-20's channels is asked for
 GROUPED_S = 2.0
+PICTURE = {"pixel_values": torch.zeros(1, 3, 32, 32)}
 TOKENS = 128
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -52,8 +63,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--epochs", type=int, default=30, help="of the training of the networks for CIFAR-10")
     parser.add_argument("--recover", type=int, default=15, help="epochs after the cut")
-    parser.add_argument("--steps", type=int, default=600, help="of MiniLM's recovery")
-    parser.add_argument("--pictures", type=int, default=None, help="take only so many, to try this out")
+    parser.add_argument("--pictures", type=int, default=None, help="train on only so many")
+    parser.add_argument("--state", type=Path, help="folder where trainings are noted")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
@@ -62,9 +73,10 @@ def main() -> None:
     torch.manual_seed(0)
     if given.cifar is None and {"resnet-20", "vit"} & set(given.only):
         parser.error("resnet-20 and vit need --cifar")
-    found: dict[str, Any] = {"device": cpu_name(), "threads": given.threads, "rounds": given.rounds}
+    found: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    found["device"] = cpu_name()
     for name in given.only:
-        found[name] = PARTS[name](given)
+        found[name] = {"threads": given.threads, "rounds": given.rounds} | PARTS[name](given)
         print(json.dumps({name: found[name]}, indent=1), flush=True)
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -132,9 +144,9 @@ class Logits(nn.Module):
 
 
 def small_vit() -> nn.Module:
-    """transformers' ViT for pictures of 32 x 32, 6 blocks of 192."""
+    """transformers' ViT for pictures of 32 x 32 in patches of 8 x 8, 6 blocks of 192."""
     config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=768,
-                                    image_size=32, patch_size=4, num_labels=10)  # fmt: skip
+                                    image_size=32, patch_size=8, num_labels=10)  # fmt: skip
     return transformers.ViTForImageClassification(config)
 
 
@@ -166,7 +178,15 @@ def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], moved.flip(-1), moved)
 
 
-def train_(model: nn.Module, pixels: Tensor, labels: Tensor, epochs: int, rate: float, *, adam: bool) -> None:
+def train_(
+    model: nn.Module, pixels: Tensor, labels: Tensor, epochs: int, rate: float, *, adam: bool, note: Path | None,
+    teacher: nn.Module | None = None,
+) -> None:  # fmt: skip
+    """Train in bfloat16, towards labels and, where there is a teacher, nine parts in ten its predictions at temperature 4.
+
+    Args:
+        note: the file of its state after the last whole epoch, from which it goes on.
+    """
     batch, generator = 128, torch.Generator().manual_seed(0)
     steps = epochs * (len(pixels) // batch)
     if adam:
@@ -174,15 +194,36 @@ def train_(model: nn.Module, pixels: Tensor, labels: Tensor, epochs: int, rate: 
     else:
         optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(steps, 1), pct_start=0.2)
-    model.train()
-    for _ in range(epochs):
+    parts = {"model": model, "optimiser": optimiser, "schedule": schedule}
+    done = 0
+    if note is not None and note.exists():
+        kept = torch.load(note)
+        done = kept["epochs"]
+        generator.set_state(kept["generator"])
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
+    model.train().requires_grad_(True).to(memory_format=torch.channels_last)
+    for epoch in range(done, epochs):
         for chosen in torch.randperm(len(pixels), generator=generator).split(batch)[: len(pixels) // batch]:
-            loss = nn.functional.cross_entropy(model(normalised(shifted(pixels[chosen], generator))), labels[chosen])
+            shown = normalised(shifted(pixels[chosen], generator)).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                said = model(shown).float()
+                if teacher is not None:
+                    with torch.no_grad():
+                        wanted = teacher(shown).float()
+            loss = nn.functional.cross_entropy(said, labels[chosen])
+            if teacher is not None:
+                p, q = (wanted / 4).log_softmax(1), (said / 4).log_softmax(1)
+                loss = 0.1 * loss + 0.9 * 16 * nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
-    model.eval()
+        print(f"epoch {epoch + 1} of {epochs}, loss {float(loss.detach()):.3f}", flush=True)
+        if note is not None:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(state | {"epochs": epoch + 1, "generator": generator.get_state()}, note)
+    model.eval().to(memory_format=torch.contiguous_format)
 
 
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
@@ -194,79 +235,117 @@ def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
-def on_cifar(given: argparse.Namespace, model: nn.Module, method: Any, rate: float, *, adam: bool) -> dict[str, Any]:
+Cut = Callable[[nn.Module, list[dict[str, Tensor]]], tuple[nn.Module, Any]]
+
+
+def on_cifar(
+    given: argparse.Namespace, name: str, model: nn.Module, cut: Cut, rate: float, *, adam: bool
+) -> dict[str, Any]:
     pixels, labels = cifar(given.cifar, "train", given.pictures)
-    test = cifar(given.cifar, "test", given.pictures)
-    train_(model, pixels, labels, given.epochs, rate, adam=adam)
-    before = copy.deepcopy(model).eval()
-    model.eval()
-    sample = {"pixel_values": normalised(pixels[:128]), "labels": labels[:128]}
+    test = cifar(given.cifar, "test", None)
+    if given.state is not None:
+        given.state.mkdir(parents=True, exist_ok=True)
+
+    def note(what: str) -> Path | None:
+        return None if given.state is None else given.state / f"{name}-{what}.pt"
+
+    train_(model, pixels, labels, given.epochs, rate, adam=adam, note=note("whole"))
+    pairs = zip(pixels[:256].split(64), labels[:256].split(64), strict=True)
+    sample = [{"pixel_values": normalised(p), "labels": y} for p, y in pairs]
     started = time.perf_counter()
-    _, told = take_out_(model, {"pixel_values": torch.zeros(1, 3, 32, 32)}, method, [sample])
-    took = time.perf_counter() - started
-    cut = accuracy(model, *test)
-    train_(model, pixels, labels, given.recover, rate / 2, adam=adam)
-    scores = {"before": accuracy(before, *test), "cut": cut, "recovered": accuracy(model, *test)}
-    timed = in_turn(before, model, lambda n: {"pixel_values": torch.randn(n, 3, 32, 32)}, given.rounds)
+    if (kept := note("cut")) is not None and kept.exists():
+        smaller, told, took, at_once = torch.load(kept, weights_only=False)
+    else:
+        smaller, told = cut(model, sample)
+        took, at_once = time.perf_counter() - started, accuracy(smaller, *test)
+        if kept is not None:
+            torch.save((smaller, told, took, at_once), kept)
+    scores = {"before": accuracy(model, *test), "cut": at_once}
+    train_(smaller, pixels, labels, given.recover, rate / 2, adam=adam, note=note("recovered"), teacher=model)
+    scores["recovered"] = accuracy(smaller, *test)
+    timed = in_turn(model, smaller, lambda n: {"pixel_values": torch.randn(n, 3, 32, 32)}, given.rounds)
     return {
-        "said": told, "seconds_to_cut": took, "accuracy": scores, "forward": timed,
-        "gmacs": {"before": gmacs(before, {"pixel_values": torch.zeros(1, 3, 32, 32)}),
-                  "after": gmacs(model, {"pixel_values": torch.zeros(1, 3, 32, 32)})},
+        "said": told, "seconds_to_cut": took, "pictures": len(pixels), "epochs": given.epochs, "recover": given.recover,
+        "accuracy": scores, "forward": timed,
+        "gmacs": {"before": gmacs(model, PICTURE), "after": gmacs(smaller, PICTURE)},
         "aim_met": timed["32"]["times_faster"] >= AIM_FASTER
         and 100 * (scores["before"] - scores["recovered"]) <= AIM_POINTS,
     }  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Both(Limit):
+    """Of time, and of multiply-accumulates as well."""
+
+    macs_frac: float
+
+    def fits(self, costs: Costs, widths: Widths) -> bool:
+        return costs.macs_frac(widths) <= self.macs_frac and super().fits(costs, widths)
+
+
+def by_latency(model: nn.Module, sample: list[dict[str, Tensor]]) -> tuple[nn.Module, Any]:
+    """Channels in eights, as the table of this machine and the damage on these pictures have it."""
+    coupling = couplings(model, PICTURE)
+    choices = narrowing.choices_of(model, coupling, Taylor(channel_frac=0.5), sample, multiple=8)
+    costs, batch = narrowing.NetworkCosts(choices), BATCHES[0]
+    pixels = {"pixel_values": torch.randn(batch, 3, 32, 32)}
+    predictor = costs.predictors[batch] = narrowing.measured_predictor(model, choices, pixels)
+    judge = functools.cache(narrowing.Judge(model, choices, sample, renew=sample))
+    whole, found = predictor.ms(costs.dense), []
+    for _ in range(narrowing.SEARCHES):
+        limit = Both(frac=1 / FASTER, of="latency", batch=batch, macs_frac=0.5)
+        best = evolved(choices.space, costs, limit, judge, seed=0, size=12, generations=5).best
+        measured = narrowing.measured_ms(model, choices, best.widths, pixels)
+        found.append({"widths": best.widths, "damage": best.damage, "foretold_ms": costs.latency_ms(best.widths, batch),
+                      "measured_ms": measured, "whole_ms": whole})  # fmt: skip
+        if measured <= whole / AIM_FASTER:
+            break
+        costs.predictors[batch] = latency.corrected(
+            predictor.table, predictor.layers, (costs.dense, whole), (best.widths, measured)
+        )
+    smaller = narrowing.narrowed(model, coupling, choices.keep(best.widths))
+    renew_batch_norms_(smaller, sample)
+    return smaller, {
+        "groups": [one.name for one in choices.ranked],
+        "macs": costs.macs_frac(best.widths),
+        "found": found,
+    }
+
+
+def halved(model: nn.Module, sample: list[dict[str, Tensor]]) -> tuple[nn.Module, Any]:
+    """Half of the heads and of the neurons."""
+    smaller = copy.deepcopy(model)
+    _, told = take_out_(smaller, PICTURE, Taylor(channel_frac=0.5, head_frac=0.5, multiple=16), sample)
+    return smaller, told
+
+
 def resnet(given: argparse.Namespace) -> dict[str, Any]:
-    method = Taylor(channel_frac=0.5, macs_frac=0.5, scope="isomorphic", multiple=4)
-    return on_cifar(given, Logits(ResNetCifarForImageClassification(ResNetCifarConfig())), method, 0.2, adam=False)
+    network = Logits(ResNetCifarForImageClassification(ResNetCifarConfig()))
+    return on_cifar(given, "resnet-20", network, by_latency, 0.2, adam=False)
 
 
 def vit(given: argparse.Namespace) -> dict[str, Any]:
-    method = Taylor(channel_frac=0.6, head_frac=0.5, macs_frac=0.5, scope="isomorphic", multiple=16)
-    return on_cifar(given, Logits(small_vit()), method, 1e-3, adam=True)
+    return on_cifar(given, "vit", Logits(small_vit()), halved, 1e-3, adam=True)
 
 
 # --- MiniLM ---------------------------------------------------------------------------------------------------------------
-
-
-def imitate_(model: nn.Module, teacher: nn.Module, steps: int) -> None:
-    """Train towards the teacher's hidden states on passages of the wiki."""
-    folder = models.locate("minilm-l6")
-    tokenizer = models.load_tokenizer(folder, "minilm-l6")
-    passages = data.calibration_passages(
-        "wiki", tokenizer, samples=4096, sequence_length=TOKENS, seed=1, batch_size=16
-    ).batches
-    model.train().requires_grad_(True)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-4, total_steps=max(steps, 1), pct_start=0.1)
-    for step in range(steps):
-        batch = passages[step % len(passages)]
-        with torch.no_grad():
-            wanted = teacher(**batch).last_hidden_state
-        mask = batch["attention_mask"][..., None].float()
-        loss = ((model(**batch).last_hidden_state - wanted).square() * mask).sum() / mask.sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    model.eval().requires_grad_(False)
 
 
 def minilm(given: argparse.Namespace) -> dict[str, Any]:
     folder = models.locate("minilm-l6")
     tokenizer = models.load_tokenizer(folder, "minilm-l6")
     texts = data.encoder_texts("wiki", tokenizer, count=128, longest=256)
-    passages = data.calibration_passages(
-        "wiki", tokenizer, samples=64, sequence_length=TOKENS, seed=0, batch_size=16
-    ).batches
     before = models.load(folder, dtype=torch.float32)
-    model = copy.deepcopy(before)
-    method = GroupFisher(channel_frac=0.6, head_frac=0.5, macs_frac=0.5, scope="isomorphic", multiple=16)
-    example = {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long)}
-    started = time.perf_counter()
-    _, told = take_out_(model, example, method, passages)
-    took = time.perf_counter() - started
+    steps = [{"method": "ziplm", "neuron_frac": 0.5, "head_frac": 0.5}]
+    recipe = parse(
+        {"name": "half-by-ziplm", "version": 1, "steps": steps,
+         "calibration": {"samples": 64, "sequence_length": TOKENS}}, "this benchmark",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        started = time.perf_counter()
+        artifact, _ = pipeline.compress(folder, recipe, "wiki", out=Path(scratch) / "cut", measure=False)
+        took = time.perf_counter() - started
+        model = models.load(artifact.folder, dtype=torch.float32)
 
     def scores(one: nn.Module) -> dict[str, float]:
         embedded = embedding.embeddings(one, texts["passages.input_ids"], texts["passages.attention_mask"])
@@ -278,15 +357,14 @@ def minilm(given: argparse.Namespace) -> dict[str, Any]:
         return {score.name: score.value for score in found}
 
     reference = embedding.embeddings(before, texts["passages.input_ids"], texts["passages.attention_mask"])
-    quality = {"before": scores(before), "cut": scores(model)}
-    imitate_(model, before, given.steps)
-    quality["recovered"] = scores(model)
+    quality = {"before": scores(before), "recovered": scores(model)}
+    example = {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long)}
     timed = in_turn(
         before, model, lambda n: {"input_ids": torch.randint(1000, 20000, (n, TOKENS))}, max(given.rounds // 2, 2)
     )
     name = "document_similarity_correlation"
     return {
-        "said": told, "seconds_to_cut": took, "quality": quality, "forward": timed,
+        "recipe": recipe.model_dump(mode="json")["steps"], "seconds_to_cut": took, "quality": quality, "forward": timed,
         "gmacs": {"before": gmacs(before, example), "after": gmacs(model, example)},
         "aim_met": timed["32"]["times_faster"] >= AIM_FASTER
         and quality["before"][name] - quality["recovered"][name] <= AIM_CORRELATION,

@@ -53,6 +53,7 @@ ROWS: list[tuple[str, ...]] = [
     ("pruning", "removing", "recovering", "students", "features", "endpoint", "answers", "growing"),
     ("artifact", "measure", "preflight", "budget", "damage", "scoring"),
     ("rotating", "mixed", "narrowing", "specialising", "tuning", "exporters"),
+    ("foretelling", "once_for_all"),
     ("stages",),
     ("questions", "learning"),
     ("teaching", "pairing", "teachers"),

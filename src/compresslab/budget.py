@@ -7,7 +7,8 @@
 Two more are for recipes that take out channels, and are kept by narrowing.py:
 
     0.5macs    of the multiply-accumulates that the whole network takes
-    5ms/forward   one example through the network on this machine, by a table of its layers
+    5ms/forward         one example through the network on this machine, in the dtype that it is stored in
+    5ms/forward@8x128   eight examples of 128 tokens each at a time
 
 Milliseconds are taken before anything is chosen: every kind of layer at every choice runs on one row of input, on as many
 copies as do not fit into the processor's caches, since in decoding every layer finds them full of the others. What a step takes
@@ -47,22 +48,30 @@ Unit = Literal["bits", "MB", "ms", "macs", "ms/forward"]
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a model may take, and of what."""
+    """What a model may take, and of what.
+
+    Attributes:
+        batch: of "ms/forward", how many examples run at a time.
+        tokens: of each; None for as many as a calibration window has, and for pictures.
+    """
 
     amount: float
     unit: Unit
+    batch: int = 1
+    tokens: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.amount:g}{self.unit}"
+        length = "" if self.tokens is None else f"x{self.tokens}"
+        return f"{self.amount:g}{self.unit}" + (f"@{self.batch}{length}" if self.batch > 1 or length else "")
 
 
 def parse_budget(text: str) -> Budget:
-    """A budget from "3.5bits", "80MB", "20ms", "0.5macs" or "5ms/forward".
+    """A budget from "3.5bits", "80MB", "20ms", "0.5macs", "5ms/forward" or "5ms/forward@8x128".
 
     >>> str(parse_budget("3.50 bits"))
     '3.5bits'
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z/]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z/]*)\s*(?:@\s*([1-9]\d*)(?:x([1-9]\d*))?)?\s*", text)
     units: dict[str, Unit] = {
         "bits": "bits",
         "bit": "bits",
@@ -71,12 +80,19 @@ def parse_budget(text: str) -> Budget:
         "macs": "macs",
         "ms/forward": "ms/forward",
     }
+    if found is not None and found[3] and found[2].lower() != "ms/forward":
+        raise CompressLabError(f"budget '{text}': a batch such as @8 belongs to a latency, --latency 5ms@8")
     if found is None or found[2].lower() not in units or float(found[1]) == 0:
         raise CompressLabError(
             f"budget '{text}': give average bits per weight, megabytes of weight files, or milliseconds per decoded token, "
             "such as 3.5bits, 80MB or 20ms; where channels are taken out, a share of the multiply-accumulates such as 0.5macs"
         )
-    return Budget(amount=float(found[1]), unit=units[found[2].lower()])
+    return Budget(
+        amount=float(found[1]),
+        unit=units[found[2].lower()],
+        batch=int(found[3] or 1),
+        tokens=int(found[4]) if found[4] else None,
+    )
 
 
 class Books(Protocol):

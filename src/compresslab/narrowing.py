@@ -1,30 +1,33 @@
 """Narrowing: how many channels every coupled group keeps, chosen under a budget of multiplications or of measured time.
 
     compresslab compress MODEL --recipe prune-channels-25 --budget 0.5macs
-    compresslab compress MODEL --recipe prune-channels-25 --latency 5ms
+    compresslab compress MODEL --recipe prune-channels-25 --latency 5ms        # @8 or @8x128: eight at a time, of 128 tokens
+    compresslab compress MODEL --recipe prune-channels-25 --latency 5ms --dry-run
 
     coupling.py: the groups -> the method's importances: which units stay at each width -> the widths offered (search/widths.py)
       -> Costs: multiply-accumulates by arithmetic, time by a table of layers measured on this machine (search/latency.py)
       -> Judge: a configuration cut in memory, and what that does on calibration batches
       -> each group cut alone, their exact allocation, and an evolution that starts from it and from the uniform configuration
+      -> of a latency: what was chosen is cut and measured; where the table was wrong there, corrected by that, and searched again
       -> the recipe with its `widths` filled in
 
 From there on nothing is special about such a run, and the recipe in its report repeats it without a search. What is judged is
 the cut network as it would be written; where the recipe trains afterwards, its batch norms first take new statistics
-(batch_norms.py). Time is that of
-one example in float32, which a network that is stored in 16 bits is judged in too.
+(batch_norms.py). It is judged in float32, and timed in the dtype that the artifact is stored in, on full batches without padding.
 
-Cost. A forward of EXAMPLES examples for every group and width, and SIZE (GENERATIONS + 1) more; the network twice in memory.
+Cost. A forward of EXAMPLES examples for every group and width, and SIZE (GENERATIONS + 1) more; the network twice in memory. How
+long that takes is foretold by foretelling.py.
 Oracle: tests/test_narrowing.py cuts the network and counts; tests/search/ writes down every configuration of small spaces.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +58,8 @@ UNITS = ("macs", "ms/forward")  # of budgets that are met so
 LAYERS_MOST = 4096  # in one latency table
 EXAMPLES = 32  # that a configuration is judged on
 SIZE, GENERATIONS = 12, 5  # of the evolution
+CLOSE = 0.03  # how far a measured latency may be from what the table says, as a share of it
+SEARCHES = 3  # at most, with a table corrected in between
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,32 +195,24 @@ def measured_predictor(
     Raises:
         CompressLabError: a table of other conditions, or more layers than one table shall hold.
     """
-    wanted = timing.conditions(len(next(iter(inputs.values()))))
+    wanted = conditions_of(model, inputs)
     table = LatencyTable(conditions=wanted) if table is None else table
     if table.conditions != wanted:
         raise CompressLabError(
-            f"the latency table is of a batch of {table.conditions.batch} and {table.conditions.threads} threads on "
-            f"{table.conditions.machine}, not of a batch of {wanted.batch} and {wanted.threads} threads here: measure another"
+            f"the latency table is of a batch of {table.conditions.batch}, {table.conditions.threads} threads and "
+            f"{table.conditions.dtype} on {table.conditions.machine}, not of a batch of {wanted.batch}, {wanted.threads} threads "
+            f"and {wanted.dtype} here: measure another"
         )
     shapes, seen = Shapes(choices), timing.seen(model, inputs)
 
-    def sizes(layer: timing.Seen, widths: Widths) -> dict[str, list[int]]:
-        return {
-            leaf: shapes.of(tensor, widths) for leaf, tensor in layer.tensors.items() if leaf != "num_batches_tracked"
-        }
-
     def layers(widths: Widths) -> list[str]:
-        return [timing.layer_name(layer, sizes(layer, widths)) for layer in seen]
+        return [timing.layer_name(layer, sizes_of(layer, shapes, widths)) for layer in seen]
 
     missing: dict[str, tuple[timing.Seen, dict[str, list[int]]]] = {}
     full = dense(choices.space)
     for layer in seen:
-        groups = shapes.groups_of(layer.tensors.values())
-        for some in itertools.product(*(choices.space[group] for group in groups)):
-            widths = list(full)
-            for group, width in zip(groups, some, strict=True):
-                widths[group] = width
-            found = sizes(layer, tuple(widths))
+        for widths in widths_of(layer, shapes, choices.space):
+            found = sizes_of(layer, shapes, widths)
             if (name := timing.layer_name(layer, found)) not in table.ms:
                 missing[name] = (layer, found)
             if len(missing) > LAYERS_MOST:
@@ -228,10 +225,33 @@ def measured_predictor(
     for whole in (full, narrowest(choices.space)):
         name = "network " + hashlib.sha256("\n".join(layers(whole)).encode()).hexdigest()[:16]
         if name not in table.ms:
-            cut = narrowed(model, choices.coupling, choices.keep(whole))
-            table.ms[name] = timing.time_network_ms(cut, inputs, repeats=2 * timing.REPEATS)
+            table.ms[name] = measured_ms(model, choices, whole, inputs)
         anchors.append((whole, table.ms[name]))
     return latency.corrected(table, layers, *anchors)
+
+
+def conditions_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> latency.Conditions:
+    return timing.conditions(len(next(iter(inputs.values()))), next(model.parameters()).dtype)
+
+
+def sizes_of(layer: timing.Seen, shapes: Shapes, widths: Widths) -> dict[str, list[int]]:
+    return {leaf: shapes.of(tensor, widths) for leaf, tensor in layer.tensors.items() if leaf != "num_batches_tracked"}
+
+
+def widths_of(layer: timing.Seen, shapes: Shapes, space: Space) -> Iterator[Widths]:
+    """Every combination of the groups that change this layer, all others whole."""
+    groups, full = shapes.groups_of(layer.tensors.values()), dense(space)
+    for some in itertools.product(*(space[group] for group in groups)):
+        widths = list(full)
+        for group, width in zip(groups, some, strict=True):
+            widths[group] = width
+        yield tuple(widths)
+
+
+def measured_ms(model: nn.Module, choices: Choices, widths: Widths, inputs: Mapping[str, Tensor]) -> float:
+    """Median of one forward of the network at these widths."""
+    cut = narrowed(model, choices.coupling, choices.keep(widths))
+    return timing.time_network_ms(cut, inputs, repeats=2 * timing.REPEATS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +342,11 @@ def check(recipe: Recipe, budget: Budget) -> None:
         raise CompressLabError(
             f"a budget of {budget} leaves the network as it is: give a share below 1, such as 0.5macs"
         )
+    if budget.unit == "ms/forward" and (recipe.rounding is not None or recipe.activations is not None):
+        raise CompressLabError(
+            f"a budget of {budget} is measured on plain numbers, and recipe '{recipe.name}' rounds them afterwards: give one "
+            "in macs, or a latency to a recipe that only takes out channels"
+        )
 
 
 def share_out(
@@ -358,10 +383,13 @@ def share_out(
     )
     some = _first(batches, EXAMPLES)
     costs, limit = NetworkCosts(choices), Limit(frac=budget.amount, of="macs")
+    stored, inputs = model, dict[str, Tensor]()
     if budget.unit == "ms/forward":
-        inputs = {key: value[:1] for key, value in _without_labels(some[0]).items()}
-        costs.predictors[1] = _table_of_this_machine(model, choices, inputs)
-        limit = Limit(frac=budget.amount / costs.latency_ms(costs.dense, 1), of="latency", batch=1)
+        stored = model if source.dtype == torch.float32 else copy.deepcopy(model).to(source.dtype)
+        inputs = full_batch(some[0], budget, source.dtype)
+        costs.predictors[budget.batch] = _table_of_this_machine(stored, choices, inputs)
+        whole = costs.latency_ms(costs.dense, budget.batch)
+        limit = Limit(frac=budget.amount / whole, of="latency", batch=budget.batch)
     scale = budget.amount / limit.frac
     if limit.frac >= 1:
         raise CompressLabError(
@@ -376,18 +404,48 @@ def share_out(
         key = _key(recipe, budget, choices, some, seed)
         judge = Journal(journal / f"search-{key}.jsonl", key, judge)
 
+    @functools.cache
     def told(widths: Widths) -> float:
         on_judged("a configuration")
         return judge(widths)
 
-    same = uniform(choices.space, costs, limit)
-    shared = allocated(choices.space, alone(choices.space, told), costs, limit)
-    found = evolved(
-        choices.space, costs, limit, told, seed=seed, size=SIZE, generations=GENERATIONS, start=(same, shared)
-    )
+    damages, measured = alone(choices.space, told), None
+    for _ in range(SEARCHES):
+        same = uniform(choices.space, costs, limit)
+        shared = allocated(choices.space, damages, costs, limit)
+        found = evolved(
+            choices.space, costs, limit, told, seed=seed, size=SIZE, generations=GENERATIONS, start=(same, shared)
+        )
+        if limit.of == "macs":
+            break
+        widths, predictor = found.best.widths, costs.predictors[budget.batch]
+        measured = measured_ms(stored, choices, widths, inputs)
+        if abs(measured - predictor.ms(widths)) <= CLOSE * measured:
+            break
+        costs.predictors[budget.batch] = latency.corrected(
+            predictor.table, predictor.layers, (costs.dense, predictor.ms(costs.dense)), (widths, measured)
+        )
+        if limit.taken(costs, narrowest(choices.space)) > limit.frac:
+            break  # nothing is as fast as asked for after all; the report says what this takes
     chosen = choices.named(found.best.widths)
     settings = {f"{step.method}.widths": chosen, f"{step.method}.macs_frac": None}
-    return recipe.override(settings), _described(found, costs, limit, scale, same, told(same), budget)
+    return recipe.override(settings), _described(found, costs, limit, scale, same, told(same), budget, measured)
+
+
+def full_batch(batch: Mapping[str, Tensor], budget: Budget, dtype: torch.dtype) -> dict[str, Tensor]:
+    """As many examples as the budget has at a time: these over again, cut or repeated to its tokens, none of them padding."""
+    found = {}
+    for key, value in _without_labels(batch).items():
+        full = value[torch.arange(budget.batch) % len(value)]
+        if budget.tokens is not None:
+            if value.dim() != 2:
+                raise CompressLabError(
+                    f"a latency of {budget} counts tokens, and the network reads {key}: leave out x{budget.tokens}"
+                )
+            full = full[:, torch.arange(budget.tokens) % value.shape[1]]
+        full = torch.ones_like(full) if key == "attention_mask" else full
+        found[key] = full.to(dtype) if full.is_floating_point() else full
+    return found
 
 
 def _first(batches: Batches, count: int) -> list[dict[str, Tensor]]:
@@ -403,13 +461,20 @@ def _first(batches: Batches, count: int) -> list[dict[str, Tensor]]:
 
 def _table_of_this_machine(model: nn.Module, choices: Choices, inputs: Mapping[str, Tensor]) -> Predictor:
     """From the cache as far as it was measured before, and back into it."""
-    wanted = timing.conditions(len(next(iter(inputs.values()))))
-    digest = hashlib.sha256(json.dumps(vars(wanted), sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_home() / "latency" / f"{digest}.json"
-    table = latency.read(path, wanted) if path.exists() else LatencyTable(conditions=wanted)
+    table = kept_table(conditions_of(model, inputs))
     predictor = measured_predictor(model, choices, inputs, table)
-    table.save(path)
+    table.save(table_path(table.conditions))
     return predictor
+
+
+def kept_table(wanted: latency.Conditions) -> LatencyTable:
+    path = table_path(wanted)
+    return latency.read(path, wanted) if path.exists() else LatencyTable(conditions=wanted)
+
+
+def table_path(wanted: latency.Conditions) -> Path:
+    digest = hashlib.sha256(json.dumps(vars(wanted), sort_keys=True).encode()).hexdigest()[:16]
+    return cache_home() / "latency" / f"{digest}.json"
 
 
 def _key(recipe: Recipe, budget: Budget, choices: Choices, batches: Batches, seed: int) -> str:
@@ -423,8 +488,9 @@ def _key(recipe: Recipe, budget: Budget, choices: Choices, batches: Batches, see
 
 
 def _described(
-    found: Found, costs: NetworkCosts, limit: Limit, scale: float, same: Widths, damage: float, budget: Budget
-) -> Search:
+    found: Found, costs: NetworkCosts, limit: Limit, scale: float, same: Widths, damage: float, budget: Budget,
+    measured: float | None,
+) -> Search:  # fmt: skip
     """The search as the report shows it: the configurations that none of those judged beats."""
 
     def point(one: Judged) -> tuple[float, float]:
@@ -434,5 +500,5 @@ def _described(
     front = [p for i, p in enumerate(points) if all(q[1] > p[1] for q in points[:i])]
     return Search(
         budget=str(budget), unit=budget.unit, sensitivity="narrowed", chosen=point(found.best), front=tuple(front),
-        uniform={"the same share of every group": point(Judged(widths=same, damage=damage))},
+        uniform={"the same share of every group": point(Judged(widths=same, damage=damage))}, measured=measured,
     )  # fmt: skip

@@ -25,7 +25,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from compresslab import aware, layerwise, mixed, models, narrowing, preflight, ranks, recovering, solving, tuning
+from compresslab import (
+    aware,
+    foretelling,
+    layerwise,
+    mixed,
+    models,
+    narrowing,
+    preflight,
+    ranks,
+    recovering,
+    solving,
+    tuning,
+)
 from compresslab import budget as budgets
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
@@ -89,7 +101,8 @@ def compress(
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
         budget: "3.5bits" per weight, "80MB" of weight files or "20ms" per decoded token: choose the bits of every layer to
-            stay within it. "0.5macs" or "5ms/forward": choose how many channels stay of every group, by narrowing.py.
+            stay within it. "0.5macs", "5ms/forward" or "5ms/forward@8x128" (8 examples of 128 tokens at a time): choose how many
+            channels stay of every group, by narrowing.py.
         sensitivity: what to choose them by, a row of damage.SENSITIVITIES; None for the best that the model has.
         memory: "4GB": what the solving may have in memory. Calibration batches wait on disk for each other as far as they must
             for that; the bits are the same.
@@ -119,8 +132,8 @@ def compress(
             else Questions.of(given, data, evaluation_windows, stages.cache is not None, material.labelled)
         )
         needs = material.needs(source, plan, methods, chosen, where, stages, stages.surveys + (wanted is not None))
-        if wanted is not None:
-            needs = _with_budget(needs, source, plan, material.calibration is not None, sensitivity, where)
+        if budget is not None:
+            needs = _with_budget(needs, source, plan, wanted, material.calibration is not None, sensitivity, where)
         room = _room(needs, memory, out, chosen, can_spill=stages.can_spill and wanted is None and team.is_alone)
         passing = partial(_pass, material, where, room)
 
@@ -234,7 +247,9 @@ def plan_only(
     device: str = "auto",
     memory: str | None = None,
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
-    """The preflight alone: what would be compressed, and what it would take. Reads the model's headers, writes nothing."""
+    """The preflight alone: what would be compressed, and what it would take. Writes nothing, and reads the model's headers alone
+    but for a budget of channels, whose search is foretold from forwards of the network.
+    """
     chosen = recipe_of(recipe, settings)
     wanted, narrow = _budgets(budget)
     has_budget = wanted is not None
@@ -256,18 +271,27 @@ def plan_only(
             estimate, source, stages.scorer, samples, samples * (length or 0), pick_device(device)
         )
     if has_budget:
-        estimate = _with_budget(estimate, source, plan, tokens[0] > 0, sensitivity, pick_device(device))
+        estimate = _with_budget(estimate, source, plan, wanted, tokens[0] > 0, sensitivity, pick_device(device))
     if chosen.training is not None:
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
         foretell = preflight.with_tuning if stages.tuner is not None else preflight.with_training
         estimate = foretell(estimate, source, seen, pick_device(device))
+    if narrow is not None:
+        # What does not fit is not opened to time it; that memory is too small is said all the same.
+        fits = preflight.fits_whole(source)
+        seconds = foretelling.seconds(source, chosen, narrow, chosen.calibration.samples, length) if fits else 0.0
+        estimate = preflight.with_search(estimate, source, seconds)
     estimate, _ = _kept_within(estimate, memory, chosen, can_spill=stages.can_spill and not has_budget)
     return plan, estimate, chosen
 
 
 def _with_budget(
-    found: preflight.Estimate, source: models.Source, plan: Plan, has_text: bool, sensitivity: str | None, where: torch.device
+    found: preflight.Estimate, source: models.Source, plan: Plan, wanted: budgets.Budget | None, has_text: bool,
+    sensitivity: str | None, where: torch.device,
 ) -> preflight.Estimate:  # fmt: skip
+    """Args: wanted: the budget of bits, or None for one of channels, whose time a dry run alone foretells."""
+    if wanted is None:
+        return preflight.with_search(found, source, 0.0)
     name = sensitivity or best_sensitivity(source, has_text)
     tokens = (
         tokens_read(name, len(plan.layers), len(mixed.WIDTHS) + len(recipes.HALVES)) if name in SENSITIVITIES else 0

@@ -314,6 +314,21 @@ def with_budget(
     )
 
 
+def with_search(found: Estimate, source: Source, seconds: float) -> Estimate:
+    """The estimate with a search for widths before it: the network in float32, as it is stored, and a cut copy of either.
+
+    Args:
+        seconds: of it (foretelling.py); 0.0 where it is only asked what fits.
+    """
+    parameters = sum(numel(source, name) for name in source.weights.names())
+    return replace(
+        found,
+        memory_bytes=max(found.memory_bytes, PROGRAM_BYTES + 2 * (4 + source.dtype.itemsize) * parameters),
+        seconds=found.seconds + seconds,
+        parts=found.parts | {"choose widths": seconds},
+    )
+
+
 def numel(source: Source, name: str) -> int:
     count = 1
     for size in source.weights.shape(name):

@@ -15,6 +15,7 @@ from compresslab.cli import (  # noqa: F401  (they add their commands)
     peers,
     reporting,
     shelves,
+    specialising,
     staging,
 )
 from compresslab.cli.console import app, error_console, escape

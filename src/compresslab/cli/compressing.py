@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from compresslab.cli.console import Device, Json, Seed, app, error_console, out_console, settings_of
+from compresslab.errors import CompressLabError
 
 
 @app.command()
@@ -39,7 +40,10 @@ def compress(
     ] = None,
     latency: Annotated[
         str | None,
-        typer.Option(metavar="5ms", help="Choose how many channels stay, for one example to take this long here."),
+        typer.Option(
+            metavar="5ms|5ms@8|5ms@8x128",
+            help="Choose how many channels stay, for a forward of one example (of 8, of 128 tokens each) to take this long here.",
+        ),
     ] = None,
     sensitivity: Annotated[
         str | None,
@@ -78,7 +82,9 @@ def compress(
         quiet, as_json = True, False
     settings = settings_of(set_ or [], samples, sequence_length)
     if latency is not None:
-        budget = _latency_budget(latency, budget)
+        if budget is not None:
+            raise CompressLabError("--latency and --budget are both budgets: give one")
+        budget = latency_budget(latency)
     if ignore:
         from compresslab import recipe as recipes
 
@@ -106,14 +112,14 @@ def compress(
         out_console.print(f"report    {artifact.folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _latency_budget(latency: str, budget: str | None) -> str:
-    from compresslab.errors import CompressLabError
-
-    if budget is not None:
-        raise CompressLabError("--latency and --budget are both budgets: give one")
-    if not latency.lower().rstrip().endswith("ms"):
-        raise CompressLabError(f"--latency takes milliseconds such as 5ms, not '{latency}'")
-    return f"{latency.strip()}/forward"
+def latency_budget(latency: str) -> str:
+    """A latency such as 5ms, 5ms@8 or 5ms@8x128 as a budget."""
+    amount, at, batch = latency.partition("@")
+    if not amount.lower().rstrip().endswith("ms"):
+        raise CompressLabError(
+            f"--latency takes milliseconds such as 5ms, or 5ms@8 for eight at a time, not '{latency}'"
+        )
+    return f"{amount.strip()}/forward{at}{batch}"
 
 
 @app.command()
@@ -142,7 +148,6 @@ def sweep(
     import psutil
 
     from compresslab import sweep as sweeps
-    from compresslab.errors import CompressLabError
 
     def listed(text: str) -> list[str]:
         return [word.strip() for word in text.split(",") if word.strip()]

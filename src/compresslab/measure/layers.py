@@ -47,11 +47,12 @@ class Seen:
     tensors: Mapping[str, str]
 
 
-def conditions(batch: int) -> Conditions:
+def conditions(batch: int, dtype: torch.dtype = torch.float32) -> Conditions:
     """Those of this process, on this machine."""
     return Conditions(
-        batch=batch, threads=torch.get_num_threads(), machine=cpu_name(), torch=torch.__version__.partition("+")[0]
-    )
+        batch=batch, threads=torch.get_num_threads(), machine=cpu_name(), torch=torch.__version__.partition("+")[0],
+        dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
 
 
 def seen(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Seen]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,11 @@ def feedback_factor(matrix: Tensor, order: Tensor, damp_frac: float) -> tuple[Te
     Raises:
         ValueError: if the matrix is not even factorisable with a damping equal to its mean diagonal.
     """
-    flipped_order = order.flip(0)
-    lower, damp_frac = damped_cholesky(matrix.index_select(0, flipped_order).index_select(1, flipped_order), damp_frac)
+    flipped = order.flip(0)
+    if torch.equal(flipped.cpu(), torch.arange(len(order) - 1, -1, -1)):
+        lower, damp_frac = _damped_cholesky(lambda: matrix.flip(0, 1), damp_frac)
+    else:
+        lower, damp_frac = _damped_cholesky(lambda: matrix.index_select(0, flipped).index_select(1, flipped), damp_frac)
     upper = lower.flip(0, 1)
     diagonal = upper.diagonal().clone()
     return upper.div_(diagonal), diagonal, damp_frac
@@ -43,12 +48,16 @@ def damped_cholesky(matrix: Tensor, damp_frac: float) -> tuple[Tensor, float]:
     Raises:
         ValueError: if H is zero, or not even factorisable with a damping equal to its mean diagonal.
     """
-    mean = matrix.diagonal().mean()
-    if not float(mean) > 0:
-        raise ValueError("the Gram matrix is zero: no calibration token excited this layer's input")
-    info = torch.zeros((), dtype=torch.int32, device=matrix.device)
+    return _damped_cholesky(matrix.clone, damp_frac)
+
+
+def _damped_cholesky(made: Callable[[], Tensor], damp_frac: float) -> tuple[Tensor, float]:
+    """As above, in place of the H that is made for every attempt."""
     while True:
-        lower = matrix.clone()
+        lower = made()
+        mean, info = lower.diagonal().mean(), torch.zeros((), dtype=torch.int32, device=lower.device)
+        if not float(mean) > 0:
+            raise ValueError("the Gram matrix is zero: no calibration token excited this layer's input")
         lower.diagonal().add_(damp_frac * mean)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:

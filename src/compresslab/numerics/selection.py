@@ -21,7 +21,7 @@ from torch import Tensor
 
 HALF = 16  # bits of a pattern that one histogram sees
 BINS = 1 << HALF
-PARTS = 16  # pieces of a tensor that are counted side by side
+MOST_PARTS = 16  # pieces of a tensor that are counted side by side, none smaller than its histogram
 
 
 @numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
@@ -95,18 +95,27 @@ def keep_largest_of_neighbours(weight, scale, n, m, kept):
 
 
 @numba.njit(parallel=True, cache=True)
+def copy_kept(weight, kept, out):
+    """out[i, j] = W[i, j] where kept[i, j], else 0; float32, bool and float32 [out, in]."""
+    for i in numba.prange(weight.shape[0]):
+        row, stays, into = weight[i], kept[i], out[i]
+        for j in range(len(row)):
+            into[j] = row[j] if stays[j] else np.float32(0)
+
+
+@numba.njit(parallel=True, cache=True)
 def count_halves(pattern, high, counts):
     """Histogram of one half of every bit pattern.
 
     Args:
         pattern: int32 [n], of numbers that are not negative.
         high: -1 to count the upper halves; else count the lower halves of the patterns with this upper one.
-        counts: int64 [PARTS, BINS], added to; the pieces' counts are to be summed.
+        counts: int64 [parts, BINS], added to; the pieces' counts are to be summed.
     """
-    length = len(pattern)
-    for p in numba.prange(PARTS):
+    length, parts = len(pattern), len(counts)
+    for p in numba.prange(parts):
         own = counts[p]
-        for x in pattern[length * p // PARTS : length * (p + 1) // PARTS]:
+        for x in pattern[length * p // parts : length * (p + 1) // parts]:
             if high < 0:
                 own[x >> HALF] += 1
             elif x >> HALF == high:
@@ -115,7 +124,7 @@ def count_halves(pattern, high, counts):
 
 def halves(score: Tensor, high: int = -1) -> Tensor:
     """int64 [BINS]: how many of these numbers, float32 and not negative, have each upper half (or lower, see above)."""
-    counts = np.zeros((PARTS, BINS), np.int64)
+    counts = np.zeros((min(max(score.numel() // BINS, 1), MOST_PARTS), BINS), np.int64)
     count_halves(score.contiguous().view(-1).numpy().view(np.int32), high, counts)
     return torch.from_numpy(counts.sum(axis=0))
 
@@ -152,6 +161,13 @@ def keep_n_of_m(weight: Tensor, scale: Tensor, n: int, m: int) -> Tensor:
     kept = torch.empty(weight.shape, dtype=torch.bool)
     keep_largest_of_neighbours(weight.numpy(), scale.contiguous().numpy(), n, m, kept.numpy())
     return kept
+
+
+def zeroed(weight: Tensor, kept: Tensor) -> Tensor:
+    """W with zeros where it is not kept, float32 [out, in]; half the time of torch's product with a bool tensor."""
+    out = torch.empty(weight.shape)
+    copy_kept(weight.cpu().numpy(), kept.numpy(), out.numpy())
+    return out.to(weight.device)
 
 
 def drop_lowest(scores: Sequence[Tensor], drop: int) -> list[Tensor]:

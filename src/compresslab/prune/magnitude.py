@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compresslab.contract import Layers, Paper, Pruned
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.selection import HALF, drop_smallest, halves, keep_n_of_m, place_in
+from compresslab.numerics.selection import HALF, drop_smallest, halves, keep_n_of_m, place_in, zeroed
 from compresslab.prune.target import Target
 
 SCOPES = ("layer", "global")
@@ -73,7 +73,7 @@ class Magnitude(Target):
             kept = keep_n_of_m(weight.cpu(), torch.ones(weight.shape[1]), *self.n_of_m)
         else:
             kept = drop_smallest(weight.cpu().abs(), self.dropped(weight.numel()))
-        return Pruned(weight=weight * kept.to(weight.device))
+        return Pruned(weight=zeroed(weight, kept))
 
     def sparsities(self, layers: Layers, sparsity: float) -> dict[str, float]:
         """The share of every layer that lies below the one threshold."""

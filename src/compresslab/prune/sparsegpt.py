@@ -103,9 +103,10 @@ class SparseGPT(Target):
                 drop = self.dropped(rows * block.stop) - dropped
                 dropped += drop
                 # What the block's columns become if all are kept: each of them moves, and feeds into the later ones.
-                moved = torch.linalg.solve_triangular(
-                    feedback[block, block].t(), target - error[block], upper=False, unitriangular=True
-                )
+                # The small inverse and a product take a third of the time of solving for all rows.
+                here = feedback[block, block]
+                inverse = torch.linalg.solve_triangular(here, torch.eye(len(here)), upper=True, unitriangular=True)
+                moved = inverse.t() @ (target - error[block])
                 keep.copy_(drop_smallest((error[block] + moved).abs_().mul_(diagonal[block, None]), drop))
             prune_block_with_feedback(
                 target.numpy(), feedback[block, block].contiguous().numpy(), diagonal[block].numpy(), keep.numpy(), n, m,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compresslab.contract import Paper, Pruned
 from compresslab.numerics.gram import Gram
-from compresslab.numerics.selection import keep_in_rows, keep_n_of_m
+from compresslab.numerics.selection import keep_in_rows, keep_n_of_m, zeroed
 from compresslab.prune.target import Target
 
 
@@ -65,4 +65,4 @@ class Wanda(Target):
             kept = keep_n_of_m(weight.cpu(), norms, *self.n_of_m)
         else:
             kept = keep_in_rows(weight.cpu(), norms, self.dropped(weight.shape[1]))
-        return Pruned(weight=weight * kept.to(weight.device), note=note)
+        return Pruned(weight=zeroed(weight, kept), note=note)

@@ -23,7 +23,7 @@ UNITS = {
     "MB": "MB of weight files",
     "ms": "ms per decoded token",
     "macs": "share of the multiply-accumulates",
-    "ms/forward": "ms for one example",
+    "ms/forward": "ms for one forward",
 }
 
 

@@ -96,6 +96,9 @@ class Search(Frozen):
     chosen: tuple[float, float]
     front: tuple[tuple[float, float], ...]  # every allocation on the lower convex hull, from the cheapest
     uniform: dict[str, tuple[float, float]]  # the same choice for every layer, where each has it
+    measured: float | None = (
+        None  # of "ms/forward": what the chosen network was measured at, where `chosen` is foretold
+    )
 
 
 class Report(Frozen):

@@ -10,8 +10,8 @@ narrowest, and a straight line through both corrects the sum:
 
     predicted(w) = T(dense) + slope (S(w) - S(dense))      slope = (T(dense) - T(narrowest)) / (S(dense) - S(narrowest))
 
-A table belongs to one batch, number of threads, machine and version of torch: layers that are compute-bound at one batch are
-memory-bound at another, and multiply-accumulates say nothing of either. It refuses to be read for anything else.
+A table belongs to one batch, number of threads, dtype, machine and version of torch: layers that are compute-bound at one batch
+are memory-bound at another, and multiply-accumulates say nothing of either. It refuses to be read for anything else.
 
 Oracle: tests/search/test_latency.py adds tables up by hand.
 """
@@ -40,12 +40,14 @@ class Conditions:
         threads: of torch.
         machine: the processor's own name.
         torch: its version.
+        dtype: that the network computes in.
     """
 
     batch: int
     threads: int
     machine: str
     torch: str
+    dtype: str = "float32"
 
 
 @dataclass(kw_only=True)
