@@ -14,12 +14,15 @@ Oracle: the file of copies computes what that of a network lowered whole does (t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -29,6 +32,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputSpec, Output
 from compresslab import models
 from compresslab.exporters import executorch_nodes
 
+LARGE = 1 << 16  # bytes above which a piece's data wait in a file
 BORDER = "compresslab_block"  # in a node's meta: the block that it was copied from, and the one that it stands for
 
 
@@ -223,10 +227,33 @@ class Piece:
     written: bytes
 
 
+class Known:
+    """A piece's program whose outputs are known: whoever asks for their shapes does not trace it again.
+
+    Args:
+        program: the piece before XNNPACK's passes.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.outputs = [node.meta["val"] for node in program.graph.output_node().args[0]]  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.program, name)
+
+    def module(self) -> Callable[..., list[Any]]:
+        return lambda *inputs: list(self.outputs)
+
+
 @dataclass
 class Recorder:
-    """Listens to XNNPACK's preprocessing, or repeats it without its passes."""
+    """Listens to XNNPACK's preprocessing, or repeats it without its passes.
 
+    Args:
+        scratch: where large data waits for the file that it is written to.
+    """
+
+    scratch: Path
     pieces: list[Piece] = field(default_factory=list)
     like: Piece | None = None
 
@@ -235,6 +262,7 @@ class Recorder:
         from executorch.backends.xnnpack import xnnpack_preprocess as home
 
         passes, serialize, recorder = home.XNNPACKPassManager, home.serialize_xnnpack_binary, self
+        backend = home.XnnpackBackend
 
         class Listening(passes):
             def transform(self) -> ExportedProgram:
@@ -248,16 +276,21 @@ class Recorder:
             self.pieces.append(Piece(program=recorder.program, graph=graph, written=found))
             return found
 
+        def copied(program: ExportedProgram, specs: Any) -> ExportedProgram:
+            """For passes to change: its graph, not the numbers, which would be twice in memory."""
+            return copy.deepcopy(program, {id(tensor): tensor for tensor in program.state_dict.values()})
+
         home.XNNPACKPassManager, home.serialize_xnnpack_binary = Listening, written
+        backend.copy_exported_program_for_preprocess = copied
         try:
             yield
         finally:
+            del backend.copy_exported_program_for_preprocess  # what it inherits is there again
             home.XNNPACKPassManager, home.serialize_xnnpack_binary = passes, serialize
 
     def again(self, piece: Piece, module: Any, tensors: Mapping[str, Tensor]) -> Any:
         """A lowered piece with other tensors, by the names of its program's state."""
         from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
-        from executorch.exir.lowered_backend_module import LoweredBackendModule
 
         program = piece.program
         state, self.like = program._state_dict, piece
@@ -266,9 +299,29 @@ class Recorder:
             result = XnnpackBackend.preprocess(program, module.compile_specs)
         finally:
             program._state_dict, self.like = state, None
-        made = LoweredBackendModule(edge_program=module.original_module, backend_id=module.backend_id,
-                                    processed_bytes=result.processed_bytes, compile_specs=module.compile_specs,
-                                    named_data_store_output=result.data_store_output)  # fmt: skip
+        return self.known(module, result.processed_bytes, result.data_store_output)
+
+    def known(self, module: Any, written: bytes, data: Any) -> Any:
+        """A lowered piece as a copy needs it: its shapes known, its data out of memory."""
+        from executorch.exir._serialize._cord import FileBackedData
+        from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+        from executorch.exir.lowered_backend_module import LoweredBackendModule
+
+        def spilled(held: Any) -> Any:
+            if not isinstance(held, bytes) or len(held) <= LARGE:
+                return held
+            handle, path = tempfile.mkstemp(dir=self.scratch)
+            with open(handle, "wb") as file:
+                file.write(held)
+            return FileBackedData(path, cleanup=True)
+
+        program: Any = module.original_module
+        made = LoweredBackendModule(
+            edge_program=program if isinstance(program, Known) else Known(program),  # type: ignore[arg-type]
+            backend_id=module.backend_id, processed_bytes=written, compile_specs=module.compile_specs,
+            named_data_store_output=NamedDataStoreOutput(
+                [spilled(held) for held in data.buffers], data.pte_data, data.external_data),
+        )  # fmt: skip
         made.meta = module.meta
         return made
 
@@ -323,9 +376,12 @@ class _Copier:
     ) -> None:
         self.old, self.kinds, self.recorder, self.tensors = program, found, recorder, tensors
         self.places = [found.place(n) for n in range(len(found.firsts))]
-        self.modules = {
-            n: getattr(program.graph_module, str(n.target)) for n in program.graph.nodes if n.op == "get_attr"
-        }
+        self.written, self.modules = {}, {}  # of every piece: its bytes, as XNNPACK wrote them, and what is copied
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                module: Any = getattr(program.graph_module, str(node.target))
+                self.written[node] = module.processed_bytes
+                self.modules[node] = recorder.known(module, module.processed_bytes, module.named_data_store_output)
         self.at = regions(program.graph, self.places, self._inner)
         self.handed = carried(program.graph, self.at, len(self.places))
         self.graph, self.root = fx.Graph(), nn.Module()
@@ -439,7 +495,7 @@ class _Copier:
             kind = region - 1
             own = self._own_tensors(module, kind, number)
             if own and number != self.kinds.firsts[kind]:
-                piece = next(p for p in self.recorder.pieces if p.written is module.processed_bytes)
+                piece = next(p for p in self.recorder.pieces if p.written is self.written[node])
                 if not _names(piece.program) <= _names(module.original_module):
                     raise Irregular(f"XNNPACK's passes made new tensors in {node.name}")
                 module = self.recorder.again(piece, module, own)

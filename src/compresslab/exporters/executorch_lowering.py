@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from compresslab.errors import CompressLabError
 from compresslab.exporters import executorch_blocks as blocks
 from compresslab.exporters import executorch_nodes
 from compresslab.exporters.contract import Given
+from compresslab.exporters.paged import Pages, give_back
 
 LENGTH = 512  # tokens, unless the user or the network has fewer
 _ACTIVATIONS = ("relu", "relu6", "hardtanh")
@@ -101,27 +103,30 @@ def quiet() -> Iterator[None]:
         root.handlers[:] = handlers  # its partitioner gives the root logger one
 
 
-def lower(given: Given, length: int | None = None) -> Lowered:
+def lower(given: Given, length: int | None, scratch: Path) -> Lowered:
     """Lower a folder's network.
 
     Args:
+        scratch: a folder where weights wait until the file is written.
         length: tokens to read at most; None for LENGTH, or fewer where the network has fewer positions.
 
     Raises:
         CompressLabError: if torch cannot trace it or ExecuTorch cannot lower it, naming operator and layer.
     """
-    model: Any = coded_layers.network(given.folder) if given.is_compressed else given.model()
+    pages = Pages(scratch)
+    model: Any = coded_layers.network(given.folder, pages.keep) if given.is_compressed else given.model()
     most = getattr(model.config, "max_position_embeddings", None) or LENGTH
     reads_text = model.main_input_name != "pixel_values"
     length = (min(length or LENGTH, most)) if reads_text else 0
-    table_bytes = xnnpack_layers.narrow_embeddings_(model)
+    table_bytes = xnnpack_layers.narrow_embeddings_(model, pages.keep)
+    pages.forget()
     coded: dict[str, Any] = {name: model.get_submodule(name) for name in given.grids}
     ways = {name: _first_way(layer, given.grids[name].bits) for name, layer in coded.items()}
     xnnpack_layers.install_(model, coded, given.grids, ways)
     is_decoder = models.is_language_model(model)
     alike = blocks.kinds(model, given.skeleton()) if is_decoder and STATIC not in ways.values() else None
     try:
-        edge, names = _by_blocks(model, length, alike) if alike else _whole(model, length, coded, given, ways)
+        edge, names = _by_blocks(model, length, alike, pages) if alike else _whole(model, length, coded, given, ways)
     except blocks.Irregular:
         edge, names = _whole(model, length, coded, given, ways)
     _check_kernels(edge)
@@ -154,10 +159,10 @@ def _whole(
     return _edge(program, _metadata(model, length) if models.is_language_model(model) else None), names
 
 
-def _by_blocks(model: Any, length: int, alike: blocks.Kinds) -> tuple[Any, tuple[str, ...]]:
+def _by_blocks(model: Any, length: int, alike: blocks.Kinds, pages: Pages) -> tuple[Any, tuple[str, ...]]:
     """A decoder, lowered by one block of each kind, and the names of its inputs."""
     tensors = dict((*model.named_parameters("model", remove_duplicate=False), *model.named_buffers("model")))
-    metadata, recorder = _metadata(model, length), blocks.Recorder()
+    metadata, recorder = _metadata(model, length), blocks.Recorder(pages.folder)
     with blocks.shortened(model, alike), recorder.listening():
         wrapped, inputs, shapes, names = _wrapped(model, length)
         program = graphs.export(wrapped, inputs, shapes)
@@ -167,7 +172,11 @@ def _by_blocks(model: Any, length: int, alike: blocks.Kinds) -> tuple[Any, tuple
         with quiet():
             from executorch.exir import EdgeCompileConfig, EdgeProgramManager
 
+            pages.forget()
             all_blocks = blocks.extended(edge.exported_program(), alike, recorder, tensors)
+            del edge
+            pages.forget()
+            give_back()
             return EdgeProgramManager(all_blocks, metadata, EdgeCompileConfig(_check_ir_validity=False)), names
 
 
