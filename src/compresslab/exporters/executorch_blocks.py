@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -31,8 +30,13 @@ from torch.export.graph_signature import ExportGraphSignature, InputSpec, Output
 
 from compresslab import models
 from compresslab.exporters import executorch_nodes
+from compresslab.exporters.paged import Pages, give_back
 
 LARGE = 1 << 16  # bytes above which a piece's data wait in a file
+HUGE = 1 << 24  # bytes of a piece for which what the passes left behind is collected first
+# Each traces five or six networks of its own to look for their like: pictures made larger, and torch's fused attention, neither
+# of which is in a decoder whose attention is written as products.
+NEEDLESS = ("ConvertToUpsampleBilinear2d", "ConvertToSDPAPass")
 BORDER = "compresslab_block"  # in a node's meta: the block that it was copied from, and the one that it stands for
 
 
@@ -250,23 +254,29 @@ class Recorder:
     """Listens to XNNPACK's preprocessing, or repeats it without its passes.
 
     Args:
-        scratch: where large data waits for the file that it is written to.
+        pages: where tensors wait, and large data for the file that it is written to.
     """
 
-    scratch: Path
+    pages: Pages
     pieces: list[Piece] = field(default_factory=list)
     like: Piece | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         from executorch.backends.xnnpack import xnnpack_preprocess as home
+        from executorch.exir._serialize._cord import FileBackedData
 
         passes, serialize, recorder = home.XNNPACKPassManager, home.serialize_xnnpack_binary, self
-        backend = home.XnnpackBackend
+        backend, store = home.XnnpackBackend, home.NamedDataStore
 
         class Listening(passes):
             def transform(self) -> ExportedProgram:
-                recorder.program = self.exported_program if recorder.like else super().transform()
+                if recorder.like:
+                    return self.exported_program
+                self.passes = [one for one in self.passes if one.__name__ not in NEEDLESS]
+                recorder.program = super().transform()
+                if sum(tensor.nbytes for tensor in recorder.program.state_dict.values()) > HUGE:
+                    give_back()
                 return recorder.program
 
         def written(graph: Any, constants: bytearray) -> bytes:
@@ -280,13 +290,23 @@ class Recorder:
             """For passes to change: its graph, not the numbers, which would be twice in memory."""
             return copy.deepcopy(program, {id(tensor): tensor for tensor in program.state_dict.values()})
 
-        home.XNNPACKPassManager, home.serialize_xnnpack_binary = Listening, written
+        class Spilling(store):
+            def add_named_data(self, key: str, data: Any, *args: Any, **kwargs: Any) -> None:
+                if isinstance(data, bytes) and len(data) > LARGE:
+                    handle, path = tempfile.mkstemp(dir=recorder.pages.folder)
+                    with open(handle, "wb") as file:
+                        file.write(data)
+                    data = FileBackedData(path, cleanup=True)
+                    recorder.pages.forget()
+                super().add_named_data(key, data, *args, **kwargs)
+
+        home.XNNPACKPassManager, home.serialize_xnnpack_binary, home.NamedDataStore = Listening, written, Spilling
         backend.copy_exported_program_for_preprocess = copied
         try:
             yield
         finally:
             del backend.copy_exported_program_for_preprocess  # what it inherits is there again
-            home.XNNPACKPassManager, home.serialize_xnnpack_binary = passes, serialize
+            home.XNNPACKPassManager, home.serialize_xnnpack_binary, home.NamedDataStore = passes, serialize, store
 
     def again(self, piece: Piece, module: Any, tensors: Mapping[str, Tensor]) -> Any:
         """A lowered piece with other tensors, by the names of its program's state."""
@@ -302,25 +322,14 @@ class Recorder:
         return self.known(module, result.processed_bytes, result.data_store_output)
 
     def known(self, module: Any, written: bytes, data: Any) -> Any:
-        """A lowered piece as a copy needs it: its shapes known, its data out of memory."""
-        from executorch.exir._serialize._cord import FileBackedData
-        from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+        """A lowered piece as a copy needs it, its shapes known."""
         from executorch.exir.lowered_backend_module import LoweredBackendModule
-
-        def spilled(held: Any) -> Any:
-            if not isinstance(held, bytes) or len(held) <= LARGE:
-                return held
-            handle, path = tempfile.mkstemp(dir=self.scratch)
-            with open(handle, "wb") as file:
-                file.write(held)
-            return FileBackedData(path, cleanup=True)
 
         program: Any = module.original_module
         made = LoweredBackendModule(
             edge_program=program if isinstance(program, Known) else Known(program),  # type: ignore[arg-type]
             backend_id=module.backend_id, processed_bytes=written, compile_specs=module.compile_specs,
-            named_data_store_output=NamedDataStoreOutput(
-                [spilled(held) for held in data.buffers], data.pte_data, data.external_data),
+            named_data_store_output=data,
         )  # fmt: skip
         made.meta = module.meta
         return made

@@ -119,7 +119,6 @@ def lower(given: Given, length: int | None, scratch: Path) -> Lowered:
     reads_text = model.main_input_name != "pixel_values"
     length = (min(length or LENGTH, most)) if reads_text else 0
     table_bytes = xnnpack_layers.narrow_embeddings_(model, pages.keep)
-    pages.forget()
     coded: dict[str, Any] = {name: model.get_submodule(name) for name in given.grids}
     ways = {name: _first_way(layer, given.grids[name].bits) for name, layer in coded.items()}
     xnnpack_layers.install_(model, coded, given.grids, ways)
@@ -129,6 +128,8 @@ def lower(given: Given, length: int | None, scratch: Path) -> Lowered:
         edge, names = _by_blocks(model, length, alike, pages) if alike else _whole(model, length, coded, given, ways)
     except blocks.Irregular:
         edge, names = _whole(model, length, coded, given, ways)
+    pages.forget()
+    give_back()
     _check_kernels(edge)
     held = edge.exported_program().state_dict.items() if is_decoder else ()
     cache_bytes = sum(tensor.nbytes for name, tensor in held if name.startswith(("keys_", "values_")))
@@ -162,21 +163,19 @@ def _whole(
 def _by_blocks(model: Any, length: int, alike: blocks.Kinds, pages: Pages) -> tuple[Any, tuple[str, ...]]:
     """A decoder, lowered by one block of each kind, and the names of its inputs."""
     tensors = dict((*model.named_parameters("model", remove_duplicate=False), *model.named_buffers("model")))
-    metadata, recorder = _metadata(model, length), blocks.Recorder(pages.folder)
+    metadata, recorder = _metadata(model, length), blocks.Recorder(pages)
     with blocks.shortened(model, alike), recorder.listening():
         wrapped, inputs, shapes, names = _wrapped(model, length)
         program = graphs.export(wrapped, inputs, shapes)
         places = [alike.place(n) for n in range(len(alike.firsts))]
         blocks.carried(program.graph, blocks.regions(program.graph, places), len(places))
+        pages.forget()
+        give_back()
         edge = _edge(program, None, blocks.bordered(places))
         with quiet():
             from executorch.exir import EdgeCompileConfig, EdgeProgramManager
 
-            pages.forget()
             all_blocks = blocks.extended(edge.exported_program(), alike, recorder, tensors)
-            del edge
-            pages.forget()
-            give_back()
             return EdgeProgramManager(all_blocks, metadata, EdgeCompileConfig(_check_ir_validity=False)), names
 
 
