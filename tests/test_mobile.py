@@ -73,8 +73,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def lowered(artifact: Path) -> lowering.Lowered:
-    return lowering.lower(Given(artifact), 48)
+def lowered(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> lowering.Lowered:
+    return lowering.lower(Given(artifact), 48, tmp_path_factory.mktemp("scratch"))
 
 
 def test_operators_are_counted_as_the_devtools_of_executorch_count_them(lowered: lowering.Lowered) -> None:
@@ -125,7 +125,7 @@ def test_the_command(
                 for name in ("fp32_ceiling", "int8_ceiling", "memory_copy")]  # fmt: skip
     monkeypatch.setattr(hardware, "ceilings", lambda cpu, budget_s: ceilings)
     macs = {"prefill_ms": lowered.macs(16), "decode_ms_per_token": lowered.macs(1)}
-    monkeypatch.setattr(lowering, "lower", lambda given, length: lowered)
+    monkeypatch.setattr(lowering, "lower", lambda given, length, scratch: lowered)
     shown = [
         *("mobile", artifact),
         "--length",

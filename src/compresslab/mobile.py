@@ -108,12 +108,12 @@ def check(
     given = Given(models.locate(folder), options)
     if refused := exporter.EXECUTORCH.refuses(given):
         raise CompressLabError(f"executorch cannot hold {given.folder}: {refused[0]}")
-    lowered = lowering.lower(given, length)
-    tokens = min(tokens, lowered.length or tokens)
     cpu = hardware.cpu()
-    covered = coverage(lowered, tokens)
-    products = {name: lowered.macs(1 if name == "decode_ms_per_token" else tokens) for name in _PHASES}
     with tempfile.TemporaryDirectory() as place:
+        lowered = lowering.lower(given, length, Path(place))
+        tokens = min(tokens, lowered.length or tokens)
+        covered = coverage(lowered, tokens)
+        products = {name: lowered.macs(1 if name == "decode_ms_per_token" else tokens) for name in _PHASES}
         path = Path(place) / exporter.MODEL
         exporter.write_program(lowered, path)
         (path.parent / "config.json").write_text(json.dumps(given.config), encoding="utf-8")

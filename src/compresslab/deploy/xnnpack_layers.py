@@ -15,7 +15,7 @@ Oracle: run by ExecuTorch's own runtime a layer gives what these operators give 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators quantized_decomposed.*
@@ -28,6 +28,7 @@ from compresslab.numerics.grid import Grid, QuantInput, QuantWeight
 DYNAMIC, STATIC, FLOAT = "dynamic", "static", "float"
 GROUP = 32  # XNNPACK's groups of 4-bit weights are multiples of this many
 QMIN, QMAX = -128, 127
+ROWS = 4096  # of an embedding, which are looked at together
 
 
 def misfit(name: str, weight: QuantWeight, layer: nn.Module) -> str | None:
@@ -163,8 +164,12 @@ def install_(
         model.set_submodule(name, XnnpackLayer(coded[name], grids[name].bits, way))
 
 
-def narrow_embeddings_(model: nn.Module) -> int:
-    """Keep every embedding in bfloat16 or float16 that it fits exactly, which portable kernels read; the bytes of all."""
+def narrow_embeddings_(model: nn.Module, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> int:
+    """Keep every embedding in bfloat16 or float16 that it fits exactly, which portable kernels read; the bytes of all.
+
+    Args:
+        keep: what becomes of a table; the numbers must stay the same.
+    """
     size = 0
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Embedding or module.max_norm is not None:
@@ -172,8 +177,8 @@ def narrow_embeddings_(model: nn.Module) -> int:
         weight = module.weight.detach()
         size += weight.nbytes
         for dtype in (torch.bfloat16, torch.float16):
-            if bool(torch.equal(weight.to(dtype).float(), weight)):
-                model.set_submodule(name, NarrowEmbedding(weight.to(dtype)))
+            if all(bool(torch.equal(rows.to(dtype).float(), rows)) for rows in weight.split(ROWS)):
+                model.set_submodule(name, NarrowEmbedding(keep(weight.to(dtype))))
                 size -= weight.nbytes // 2
                 break
     return size

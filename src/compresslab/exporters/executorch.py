@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,9 +64,10 @@ class ExecuTorch(Exporter):
         return found
 
     def write(self, given: Given, folder: Path) -> Sequence[str]:
-        lowered = lowering.lower(given, given.options.get("length"))
-        notes = _notes(given, lowered)
-        write_program(lowered, folder / MODEL)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            lowered = lowering.lower(given, given.options.get("length"), Path(scratch))
+            notes = _notes(given, lowered)
+            write_program(lowered, folder / MODEL)
         config = {key: value for key, value in given.config.items() if key != "quantization_config"}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for path in given.companions():

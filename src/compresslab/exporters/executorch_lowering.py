@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from compresslab import models
 from compresslab.deploy import coded_layers, graphs, static_decoder, xnnpack_layers
 from compresslab.deploy.xnnpack_layers import DYNAMIC, FLOAT, STATIC
 from compresslab.errors import CompressLabError
+from compresslab.exporters import executorch_blocks as blocks
 from compresslab.exporters import executorch_nodes
 from compresslab.exporters.contract import Given
+from compresslab.exporters.paged import Pages, give_back
 
 LENGTH = 512  # tokens, unless the user or the network has fewer
 _ACTIVATIONS = ("relu", "relu6", "hardtanh")
@@ -73,9 +76,8 @@ class Lowered:
         for node in graph.graph.nodes:
             if node.op == "get_attr" and node.name.startswith("lowered_module_"):
                 inner = getattr(graph, node.name).original_module.graph
-                found += [
-                    executorch_nodes.read(n, True, tokens) for n in inner.nodes if executorch_nodes.is_operator(n)
-                ]
+                read = [executorch_nodes.read(n, True, tokens) for n in inner.nodes if executorch_nodes.is_operator(n)]
+                found += blocks.renamed(node, read)
             elif executorch_nodes.is_operator(node):
                 found.append(executorch_nodes.read(node, False, tokens))
         return found
@@ -101,24 +103,49 @@ def quiet() -> Iterator[None]:
         root.handlers[:] = handlers  # its partitioner gives the root logger one
 
 
-def lower(given: Given, length: int | None = None) -> Lowered:
+def lower(given: Given, length: int | None, scratch: Path) -> Lowered:
     """Lower a folder's network.
 
     Args:
+        scratch: a folder where weights wait until the file is written.
         length: tokens to read at most; None for LENGTH, or fewer where the network has fewer positions.
 
     Raises:
         CompressLabError: if torch cannot trace it or ExecuTorch cannot lower it, naming operator and layer.
     """
-    model: Any = coded_layers.network(given.folder) if given.is_compressed else given.model()
+    pages = Pages(scratch)
+    model: Any = coded_layers.network(given.folder, pages.keep) if given.is_compressed else given.model()
     most = getattr(model.config, "max_position_embeddings", None) or LENGTH
     reads_text = model.main_input_name != "pixel_values"
     length = (min(length or LENGTH, most)) if reads_text else 0
-    table_bytes = xnnpack_layers.narrow_embeddings_(model)
-    wrapped, inputs, shapes, names = _wrapped(model, length)
+    table_bytes = xnnpack_layers.narrow_embeddings_(model, pages.keep)
     coded: dict[str, Any] = {name: model.get_submodule(name) for name in given.grids}
     ways = {name: _first_way(layer, given.grids[name].bits) for name, layer in coded.items()}
     xnnpack_layers.install_(model, coded, given.grids, ways)
+    is_decoder = models.is_language_model(model)
+    alike = blocks.kinds(model, given.skeleton()) if is_decoder and STATIC not in ways.values() else None
+    try:
+        edge, names = _by_blocks(model, length, alike, pages) if alike else _whole(model, length, coded, given, ways)
+    except blocks.Irregular:
+        edge, names = _whole(model, length, coded, given, ways)
+    pages.forget()
+    give_back()
+    _check_kernels(edge)
+    held = edge.exported_program().state_dict.items() if is_decoder else ()
+    cache_bytes = sum(tensor.nbytes for name, tensor in held if name.startswith(("keys_", "values_")))
+    found = Lowered(edge=edge, ways=ways, inputs=names, length=length, table_bytes=table_bytes, cache_bytes=cache_bytes,
+                    in_float={})  # fmt: skip
+    used = {node.layer for node in found.nodes() if node.macs}
+    in_float = {name: layer.weight.nbytes for name, layer in model.named_modules()
+                if name in used and isinstance(layer, nn.Linear | nn.Conv2d)}  # fmt: skip
+    return dataclasses.replace(found, in_float=in_float)
+
+
+def _whole(
+    model: Any, length: int, coded: Mapping[str, Any], given: Given, ways: dict[str, str]
+) -> tuple[Any, tuple[str, ...]]:
+    """All of a network, lowered, and the names of its inputs; `ways` as they turn out."""
+    wrapped, inputs, shapes, names = _wrapped(model, length)
     program = graphs.export(wrapped, inputs, shapes)
     if STATIC in ways.values():
         ranged = _with_output_range(program.graph)
@@ -130,15 +157,26 @@ def lower(given: Given, length: int | None = None) -> Lowered:
         ways |= changed
         program = graphs.export(wrapped, inputs, shapes)
         _round_before_padding_(program.graph)
-    cache_bytes = sum(b.nbytes for name, b in wrapped.named_buffers() if name.startswith(("keys_", "values_")))
-    edge = _edge(program, _metadata(model, length) if cache_bytes else None)
-    _check_kernels(edge)
-    found = Lowered(edge=edge, ways=ways, inputs=names, length=length, table_bytes=table_bytes, cache_bytes=cache_bytes,
-                    in_float={})  # fmt: skip
-    used = {node.layer for node in found.nodes() if node.macs}
-    in_float = {name: layer.weight.nbytes for name, layer in model.named_modules()
-                if name in used and isinstance(layer, nn.Linear | nn.Conv2d)}  # fmt: skip
-    return dataclasses.replace(found, in_float=in_float)
+    return _edge(program, _metadata(model, length) if models.is_language_model(model) else None), names
+
+
+def _by_blocks(model: Any, length: int, alike: blocks.Kinds, pages: Pages) -> tuple[Any, tuple[str, ...]]:
+    """A decoder, lowered by one block of each kind, and the names of its inputs."""
+    tensors = dict((*model.named_parameters("model", remove_duplicate=False), *model.named_buffers("model")))
+    metadata, recorder = _metadata(model, length), blocks.Recorder(pages)
+    with blocks.shortened(model, alike), recorder.listening():
+        wrapped, inputs, shapes, names = _wrapped(model, length)
+        program = graphs.export(wrapped, inputs, shapes)
+        places = [alike.place(n) for n in range(len(alike.firsts))]
+        blocks.carried(program.graph, blocks.regions(program.graph, places), len(places))
+        pages.forget()
+        give_back()
+        edge = _edge(program, None, blocks.bordered(places))
+        with quiet():
+            from executorch.exir import EdgeCompileConfig, EdgeProgramManager
+
+            all_blocks = blocks.extended(edge.exported_program(), alike, recorder, tensors)
+            return EdgeProgramManager(all_blocks, metadata, EdgeCompileConfig(_check_ir_validity=False)), names
 
 
 def _wrapped(model: Any, length: int) -> tuple[nn.Module, tuple[Any, ...], Any, tuple[str, ...]]:
@@ -174,13 +212,17 @@ def _metadata(model: Any, length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _edge(program: torch.export.ExportedProgram, metadata: dict[str, Any] | None) -> Any:
+def _edge(program: torch.export.ExportedProgram, metadata: dict[str, Any] | None, partitioner: Any = None) -> Any:
     with quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
         try:
-            return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=metadata)
+            return to_edge_transform_and_lower(
+                program, partitioner=[partitioner or XnnpackPartitioner()], constant_methods=metadata
+            )
+        except blocks.Irregular:
+            raise
         except Exception as error:
             said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CompressLabError(f"ExecuTorch cannot lower this network: {said}") from error
