@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from compresslab import distilling, pipeline, ranks, streamed
+from compresslab import distilling, pipeline, ranks, streamed, training
 from compresslab.activations.static import Static
 from compresslab.contract import Solver
 from compresslab.plan import make_plan
@@ -20,6 +20,7 @@ from compresslab.quantize.gptq import GPTQ
 from compresslab.quantize.kv_cache import KVCache
 from compresslab.quantize.qep import QEP
 from compresslab.quantize.rtn import RTN
+from compresslab.recipe import Training
 from compresslab.students import Shape
 
 BATCHES, LONG = 5, 24
@@ -88,9 +89,32 @@ def _compressed(recipe: str, model: Path, text: Path, out: Path, **settings: Any
     return pipeline.compress(model, recipe, str(text), out=out, settings=SIZES | settings, measure=False)[0].folder
 
 
-def _taught(model: Path, text: Path, out: Path, recipe: str) -> Path:
-    shape = Shape(layers=1)
-    return distilling.distill(model, shape, recipe, str(text), out=out, settings=SIZES, measure=False)[0].folder
+def _taught(model: Path, text: Path, out: Path, recipe: str, **settings: Any) -> Path:
+    shape, settings = Shape(layers=1), SIZES | settings
+    return distilling.distill(model, shape, recipe, str(text), out=out, settings=settings, measure=False)[0].folder
+
+
+def _stopped_and_gone_on(model: Path, text: Path, out: Path) -> Path:
+    """A training whose ranks keep parts of the network, stopped after more than half of it."""
+    team, folder = ranks.started(), out.with_name(f"{out.name} checkpoints")
+    settings = Training(
+        batch=6, epochs=3, learning_rate=1e-3, checks=6, shard=True
+    )  # six steps, a checkpoint after each
+    rows = tiny.token_batches(13, 12, size=1)
+    examples = [{"input_ids": row["input_ids"][0], "labels": row["input_ids"][0]} for row in rows]
+
+    def stop(progress: float) -> None:
+        if progress > 0.6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train_(tiny.models.load(model).requires_grad_(), examples, settings, folder, on_step=stop)
+    network = tiny.models.load(model).requires_grad_()
+    training.train_(network, examples, settings, folder)
+    if team.leads:
+        network.save_pretrained(out)
+    team.told(None)
+    return out
 
 
 TRAININGS: dict[str, Callable[[Path, Path, Path], Path]] = {
@@ -99,6 +123,12 @@ TRAININGS: dict[str, Callable[[Path, Path, Path], Path]] = {
     "pruned in the course": lambda *paths: _compressed("prune-gradual-80", *paths),
     "scales tuned": lambda *paths: _compressed("w3a16-e2e-qp", *paths, group_size=16),
     "rounded": lambda *paths: _compressed("w4a4-lsq", *paths),
+    "rounded, sharded": lambda *paths: _compressed("w4a4-lsq", *paths, **{"training.shard": True}),
+    "scales tuned, sharded": lambda *paths: _compressed(
+        "w3a16-e2e-qp", *paths, group_size=16, **{"training.shard": True}
+    ),
+    "stopped and gone on with, sharded": _stopped_and_gone_on,
+    "taught by hidden states, sharded": lambda *paths: _taught(*paths, "distill-hints", **{"training.shard": True}),
     "taught by logits": lambda *paths: _taught(*paths, "distill-soft-labels"),
     "taught by hidden states": lambda *paths: _taught(*paths, "distill-hints"),
 }

@@ -153,6 +153,7 @@ class Training(Strict):
         batch: examples in one step.
         checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
         held_back: share of the examples that only this loss sees.
+        shard: under torchrun, each rank keeps a part of every weight, gradient and moment in place of all (sharding.py).
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -165,6 +166,7 @@ class Training(Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     checks: int = Field(default=10, ge=1)
     held_back: float = Field(default=0.1, gt=0, lt=1)
+    shard: bool = False
 
     def seen(self, examples: int) -> int:
         """Examples that pass through the network in all."""

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
-from compresslab import ranks
+from compresslab import models, ranks
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.recipe import Training
-from compresslab.training import KEPT, Loss, own_loss
+from compresslab.sharding import Spread, keep_whole_states_, put_, whole
+from compresslab.training import KEPT, Loss, nothing, own_loss
 
 WEIGHTS = "model.safetensors"
 OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {}, "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"}}
@@ -53,8 +54,14 @@ def run_(
     """
     team = ranks.started()
     steps = settings.steps_for(len(examples))
+    spreads = settings.shard and not team.is_alone
+    if spreads and after_step is not nothing:
+        raise CompressLabError(
+            "zeros that a training keeps are kept in whole weights, of which no rank has any: leave training.shard out"
+        )
+    together = None if team.is_alone else _Together(model, loss or own_loss)
     trainer = _Trainer(
-        model=model if team.is_alone else _Together(model, loss or own_loss),
+        model=together or model,
         args=_arguments(settings, steps, folder, seed, device, team.share_of_batch(settings.batch)),
         train_dataset=_Examples(examples),
         eval_dataset=_Examples(held_back),
@@ -62,6 +69,9 @@ def run_(
         callbacks=[_Steps(on_step, after_step, keep_step)],
     )
     trainer.loss, trainer.best_from, trainer.team = loss, best_from, team
+    if together is not None and spreads:
+        together.spread_(device, team.size)
+        trainer.is_distributed_loading_by_transformers = True  # as Trainer calls a network that needs no other wrapping
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     with team.leader_first():
@@ -78,6 +88,8 @@ def run_(
         notice = _back_to_best_(trainer, stop, settings)
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if together is not None:
+            together.gather_()
         model.eval()
     team.take_leaders_(model.state_dict().values())  # statistics of batches are each rank's own
     return trainer.state, notice
@@ -138,15 +150,31 @@ class _Together(nn.Module):
     def __init__(self, network: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.network, self.loss = network, loss
+        self.spread: Spread | None = None
+
+    def spread_(self, device: torch.device, size: int) -> None:
+        """Have each of so many ranks keep a part of the network."""
+        blocks = [self.network.get_submodule(name) for name in models.blocks(self.network)]
+        self.spread = Spread(self, blocks, device, size)
+
+    def gather_(self) -> None:
+        """Give every rank the whole network again."""
+        if self.spread is not None:
+            self.spread.gather_()
+            self.spread = None
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return self.loss(self.network, batch)
 
     def state_dict(self, *arguments: Any, **more: Any) -> Any:  # so that a checkpoint knows nothing of this
-        return self.network.state_dict(*arguments, **more)
+        found = self.network.state_dict(*arguments, **more)
+        return found if self.spread is None else {name: whole(tensor) for name, tensor in found.items()}
 
-    def load_state_dict(self, *arguments: Any, **more: Any) -> Any:
-        return self.network.load_state_dict(*arguments, **more)
+    def load_state_dict(self, values: Any, *arguments: Any, **more: Any) -> Any:
+        if self.spread is None:
+            return self.network.load_state_dict(values, *arguments, **more)
+        put_(self.network.state_dict(), values)
+        return nn.modules.module._IncompatibleKeys([], [])
 
 
 class _NotFinite(Exception):
@@ -194,14 +222,31 @@ class _Trainer(transformers.Trainer):
         counts = self.state.global_step - 1 >= self.best_from * self.state.max_steps  # where its last step began
         return counts and super()._determine_best_metric(metrics, trial)
 
+    def create_optimizer(self, *arguments: Any, **more: Any) -> Any:
+        found = super().create_optimizer(*arguments, **more)
+        if self.is_spread:
+            keep_whole_states_(found)
+        return found
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_spread and not self.args.should_save:
+            self.optimizer.state_dict()  # this rank's part of what the leader writes
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    @property
+    def is_spread(self) -> bool:
+        return isinstance(self.model, _Together) and self.model.spread is not None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # save_pretrained would rename what some architectures call otherwise on disk, and a resume reads these names.
+        assert isinstance(self.model, nn.Module)
+        if not self.args.should_save and not self.is_spread:
+            return
+        tensors = state_dict if state_dict is not None else self.model.state_dict()
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        assert isinstance(self.model, nn.Module)
-        tensors = state_dict if state_dict is not None else self.model.state_dict()
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
 
 

@@ -51,6 +51,10 @@ class Record:
         return dict(self.losses)[self.best_step]
 
 
+def nothing() -> None:
+    """What is done after a step unless something else is wanted."""
+
+
 def train_(
     model: nn.Module,
     examples: Sequence[Example],
@@ -61,7 +65,7 @@ def train_(
     held_back: Sequence[Example] | None = None,
     loss: Loss | None = None,
     on_step: Callable[[float], None] = lambda progress: None,
-    after_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[], None] = nothing,
     best_from: float = 0.0,
     keep_step: int = 0,
     device: torch.device | None = None,

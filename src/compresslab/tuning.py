@@ -157,8 +157,11 @@ def tune(
     training, held_back = split(windows, settings.held_back, seed)
     with torch.no_grad():
         before = float(torch.stack([loss(changes, {"input_ids": row["input_ids"][None]}) for row in held_back]).mean())
+    alone = settings.model_copy(
+        update={"shard": False}
+    )  # what is trained is small, and the network that reads it is not
     record = train_(
-        changes, training, settings, folder, seed=seed, held_back=held_back, loss=loss, on_step=on_step, device=where
+        changes, training, alone, folder, seed=seed, held_back=held_back, loss=loss, on_step=on_step, device=where
     )
     if record.best_loss < before:
         source, layers, said = *_after(source, solved, changes, method), record.notice
