@@ -7,6 +7,9 @@ system keeps of one of them, if that is higher. It counts pages of memory-mapped
 `import compresslab.exporters` and the format's own library take before any work.
 
     python benchmarks/exporting.py ARTIFACT --model smollm2-135m --out results/exports-smollm2.json
+    python benchmarks/exporting.py SYMMETRIC --formats executorch --add --out results/exports-smollm2.json
+
+With --add the other rows stay, and the new ones say which artifact was theirs (ExecuTorch holds symmetric codes alone).
 
 Oracle: a process that holds a known number of bytes (tests/measure/test_watched.py).
 """
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="the float model it was made of")
     parser.add_argument("--formats", nargs="*", default=sorted(FORMATS))
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which an export is ended")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other formats")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     stored = float_bytes(models.locate(given.model))
@@ -48,8 +52,12 @@ def main() -> None:
         "device": f"{cpu_name()}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
         "exports": {},
     }
+    own: dict[str, Any] = {}
+    if given.add:
+        own = {key: found[key] for key in ("artifact", "device")}
+        found = json.loads(given.out.read_text(encoding="utf-8"))
     for name in given.formats:
-        found["exports"][name] = one(given.artifact, name, given.timeout, 2 * stored)
+        found["exports"][name] = own | one(given.artifact, name, given.timeout, 2 * stored)
         print(name, json.dumps(found["exports"][name]), flush=True)
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -130,8 +130,8 @@ def shortened(model: Any, found: Kinds) -> Iterator[None]:
 def _number_(blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
     for number, block in enumerate(blocks):
         for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = number  # type: ignore[assignment]
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = number
 
 
 # --- where the blocks are in a graph ----------------------------------------------------------------------------------
@@ -240,7 +240,8 @@ class Known:
 
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
-        self.outputs = [node.meta["val"] for node in program.graph.output_node().args[0]]  # type: ignore[union-attr]
+        returned: Any = program.graph.output_node().args[0]
+        self.outputs = [node.meta["val"] for node in returned]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.program, name)
@@ -259,6 +260,7 @@ class Recorder:
 
     pages: Pages
     pieces: list[Piece] = field(default_factory=list)
+    program: Any = None  # the last that went through XNNPACK's passes
     like: Piece | None = None
 
     @contextmanager
@@ -326,8 +328,9 @@ class Recorder:
         from executorch.exir.lowered_backend_module import LoweredBackendModule
 
         program: Any = module.original_module
+        program = program if isinstance(program, Known) else Known(program)
         made = LoweredBackendModule(
-            edge_program=program if isinstance(program, Known) else Known(program),  # type: ignore[arg-type]
+            edge_program=program,
             backend_id=module.backend_id, processed_bytes=written, compile_specs=module.compile_specs,
             named_data_store_output=data,
         )  # fmt: skip
@@ -385,7 +388,8 @@ class _Copier:
     ) -> None:
         self.old, self.kinds, self.recorder, self.tensors = program, found, recorder, tensors
         self.places = [found.place(n) for n in range(len(found.firsts))]
-        self.written, self.modules = {}, {}  # of every piece: its bytes, as XNNPACK wrote them, and what is copied
+        self.written: dict[fx.Node, bytes] = {}  # of every piece, as XNNPACK wrote it
+        self.modules: dict[fx.Node, Any] = {}  # of every piece, what is copied
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 module: Any = getattr(program.graph_module, str(node.target))
@@ -418,7 +422,9 @@ class _Copier:
             blocks.append(self._copy(nodes, kind + 1, given, number))
             hidden = blocks[-1][self.handed[kind + 1]]
         behind = self._copy(nodes, len(self.places) + 1, before | {self.handed[-1]: hidden}, -1)
-        outputs, returned = [], []
+        outputs: list[OutputSpec] = []
+        returned: list[fx.Node] = []
+        changes: list[tuple[str | None, fx.Node]]
         for spec in self.old.graph_signature.output_specs:
             node = named[spec.arg.name]
             kind = self.at[node] - 1

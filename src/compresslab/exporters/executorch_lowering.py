@@ -6,6 +6,9 @@
 XNNPACK multiplies integers with a fixed range of inputs only where the range of the output is fixed, too: where one layer,
 perhaps through a ReLU or a padding, is all that reads it. Other layers round their input anew as the model runs.
 
+A decoder is lowered by one block of each kind (executorch_blocks.py). Where all its blocks are different, as with fixed ranges
+of inputs, or do not follow one another plainly, all of it is lowered, which takes some seconds for each block.
+
 Oracle: `nodes` and ExecuTorch's own devtools count the same delegated and left nodes (tests/test_mobile.py).
 """
 
@@ -164,7 +167,7 @@ def _by_blocks(model: Any, length: int, alike: blocks.Kinds, pages: Pages) -> tu
     """A decoder, lowered by one block of each kind, and the names of its inputs."""
     tensors = dict((*model.named_parameters("model", remove_duplicate=False), *model.named_buffers("model")))
     metadata, recorder = _metadata(model, length), blocks.Recorder(pages)
-    with blocks.shortened(model, alike), recorder.listening():
+    with quiet(), blocks.shortened(model, alike), recorder.listening():
         wrapped, inputs, shapes, names = _wrapped(model, length)
         program = graphs.export(wrapped, inputs, shapes)
         places = [alike.place(n) for n in range(len(alike.firsts))]
@@ -172,11 +175,10 @@ def _by_blocks(model: Any, length: int, alike: blocks.Kinds, pages: Pages) -> tu
         pages.forget()
         give_back()
         edge = _edge(program, None, blocks.bordered(places))
-        with quiet():
-            from executorch.exir import EdgeCompileConfig, EdgeProgramManager
+        from executorch.exir import EdgeCompileConfig, EdgeProgramManager
 
-            all_blocks = blocks.extended(edge.exported_program(), alike, recorder, tensors)
-            return EdgeProgramManager(all_blocks, metadata, EdgeCompileConfig(_check_ir_validity=False)), names
+        all_blocks = blocks.extended(edge.exported_program(), alike, recorder, tensors)
+        return EdgeProgramManager(all_blocks, metadata, EdgeCompileConfig(_check_ir_validity=False)), names
 
 
 def _wrapped(model: Any, length: int) -> tuple[nn.Module, tuple[Any, ...], Any, tuple[str, ...]]:
