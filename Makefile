@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= demo/smollm2-135m-w4a16-gptq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test expectations check labs bench bench-deploy bench-scale clean
+.PHONY: help demo test expectations check labs bench bench-deploy bench-prune bench-scale clean
 
 help:
 	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check   lint, types, formatting"
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
 	@echo "make bench-deploy  exports, encoders and decoding in each runtime, a stopwatch; keep the machine quiet"
+	@echo "make bench-prune   masks and solves against the published routines, MiniLM at half, a latency that was asked for; keep it quiet"
 	@echo "make bench-scale   Llama-2-7B's shapes on this machine, costs over four sizes, runs that are killed (an hour, 40 GB of disk)"
 
 # torch goes first and alone, pinned, so that pip takes the plain CPU build; bring your own with VENV=... if you have a GPU.
@@ -59,6 +60,12 @@ bench-deploy: $(VENV)/.ready
 	$(BIN)/python benchmarks/encoder_latency.py --work $(DEPLOY)/encoder --out results/encoder-latency-minilm.json
 	$(BIN)/python benchmarks/decoding.py $(DEPLOY)/w4a16-gptq --work $(DEPLOY)/decoding --out results/decoding-smollm2.json
 	$(BIN)/python benchmarks/stopwatch.py smollm2-135m minilm-l6 --out results/stopwatch.json
+
+# benchmarks/structured.py has parts on CIFAR-10 besides, which needs the pictures.
+bench-prune: $(VENV)/.ready
+	$(BIN)/python benchmarks/pruning_speed.py
+	$(BIN)/python benchmarks/structured.py --only grouping minilm --out results/structured.json
+	$(BIN)/python benchmarks/latency_target.py
 
 # 13.5 GB of random weights stay in $(SCALE) for the next time.
 SCALE ?= bench-scale-out

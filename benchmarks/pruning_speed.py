@@ -5,7 +5,8 @@
       -> ours: prune/wanda.py and prune/sparsegpt.py, whole, with the factorisation of H
       -> in turn in one process, A B B A ...; medians of the pairs' ratios -> JSON
 
-    python benchmarks/pruning_speed.py                     # 4096 x 4096; two threads, about four minutes
+    python benchmarks/pruning_speed.py                     # 4096 x 4096; two threads, two minutes
+    python benchmarks/pruning_speed.py --only wanda        # the other rows stay in the file as they are
     python benchmarks/pruning_speed.py --size 512 --pairs 1
 
 Published: Sun et al., github.com/locuslab/wanda, lib/prune.py (a stable sort of every row; for N:M the least of every M columns
@@ -172,17 +173,17 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     tokens = given.tokens or 2 * given.size
-    told: dict[str, Any] = {
-        "what": f"a weight of {given.size} x {given.size}, the Gram matrix of {tokens} tokens, {SPARSITY:.0%} zeros",
-        "environment": environment.describe(torch.device("cpu")), "threads": given.threads, "pairs": given.pairs,
-        "rows": {},
-    }  # fmt: skip
+    what = f"a weight of {given.size} x {given.size}, the Gram matrix of {tokens} tokens, {SPARSITY:.0%} zeros"
+    told: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    if told.get("what") != what:
+        told = {"what": what, "rows": {}}
+    told["environment"] = environment.describe(torch.device("cpu"))
     made = inputs(given.size, tokens)
     for name in given.only:
         theirs, method = METHODS[name]
         for pattern in PATTERNS:
             row = compared(theirs, method(sparsity=SPARSITY, pattern=pattern), pattern, made, given.pairs)
-            row["aim_met"] = row["times_faster"] >= AIMS[name]
+            row |= {"aim_met": row["times_faster"] >= AIMS[name], "threads": given.threads}
             told["rows"][f"{name} {pattern or 'anywhere'}"] = row
             print(json.dumps({f"{name} {pattern or 'anywhere'}": row}), flush=True)
             given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
