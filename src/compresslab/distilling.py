@@ -30,7 +30,7 @@ from compresslab.features import FeatureTerms
 from compresslab.learning import Material
 from compresslab.measure import environment, gpu, size
 from compresslab.models import Source
-from compresslab.pairing import DEFAULT, Losses, Pair, losses_of, material_of
+from compresslab.pairing import DEFAULT, EXAMPLES_SHOWN, Losses, Pair, losses_of, material_of, shown
 from compresslab.pipeline import (
     Clock,
     Progress,
@@ -96,7 +96,9 @@ def distill(
         check_output(out, force)
         chosen = recipe_of(recipe, settings)
         losses = losses_of(chosen)
-        pair = Pair.of(teacher, student, others, ensemble)
+        pair = Pair.of(
+            teacher, student, others, ensemble, lambda source: shown(source, chosen, data, seed, where)
+        )  # fmt: skip
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
         pair.check(losses, data)
@@ -169,6 +171,7 @@ class Taught:
         before: its loss on the examples held back when it began.
         doubts: what a user should know of the teacher.
         rest: the share of the teacher's mass that its cache left out; None where the teacher itself was there.
+        pairs: of similar blocks, where they were looked for.
     """
 
     source: Source
@@ -176,13 +179,14 @@ class Taught:
     before: float
     doubts: Sequence[str]
     rest: float | None
+    pairs: str = ""
 
     def told(self) -> dict[str, Any]:
         notices = "; ".join(filter(None, (self.record.notice, *self.doubts)))
         found = told_of(self.record) | {"loss_before": f"{self.before:.4f}", "notice": notices}
-        return (
-            found if self.rest is None else found | {"left_out_by_the_cache": f"{self.rest:.4f} of the teacher's mass"}
-        )
+        if self.rest is not None:
+            found |= {"left_out_by_the_cache": f"{self.rest:.4f} of the teacher's mass"}
+        return found | ({"similar_blocks": self.pairs} if self.pairs else {})
 
 
 def _taught(
@@ -209,7 +213,8 @@ def _taught(
         )  # fmt: skip
     source = models.retrained(pair.student, network)
     rest = None if kept is None else float(kept.manifest["rest_mean"])
-    return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest)
+    pairs = "" if terms is None else terms.found
+    return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest, pairs=pairs)
 
 
 def _with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
@@ -235,7 +240,7 @@ def _terms(
     if not losses.on_features:
         return None
     assert isinstance(teacher, nn.Module)
-    batch = next(_batches(examples[:2], 2, next(student.parameters()).device))
+    batch = next(_batches(examples, EXAMPLES_SHOWN, next(student.parameters()).device))
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     return FeatureTerms(student, teacher, losses.on_features, inputs, examples=len(examples), seed=seed)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from compresslab import data as datasets
 from compresslab import learning, models
@@ -14,11 +16,15 @@ from compresslab.contract import FeatureLoss, LogitLoss, TextWriting
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
 from compresslab.models import Source
+from compresslab.plan import OUTSIDE, make_plan
 from compresslab.recipe import Recipe
-from compresslab.students import Shape, student_of
+from compresslab.solving import Pass
+from compresslab.students import INFLUENCE, Shape, student_of
+from compresslab.training import collate
 
 DEFAULT = "distill-soft-labels"
 TEXTS_COMPARED = 8
+EXAMPLES_SHOWN = 32  # to measure which blocks matter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +75,22 @@ class Pair:
 
     @classmethod
     def of(
-        cls, teacher: Any, student: Any, others: Sequence[Any] = (), ensemble: str | Sequence[float] = "mean"
-    ) -> Pair:
+        cls, teacher: Any, student: Any, others: Sequence[Any] = (), ensemble: str | Sequence[float] = "mean",
+        shown: Callable[[Source], Pass] | None = None,
+    ) -> Pair:  # fmt: skip
+        """Args: shown, a pass over what is learnt from, for a student whose blocks are chosen by measurement."""
         weights = ensemble if isinstance(ensemble, str) else tuple(float(weight) for weight in ensemble)
-        pair = cls._of_two(teacher, student)
+        pair = cls._of_two(teacher, student, shown)
         return dataclasses.replace(pair, others=tuple(models.find(other) for other in others), ensemble=weights)
 
     @classmethod
-    def _of_two(cls, teacher: Any, student: Any) -> Pair:
+    def _of_two(cls, teacher: Any, student: Any, shown: Callable[[Source], Pass] | None) -> Pair:
         if isinstance(teacher, Answered) and isinstance(student, Shape):
             raise CompressLabError("a black box has no blocks to build a student from: name a student")
         found = models.find(student if isinstance(teacher, Answered) else teacher)
         if isinstance(student, Shape):
-            built, told = student_of(found, student)
+            measured = shown is not None and student.take == INFLUENCE
+            built, told = student_of(found, student, calibration=shown(found) if measured else None)
             return cls(teacher=found, student=dataclasses.replace(built, name=f"a student of {found.name}"), told=told)
         named = models.find(student)
         return cls(teacher=found, student=named, told=f"the student {named.name}")
@@ -161,6 +170,14 @@ def material_of(student: Source, recipe: Recipe, data: Any, seed: int) -> Materi
     if isinstance(data, str) and _kind(student) != "classifier":
         return Material(calibration=learning.windows_of(student, recipe, data, seed), labelled=None)
     return Material(calibration=None, labelled=learning.labelled(student, data, seed, recipe.calibration.samples))
+
+
+def shown(teacher: Source, recipe: Recipe, data: Any, seed: int, device: torch.device) -> Pass:
+    """A pass through the teacher over the first examples of what a student learns from."""
+    examples = material_of(teacher, recipe, data, seed).examples[:EXAMPLES_SHOWN]
+    inputs = [{key: value for key, value in example.items() if key != "labels"} for example in examples]
+    batches = [collate(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
+    return Pass(source=teacher, plan=make_plan(teacher, (OUTSIDE,)), batches=batches, device=device)
 
 
 def _check_tokenizers(teacher: models.Source, student: models.Source, texts: Sequence[str]) -> None:

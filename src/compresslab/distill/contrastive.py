@@ -46,7 +46,7 @@ class Contrastive(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", "similar", or pairs "student:teacher" with commas between.
         dimension: of the space in which both are compared.
         negatives: how many examples the memory has; at most as many as the training set has, less one, are used.
         temperature: tau.
