@@ -9,6 +9,8 @@
                the controls: the same blocks untaught, and trained on the same passages for as many steps without the teacher
     sentences  MiniLM-L6 with a head, trained on SST-2 here, to 3 blocks: accuracy; the control learns from the labels alone
     pictures   ResNet-56, trained on CIFAR-10 here, to ResNet-20: accuracy; the control likewise; both also on few pictures
+    data_free  a ResNet of digits taught to a narrower one on pictures drawn out of it (DeepInversion): accuracy on real digits;
+               the controls: as many pictures of noise, and drawn out without the statistics of batch norms; real digits beside
 
 An encoder has no loss without a teacher, so its control needs one: two readings of a passage, with other neurons dropped,
 shall be nearer to each other than to the other passages of the batch (Gao et al., SimCSE, arXiv 2104.08821).
@@ -29,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compresslab import data, models, pairing, recipe
-from compresslab.course import in_memory, own_pictures
+from compresslab.course import digits, in_memory, own_pictures
 from compresslab.course.timing import one_thread
 from compresslab.data.labelled import Example
+from compresslab.distill.deep_inversion import DeepInversion
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distilling import distill
@@ -57,7 +60,7 @@ AIM_RECOVERED, AIM_SECONDS = 0.5, 1200.0
 AIM_CORRELATION, AIM_FASTER = 0.97, 1.8
 BATCHES, TOKENS = (1, 16), 128
 
-PARTS = ("language", "text", "encoder", "sentences", "pictures")
+PARTS = ("language", "text", "encoder", "sentences", "pictures", "data_free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,15 @@ class Settings:
     pictures_rate: float = 3e-3
     pictures_temperature: float = 4.0
     pictures_soft: float = 0.9
+    digits: int = 600
+    digits_side: int = 8
+    digits_noise: float = 0.1
+    digits_seeds: int = 3
+    digits_steps: int = 400
+    digits_batch: int = 50
+    digits_rate: float = 1e-2
+    digits_temperature: float = 4.0
+    inversion: Mapping[str, float] = field(default_factory=lambda: {"batch": 100, "steps": 200, "shift": 0})
 
 
 class Bench:
@@ -316,6 +328,42 @@ class Bench:
             learned(f"taught{said}", "resnet-20", shown, s.pictures_steps, teacher)
             learned(f"labels{said}", "resnet-20", shown, s.pictures_steps, None)
         return {"accuracy": accuracy, "seconds": seconds, "tested": s.tested}
+
+    def data_free(self) -> dict[str, Any]:
+        s = self.settings
+        accuracy: dict[str, list[float]] = {}
+        seconds: dict[str, list[float]] = {}
+        kind: dict[str, Any] = {"noise": s.digits_noise, "side": s.digits_side}
+        test = digits.pictures("test", 2000, seed=100, **kind)
+        small, shape = digits.Training(widths=(8, 16, 32), **kind), (1, s.digits_side, s.digits_side)
+        training = Training(
+            steps=s.digits_steps, batch=s.digits_batch, learning_rate=s.digits_rate, checks=1, held_back=0.05, warmup=0.1,
+        )  # fmt: skip
+        losses = Losses(on_logits=[SoftLabels(temperature=s.digits_temperature)], on_features=())
+        for seed in range(s.digits_seeds):
+            teacher = digits.trained(seed, digits.Training(**kind))
+            accuracy.setdefault("teacher", []).append(digits.accuracy(teacher, test))
+
+            def drawn(seed: int = seed, teacher: nn.Module = teacher, **more: float) -> Tensor:
+                making = DeepInversion(pictures=s.digits, **{**s.inversion, **more})  # type: ignore[arg-type]
+                return torch.cat([pixels for pixels, _ in making.made(teacher, shape, digits.CLASSES, seed)])
+
+            kinds: dict[str, Callable[[], Tensor]] = {
+                "made": drawn,
+                "without_statistics": lambda: drawn(statistics=0.0),
+                "noise": lambda seed=seed: torch.randn(s.digits, *shape, generator=torch.Generator().manual_seed(seed)),
+                "real": lambda seed=seed: digits.pictures("transfer", s.digits, seed, **kind).pixels,
+            }
+            for name, make in kinds.items():
+                started = time.process_time()
+                shown = [{"pixel_values": one, "labels": torch.tensor(0)} for one in make()]
+                seconds.setdefault(name, []).append(time.process_time() - started)
+                network = digits.build(small, seed)
+                in_memory.taught_on(network, teacher, losses, shown, training, seed=seed)
+                accuracy.setdefault(name, []).append(digits.accuracy(network, test))
+                print(seed, name, accuracy[name][-1], flush=True)
+        means = {name: statistics.mean(values) for name, values in accuracy.items()}
+        return {"accuracy": accuracy, "means": means, "making_processor_seconds": seconds, "tested": len(test.labels)}
 
 
 def share(found: Mapping[str, float], scale: Callable[[float], float]) -> float:

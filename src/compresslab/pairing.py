@@ -96,8 +96,8 @@ class Pair:
             raise CompressLabError("a black box has no blocks to build a student from: name a student")
         found = models.find(student if isinstance(teacher, Answered) else teacher)
         if isinstance(student, Shape):
-            measured = shown is not None and student.take == INFLUENCE
-            built, told = student_of(found, student, calibration=shown(found) if measured else None)
+            looking = shown(found) if shown is not None and student.take == INFLUENCE else None
+            built, told = student_of(found, student, calibration=looking)
             return cls(teacher=found, student=dataclasses.replace(built, name=f"a student of {found.name}"), told=told)
         named = models.find(student)
         return cls(teacher=found, student=named, told=f"the student {named.name}")
