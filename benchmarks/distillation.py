@@ -72,7 +72,7 @@ class Settings:
     """
 
     language_blocks: int = 20
-    language_samples: int = 640
+    language_samples: int = 416
     language_window: int = 256
     language_batch: int = 4
     language_rate: float = 4e-4
@@ -202,7 +202,7 @@ class Bench:
         windows = {"input_ids": data.windows("wiki", tokenizer, length=LENGTH, count=8)}
         save_file(windows | data.encoder_texts("wiki", tokenizer, count=192, longest=LENGTH), texts)
         reference = self.work / "encoder-reference.safetensors"
-        reference.unlink(missing_ok=True)
+        fresh_folder(reference)
         kinds = ("document_similarity_correlation", "embedding_cosine", "similarity_correlation")
         rows = {}
         for name, folder in folders.items():
