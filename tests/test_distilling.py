@@ -119,6 +119,15 @@ def test_before_is_the_teacher_and_after_the_student_measured_from_disk(
         assert value == pytest.approx(float(np.exp(np.mean(nats))), rel=1e-3)
 
 
+def test_a_student_of_the_blocks_that_matter(place: Path, tmp_path: Path) -> None:
+    """Measured on the recipe's own text; the same text names the same blocks."""
+    told = [
+        taught(place, tmp_path / f"out{i}", student=Shape(layers=2, take="influence"))[1].model["changed"]
+        for i in (0, 1)
+    ]
+    assert told[0] == told[1] and told[0].startswith("blocks ") and " of 4, taught by" in told[0]
+
+
 def test_the_same_bytes_every_time_and_after_a_kill(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

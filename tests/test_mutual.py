@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 import tiny
 from compresslab import models
+from compresslab.data.labelled import labelled_examples
+from compresslab.distill.mutual import Mutual
 from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
 from compresslab.measure import fresh
 from compresslab.mutual import mutual, mutual_loss
+from compresslab.pairing import losses_of
 from compresslab.recipe import Training, parse
 from compresslab.training import split
 from oracles import mutual as oracle
@@ -132,6 +135,57 @@ def test_students_of_other_kinds_are_refused(tmp_path: Path) -> None:
         mutual([models.find(picture)], pictures(), SETTINGS, tmp_path / "there")
     with pytest.raises(CompressLabError, match="'loud': weights of peers are mean or adaptive"):
         mutual([models.find(picture)], pictures(), SETTINGS, tmp_path / "no", weights="loud")
+
+
+def pair(tmp_path: Path) -> list[Path]:
+    return [tiny.save("vit", tmp_path / f"s{i}", seed=i, num_hidden_layers=1 + i) for i in range(2)]
+
+
+MUTUAL = {"name": "tiny", "version": 1, "steps": [{"method": "mutual"}], "training": SETTINGS.model_dump()}
+
+
+def test_as_a_recipe_it_leaves_the_student_that_the_cohort_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student is named second and stands first, so its cohort is the two the other way round; the same bytes."""
+    monkeypatch.setattr(fresh, "measure", tiny.fake_measure)
+    peer, student = pair(tmp_path)
+    artifact, report = distill(peer, student, parse(MUTUAL, "tiny"), pictures(), out=tmp_path / "out", measure=False)
+    assert len(list(models.blocks(models.load(artifact.folder)))) == 2
+    told: Any = report.data
+    assert float(told["training"]["losses"][-1]) < float(told["training"]["loss_before"])
+    assert told["training"]["notice"] == ""
+    assert " together with the model above" in report.model["changed"] and " together with " in report.title
+    train = labelled_examples(pictures(), 0).train
+    sources = [models.find(student), models.find(peer)]
+    folders, _ = mutual(sources, train, SETTINGS, tmp_path / "cohort")
+    whole = load_file(folders[0] / "model.safetensors")
+    found = load_file(artifact.folder / "model.safetensors")
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+def test_what_peers_say_has_a_weight() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, labels = [torch.randn(4, 5, generator=generator) for _ in range(3)], torch.tensor([0, 3, 4, 3])
+    alone = sum(nn.functional.cross_entropy(z, labels) for z in logits)
+    whole = mutual_loss(logits, labels)
+    assert float(Mutual(weight=0.5).together(logits, labels)) == pytest.approx(float(alone + whole) / 2)
+    adaptive = mutual_loss(logits, labels, weights="adaptive")
+    assert float(Mutual(weights="adaptive").together(logits, labels)) == float(adaptive) != float(whole)
+
+
+def test_a_recipe_of_peers_takes_nothing_that_a_teacher_says(tmp_path: Path) -> None:
+    peer, student = pair(tmp_path)
+    with pytest.raises(CompressLabError, match="stands alone"):
+        both = MUTUAL | {"steps": [{"method": "mutual"}, {"method": "soft-labels"}]}
+        distill(peer, student, parse(both, "tiny"), pictures(), out=tmp_path / "out")
+    with pytest.raises(CompressLabError, match="no cache can hold"):
+        assert losses_of(parse(MUTUAL, "tiny")).temperature
+    with pytest.raises(CompressLabError, match="--set weights=adaptive"):
+        distill(peer, student, parse(MUTUAL, "tiny"), pictures(), out=tmp_path / "out", ensemble="adaptive")
+    with pytest.raises(CompressLabError, match="an encoder without a head"):
+        bert = tiny.save("bert", tmp_path / "bert")
+        distill(bert, bert, parse(MUTUAL, "tiny"), pictures(), out=tmp_path / "out")
+    with pytest.raises(CompressLabError, match="'loud': weights of peers are mean or adaptive"):
+        parse(MUTUAL | {"steps": [{"method": "mutual", "weights": "loud"}]}, "tiny")
 
 
 def test_a_classifier_is_its_own_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

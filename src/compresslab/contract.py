@@ -786,6 +786,40 @@ class LogitLoss(Distilling, Protocol):
 
 
 @runtime_checkable
+class CohortLoss(Distilling, Protocol):
+    """A loss of networks that learn together, without a teacher that was there before."""
+
+    def together(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The sum over the networks, each a mean over rows; no gradient goes into one network by what another learns from it.
+
+        Args:
+            logits: of each network, [rows, classes].
+            labels: int64 [rows].
+        """
+        ...
+
+
+@runtime_checkable
+class PictureMaking(Method, Protocol):
+    """A method that makes the pictures which a student is taught on, from its teacher alone."""
+
+    @property
+    def batches(self) -> int:
+        """How many batches `made` yields."""
+        ...
+
+    def made(
+        self, teacher: nn.Module, shape: tuple[int, int, int], classes: int, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pictures [n, *shape] and their classes int64 [n], batch by batch; the same for the same seed.
+
+        Raises:
+            ValueError: if none can be made from such a teacher.
+        """
+        ...
+
+
+@runtime_checkable
 class TextWriting(Method, Protocol):
     """A method that has the student write some of the texts that it is then taught on."""
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresslab import models, preflight, ranks, teaching
+from compresslab import models, mutual, preflight, ranks, teaching
 from compresslab.answers import Answered
 from compresslab.artifact import Artifact, Writer, check_output, weight_hash
 from compresslab.caching import opened
+from compresslab.contract import CohortLoss
 from compresslab.data.labelled import Example
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
@@ -30,7 +31,7 @@ from compresslab.features import FeatureTerms
 from compresslab.learning import Material
 from compresslab.measure import environment, gpu, size
 from compresslab.models import Source
-from compresslab.pairing import DEFAULT, Losses, Pair, losses_of, material_of
+from compresslab.pairing import DEFAULT, EXAMPLES_SHOWN, Losses, Pair, drawn_out, losses_of, material_of, shown
 from compresslab.pipeline import (
     Clock,
     Progress,
@@ -44,7 +45,7 @@ from compresslab.pipeline import (
 )
 from compresslab.plan import Unit
 from compresslab.questions import Questions
-from compresslab.recipe import Recipe
+from compresslab.recipe import Recipe, Training
 from compresslab.report import render
 from compresslab.report.schema import Parity, Report
 from compresslab.students import Shape
@@ -52,12 +53,14 @@ from compresslab.teachers import MEAN, Ensemble, Translated, network_of
 from compresslab.teaching import Lesson
 from compresslab.training import Loss, Record, collate, split, train_
 
+TEXT = "wiki"  # to learn from, unless something else is named
+
 
 def distill(
     teacher: str | Path | nn.Module | Answered,
     student: str | Path | nn.Module | Shape,
     recipe: str | Path | Recipe = DEFAULT,
-    data: Any = "wiki",
+    data: Any = TEXT,
     *,
     out: str | Path,
     cache: str | Path | None = None,
@@ -78,7 +81,8 @@ def distill(
             black box, which are then what is learnt from. The student as it was is measured in its place.
         student: the same, or a Shape, by which it is built from the teacher.
         recipe: one whose steps are losses: a shipped recipe's name, a YAML file, or a Recipe.
-        data: text, texts with labels, or any data set object whose items are dicts of what the networks take, with "labels".
+        data: text, texts with labels, or any data set object whose items are dicts of what the networks take, with "labels";
+            of a recipe that makes its own pictures, others to measure on.
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         cache: a folder of teach_cache(), in place of the teacher at work.
         others: more teachers, who speak together with the first, which the student is measured beside.
@@ -96,26 +100,24 @@ def distill(
         check_output(out, force)
         chosen = recipe_of(recipe, settings)
         losses = losses_of(chosen)
-        pair = Pair.of(teacher, student, others, ensemble)
+        pair = Pair.of(
+            teacher, student, others, ensemble, lambda source: shown(source, chosen, data, seed, where)
+        )  # fmt: skip
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
         pair.check(losses, data)
-        if pair.others and (cache is not None or isinstance(teacher, Answered)):
-            raise CompressLabError("a cache holds what one teacher says: leave it out, or the other teachers")
-        kept: TeacherCache | None
-        if isinstance(teacher, Answered):
-            material, kept, measured_on = Material(calibration=None, labelled=teacher.labelled), teacher.cache, None
-            if losses.temperature != kept.temperature:
-                raise CompressLabError(
-                    f"what a black box says is at temperature {kept.temperature:g}, and the recipe's losses are at "
-                    f"{losses.temperature:g}: take distill-answers"
-                )
-        else:
-            material = material_of(pair.student, chosen, data, seed)
-            kept = None if cache is None else opened(Path(cache), pair.teacher, material, losses)
-            measured_on = material.labelled
+        _check_sources(pair, losses, ensemble, is_live=cache is None and not isinstance(teacher, Answered))
+        data = None if losses.making is not None and data == TEXT else data  # which is to measure on
+        material, kept = _learnt_from(pair, teacher, losses, chosen, data, cache, seed)
+        measured_on = None if isinstance(teacher, Answered) else material.labelled
         asked = Questions.of(pair.student, data, evaluation_windows, False, measured_on) if measure else Questions()
-        preflight.check(_needs(pair, kept is not None, chosen, material, where), out)
+    if losses.making is not None:
+        with clock("make pictures"), team.leader_first():
+            progress.stage("make pictures", losses.making.batches)
+            material = drawn_out(
+                pair.teacher, losses.making, seed, where, lambda: progress.step("a batch of pictures")
+            )  # fmt: skip
+    preflight.check(_needs(pair, losses, kept is not None, chosen, material, where), out)
 
     if not team.leads:
         _taught(pair, losses, kept, chosen, material, team.told(Path()), seed, where, progress)
@@ -140,11 +142,12 @@ def distill(
             )  # fmt: skip
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, tables_of(pair.teacher) | tables_of(pair.student))
+        by = "taught by" if losses.cohort is None else "together with"
         report = Report(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            title=f"{pair.student.name} taught by {_name_of(teacher, pair)}, {chosen.name}",
+            title=f"{pair.student.name} {by} {_name_of(teacher, pair)}, {chosen.name}",
             recipe=chosen.model_dump(mode="json"),
-            model=described(pair.teacher) | {"changed": f"{pair.told}, taught by {_teacher_said(teacher, pair, kept)}"},
+            model=described(pair.teacher) | {"changed": f"{pair.told}, {by} {_teacher_said(teacher, pair, kept)}"},
             data=material.fields({"training": taught.told()} | _asked(teacher)),
             environment=environment.describe(where) | seen.facts(),
             seconds=clock.seconds,
@@ -161,6 +164,37 @@ def distill(
         return team.told((writer.publish(folder), report))
 
 
+def _check_sources(pair: Pair, losses: Losses, ensemble: str | Sequence[float], *, is_live: bool) -> None:
+    """CompressLabError unless what a recipe asks of its teachers can be had of them.
+
+    Args:
+        is_live: whether the teacher itself is at work, and not what it once said.
+    """
+    if losses.cohort is not None and ensemble != MEAN:
+        raise CompressLabError("how loud peers are is a setting of mutual: --set weights=adaptive")
+    if pair.others and not is_live:
+        raise CompressLabError("a cache holds what one teacher says: leave it out, or the other teachers")
+    if losses.making is not None and not is_live:
+        raise CompressLabError("pictures are drawn out of a teacher at work: leave the cache out")
+
+
+def _learnt_from(
+    pair: Pair, teacher: Any, losses: Losses, recipe: Recipe, data: Any, cache: str | Path | None, seed: int
+) -> tuple[Material, TeacherCache | None]:
+    """The examples, none where they are yet to be made, and what the teacher once said of them."""
+    if isinstance(teacher, Answered):
+        if losses.temperature != teacher.cache.temperature:
+            raise CompressLabError(
+                f"what a black box says is at temperature {teacher.cache.temperature:g}, and the recipe's losses are at "
+                f"{losses.temperature:g}: take distill-answers"
+            )
+        return Material(calibration=None, labelled=teacher.labelled), teacher.cache
+    if losses.making is not None:
+        return Material(calibration=None, labelled=None), None
+    material = material_of(pair.student, recipe, data, seed)
+    return material, None if cache is None else opened(Path(cache), pair.teacher, material, losses)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Taught:
     """The student as it left the training, and what to report of that.
@@ -169,6 +203,7 @@ class Taught:
         before: its loss on the examples held back when it began.
         doubts: what a user should know of the teacher.
         rest: the share of the teacher's mass that its cache left out; None where the teacher itself was there.
+        pairs: of similar blocks, where they were looked for.
     """
 
     source: Source
@@ -176,13 +211,14 @@ class Taught:
     before: float
     doubts: Sequence[str]
     rest: float | None
+    pairs: str = ""
 
     def told(self) -> dict[str, Any]:
         notices = "; ".join(filter(None, (self.record.notice, *self.doubts)))
         found = told_of(self.record) | {"loss_before": f"{self.before:.4f}", "notice": notices}
-        return (
-            found if self.rest is None else found | {"left_out_by_the_cache": f"{self.rest:.4f} of the teacher's mass"}
-        )
+        if self.rest is not None:
+            found |= {"left_out_by_the_cache": f"{self.rest:.4f} of the teacher's mass"}
+        return found | ({"similar_blocks": self.pairs} if self.pairs else {})
 
 
 def _taught(
@@ -192,6 +228,8 @@ def _taught(
     assert recipe.training is not None
     settings = recipe.training
     examples, held_back = split(material.examples, settings.held_back, seed)
+    if losses.cohort is not None:
+        return _together(pair, losses.cohort, settings, (examples, held_back), scratch, seed, where, progress)
     network = models.materialise(pair.student).to(where)
     teacher = kept or network_of(pair, losses, where)
     batch = 4 * settings.batch
@@ -209,7 +247,28 @@ def _taught(
         )  # fmt: skip
     source = models.retrained(pair.student, network)
     rest = None if kept is None else float(kept.manifest["rest_mean"])
-    return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest)
+    pairs = "" if terms is None else terms.found
+    return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest, pairs=pairs)
+
+
+def _together(
+    pair: Pair, cohort: CohortLoss, settings: Training, examples: tuple[list[Example], list[Example]], scratch: Path, seed: int,
+    where: torch.device, progress: Progress,
+) -> Taught:  # fmt: skip
+    """The student as it left a training in which its teachers learnt along."""
+    sources = (pair.student, pair.teacher, *pair.others)
+    networks = [models.materialise(source).to(where).requires_grad_(True) for source in sources]
+    together, loss, batch = mutual.Cohort(networks), mutual.together(networks, cohort.together), settings.batch
+    shown, held_back = examples
+    with torch.no_grad():
+        before = _mean([float(loss(together, part)) for part in _batches(held_back, batch, where)])
+    progress.stage("train", settings.steps_for(len(shown)))
+    record = train_(
+        together, shown, settings, scratch, seed=seed, held_back=held_back, loss=loss, device=where,
+        on_step=lambda done: progress.step("a step of the training"),
+    )  # fmt: skip
+    source = models.retrained(pair.student, networks[0])
+    return Taught(source=source, record=record, before=before, doubts=(), rest=None)
 
 
 def _with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
@@ -235,7 +294,7 @@ def _terms(
     if not losses.on_features:
         return None
     assert isinstance(teacher, nn.Module)
-    batch = next(_batches(examples[:2], 2, next(student.parameters()).device))
+    batch = next(_batches(examples, EXAMPLES_SHOWN, next(student.parameters()).device))
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     return FeatureTerms(student, teacher, losses.on_features, inputs, examples=len(examples), seed=seed)
 
@@ -269,11 +328,15 @@ def _batches(examples: Sequence[Example], batch: int, where: torch.device) -> It
         yield {key: value.to(where) for key, value in collate(examples[start : start + batch]).items()}
 
 
-def _needs(pair: Pair, cached: bool, recipe: Recipe, material: Material, where: torch.device) -> preflight.Estimate:
+def _needs(
+    pair: Pair, losses: Losses, cached: bool, recipe: Recipe, material: Material, where: torch.device
+) -> preflight.Estimate:
     assert recipe.training is not None
     examples = material.examples
     length = max(len(example.get("input_ids", ())) for example in examples)
     tokens = recipe.training.seen(len(examples)) * length
+    if losses.cohort is not None:
+        return preflight.of_teaching(pair.student, None, tokens, where, peers=(pair.teacher, *pair.others))
     return preflight.of_teaching(pair.student, None if cached else pair.teacher, tokens, where)
 
 

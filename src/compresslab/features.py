@@ -10,12 +10,15 @@ sum of weight x loss. The networks stay as they are: hooks come off again, and a
 While they are at work, the judges are a module of the student (`JUDGES`): so the optimiser trains their projections, and a
 checkpoint has their parameters and memories. They leave before the student is saved.
 
+A loss whose `blocks` are "similar" is given its pairs here, as they are found on the first batch (distill/similar_blocks.py).
+
 A position that the attention mask takes out is never counted, and neither are its heads. Order and number of examples are
 checked: a student and a teacher that saw different batches are an error.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from compresslab.contract import Feature, FeatureLoss, Heads
+from compresslab.distill.pairs import SIMILAR
+from compresslab.distill.similar_blocks import rising, similarities
 from compresslab.errors import CompressLabError
 from compresslab.models import attention_watched, blocks
 
@@ -147,20 +152,28 @@ class FeatureTerms:
 
     Args:
         losses: their settings; each has a judge.
-        batch: any batch, for the shapes.
+        batch: any batch, for the shapes; if blocks are to be found by it, one of some thousand positions.
         examples: how many the training has.
         seed: of what the judges start from.
 
     Raises:
         CompressLabError: naming the loss, where the two networks cannot be compared so.
+
+    Attributes:
+        found: the pairs of similar blocks, "student:teacher" with commas between; "" where no loss asked for them.
     """
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, losses: Sequence[FeatureLoss], batch: Mapping[str, Any],
         *, examples: int, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.losses = list(losses)
         mine, its = list(blocks(student)), list(blocks(teacher))
+        asking = [getattr(loss, "blocks", None) == SIMILAR for loss in losses]
+        self.found = _similar(student, teacher, mine, its, batch) if any(asking) else ""
+        self.losses = [
+            dataclasses.replace(loss, blocks=self.found) if asks else loss  # type: ignore[type-var]
+            for loss, asks in zip(losses, asking, strict=True)
+        ]
         self._places: list[tuple[list[str], list[str]]] = []
         for loss in self.losses:
             try:
@@ -170,11 +183,8 @@ class FeatureTerms:
         self.student = Watched(student, [place for places, _ in self._places for place in places])
         self.teacher = Watched(teacher, [place for _, places in self._places for place in places], is_teacher=True)
         self.judges = nn.ModuleList()
-        with self.student.at_work(), self.teacher.at_work(), torch.no_grad():
-            was_training = student.training
-            student.eval()
-            student(**batch), teacher(**batch)
-            student.train(was_training)
+        with self.student.at_work(), self.teacher.at_work():
+            _run_both(student, teacher, batch)
             seen = self._seen()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -215,3 +225,27 @@ class FeatureTerms:
                         "the same batch"
                     )
         return [([ours[p] for p in mine], [theirs[p] for p in its]) for mine, its in self._places]
+
+
+@torch.no_grad()
+def _run_both(student: nn.Module, teacher: nn.Module, batch: Mapping[str, Any]) -> None:
+    was_training = student.training
+    student.eval()
+    student(**batch), teacher(**batch)
+    student.train(was_training)
+
+
+def _similar(
+    student: nn.Module, teacher: nn.Module, mine: Sequence[str], its: Sequence[str], batch: Mapping[str, Any]
+) -> str:
+    """The pairs of blocks that are most alike on a batch, in the order of both."""
+    if not mine or not its:
+        raise CompressLabError(f"blocks {SIMILAR}: a network has no list of blocks, so pairs of paths have to be named")
+    both = Watched(student, mine), Watched(teacher, its, is_teacher=True)
+    with both[0].at_work(), both[1].at_work():
+        _run_both(student, teacher, batch)
+        ours, theirs = (list(watched.take().values()) for watched in both)
+    try:
+        return ", ".join(f"{m}:{n}" for m, n in enumerate(rising(similarities(ours, theirs))))
+    except ValueError as error:
+        raise CompressLabError(f"blocks {SIMILAR}: {error}") from None

@@ -14,6 +14,7 @@ from compresslab.activations.static import Static
 from compresslab.contract import ActivationQuantizer, AwareTraining, Method, Rounding
 from compresslab.distill.attention_transfer import AttentionTransfer
 from compresslab.distill.contrastive import Contrastive
+from compresslab.distill.deep_inversion import DeepInversion
 from compresslab.distill.dist import DIST
 from compresslab.distill.distilbert import DistilBERT
 from compresslab.distill.dkd import DKD
@@ -23,6 +24,7 @@ from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.hints import Hints
 from compresslab.distill.jensen_shannon import JensenShannon
 from compresslab.distill.minilm import MiniLM
+from compresslab.distill.mutual import Mutual
 from compresslab.distill.neuron_selectivity import NeuronSelectivity
 from compresslab.distill.on_policy import OnPolicy
 from compresslab.distill.relational import Relational
@@ -110,6 +112,8 @@ METHODS: dict[str, type] = {
     "ziplm": ZipLM,
     "block-influence": BlockInfluence,
     "early-exits": EarlyExits,
+    "mutual": Mutual,
+    "deep-inversion": DeepInversion,
     "on-policy": OnPolicy,
     "uld": ULD,
     "hints": Hints,

@@ -1,33 +1,15 @@
-"""Deep mutual learning: several students from the start, each of which is the others' teacher.
+"""Networks that learn together, by distill/mutual.py: as one module for the training loop, and written as plain folders.
 
-Paper. Zhang et al., "Deep Mutual Learning", arXiv 1706.00384, equations 3 to 8.
+students -> one cohort -> train (training.py), towards labels and each other -> a folder for each, and the losses of them together
 
-Symbols. z_k [rows, classes] logits of student k of K; p_k = softmax(z_k); y labels.
-
-Method. There is no teacher that was there before. Every student k learns
-
-    loss_k = cross-entropy(p_k, y) + 1 / (K - 1) sum over l != k of KL(p_l || p_k)
-
-where p_l is taken as it stands: no gradient goes into the one who teaches. Students differ by what they started from, so each has
-found something that the others have not; together they come to flatter minima than any alone.
-
-All students are one module for the training loop, so that one optimiser, one checkpoint and one resume are theirs; what leaves
-are plain folders, and the losses of each on the examples held back. With one student this is plain training on labels.
-
-With "adaptive" weights the mean over l becomes a weighted one, of each row's own weights (teachers.py).
-
-Cost. K students' steps. Memory: K students with their optimiser's states.
-
-Differences from the paper. All students step on the same batch at once, from each other's last state; in the paper one after
-the other. Nothing is averaged at the end; an ensemble of them is `distill --also`.
-
-Oracle. tests/oracles/mutual.py: the formula, row by row in float64; gradients by finite differences with the others held still.
+All networks are one module, so that one optimiser, one checkpoint and one resume are theirs. `compresslab distill --recipe
+distill-mutual` trains the same cohort of a teacher, its peers and a student, and leaves the student alone, with a report.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +18,12 @@ from torch import Tensor, nn
 
 from compresslab import models
 from compresslab.data.labelled import Example
+from compresslab.distill.mutual import ADAPTIVE, MEAN, mutual_loss
 from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.recipe import Training
 from compresslab.students import write
-from compresslab.teachers import ADAPTIVE, MEAN, log_weights
-from compresslab.training import IGNORED_LABEL, Record, split, train_
+from compresslab.training import IGNORED_LABEL, Loss, Record, split, train_
 
 TOLD = "mutual.json"
 
@@ -70,7 +52,7 @@ def mutual(
     Args:
         students: language models or classifiers of the same classes; alike but for their weights, or not.
         examples: what they take, with "labels".
-        weights: of the peers who teach a student: "mean" or "adaptive", see `mutual_loss`.
+        weights: of the peers who teach a student: "mean" or "adaptive", see distill/mutual.py.
 
     Raises:
         CompressLabError: students of different kinds or classes; a folder that is there already; other weights.
@@ -81,14 +63,9 @@ def mutual(
         raise CompressLabError(f"{out} is there already: choose another folder")
     where = device or torch.device("cpu")
     networks = [models.materialise(source).to(where).requires_grad_(True) for source in students]
-    _check(networks)
+    loss = together(networks, lambda logits, labels: mutual_loss(logits, labels, weights=weights))
     cohort = Cohort(networks)
     training, held_back = split(examples, settings.held_back, seed)
-
-    def loss(cohort: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        labels = _rows(networks[0], None, batch["labels"])[1]
-        return mutual_loss(cohort(**batch), labels, weights=weights)
-
     scratch = out.with_name(out.name + ".partial")
     record = train_(cohort, training, settings, scratch, seed=seed, held_back=held_back, loss=loss, device=where)
     folders = []
@@ -100,24 +77,19 @@ def mutual(
     return folders, record
 
 
-def mutual_loss(logits: Sequence[Tensor], labels: Tensor, *, weights: str = MEAN) -> Tensor:
-    """The sum over students of loss_k, mean over rows.
+def together(networks: Sequence[Any], judge: Callable[[list[Tensor], Tensor], Tensor]) -> Loss:
+    """The loss of a batch for a cohort of these networks, by their logits and labels of the rows that count.
 
-    Args:
-        weights: of the peers who teach a student, over their sum: "mean", all alike, as in the paper; or "adaptive", in every
-            row by how sure a peer is of it, exp(-entropy), see teachers.py.
+    Raises:
+        CompressLabError: networks of different kinds or classes.
     """
-    log_p = [z.float().log_softmax(1) for z in logits]
-    taught = [x.detach() for x in log_p]
-    found = []
-    for k, own in enumerate(log_p):
-        found.append(nn.functional.nll_loss(own, labels))
-        others = [teacher for place, teacher in enumerate(taught) if place != k]
-        if others:
-            peers = torch.stack(others)  # [peers, rows, classes]
-            shares = log_weights(peers, weights).exp().squeeze(2)
-            found.append((shares * (peers.exp() * (peers - own)).sum(2)).sum(0).mean())
-    return torch.stack(found).sum()
+    _check(networks)
+
+    def loss(cohort: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        labels = _rows(networks[0], None, batch["labels"])[1]
+        return judge(cohort(**batch), labels)
+
+    return loss
 
 
 def _rows(network: nn.Module, logits: Any, labels: Tensor) -> tuple[Any, Tensor]:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from compresslab import data as datasets
 from compresslab import learning, models
 from compresslab.answers import Answered
-from compresslab.contract import FeatureLoss, LogitLoss, TextWriting
+from compresslab.contract import CohortLoss, FeatureLoss, LogitLoss, PictureMaking, TextWriting
+from compresslab.damage import whole_model
+from compresslab.data.labelled import Example, examples_sha256
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
 from compresslab.models import Source
+from compresslab.plan import OUTSIDE, make_plan
 from compresslab.recipe import Recipe
-from compresslab.students import Shape, student_of
+from compresslab.solving import Pass
+from compresslab.students import INFLUENCE, Shape, student_of
+from compresslab.training import collate
 
 DEFAULT = "distill-soft-labels"
 TEXTS_COMPARED = 8
+KINDS = (LogitLoss, FeatureLoss, TextWriting, CohortLoss, PictureMaking)  # of steps that a recipe for teaching may have
+EXAMPLES_SHOWN = 32  # to measure which blocks matter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +37,8 @@ class Losses:
     on_logits: Sequence[LogitLoss]
     on_features: Sequence[FeatureLoss]
     writing: TextWriting | None = None
+    cohort: CohortLoss | None = None
+    making: PictureMaking | None = None
 
     @property
     def cross_tokenizers(self) -> bool:
@@ -48,6 +59,8 @@ class Losses:
                 f"{type(self.on_features[0]).__name__} looks inside the teacher, of which a cache has logits only: leave the "
                 "cache out"
             )
+        if self.cohort is not None:
+            raise CompressLabError("in mutual learning the teacher learns too, so that no cache can hold what it says")
         if self.writing is not None:
             raise CompressLabError("what a student will write is in no cache: leave the cache out, or on-policy")
         found = sorted({float(getattr(loss, "temperature", 1.0)) for loss in self.on_logits if loss.needs_teacher})
@@ -69,19 +82,22 @@ class Pair:
 
     @classmethod
     def of(
-        cls, teacher: Any, student: Any, others: Sequence[Any] = (), ensemble: str | Sequence[float] = "mean"
-    ) -> Pair:
+        cls, teacher: Any, student: Any, others: Sequence[Any] = (), ensemble: str | Sequence[float] = "mean",
+        shown: Callable[[Source], Pass] | None = None,
+    ) -> Pair:  # fmt: skip
+        """Args: shown, a pass over what is learnt from, for a student whose blocks are chosen by measurement."""
         weights = ensemble if isinstance(ensemble, str) else tuple(float(weight) for weight in ensemble)
-        pair = cls._of_two(teacher, student)
+        pair = cls._of_two(teacher, student, shown)
         return dataclasses.replace(pair, others=tuple(models.find(other) for other in others), ensemble=weights)
 
     @classmethod
-    def _of_two(cls, teacher: Any, student: Any) -> Pair:
+    def _of_two(cls, teacher: Any, student: Any, shown: Callable[[Source], Pass] | None) -> Pair:
         if isinstance(teacher, Answered) and isinstance(student, Shape):
             raise CompressLabError("a black box has no blocks to build a student from: name a student")
         found = models.find(student if isinstance(teacher, Answered) else teacher)
         if isinstance(student, Shape):
-            built, told = student_of(found, student)
+            looking = shown(found) if shown is not None and student.take == INFLUENCE else None
+            built, told = student_of(found, student, calibration=looking)
             return cls(teacher=found, student=dataclasses.replace(built, name=f"a student of {found.name}"), told=told)
         named = models.find(student)
         return cls(teacher=found, student=named, told=f"the student {named.name}")
@@ -98,7 +114,11 @@ class Pair:
             raise CompressLabError(
                 f"'{self.student.name}' writes no text, so it has none of its own: leave on-policy out"
             )
-        if kinds[0] == "encoder" and losses.on_logits:
+        if losses.making is not None and not self.teacher.reads_images:
+            raise CompressLabError(
+                f"'{self.teacher.name}' reads no pictures, so none can be drawn out of it: name data in place of deep-inversion"
+            )
+        if kinds[0] == "encoder" and (losses.on_logits or losses.cohort is not None):
             raise CompressLabError(
                 f"'{self.student.name}' is an encoder without a head, so it has no logits to teach: take a recipe of losses on "
                 "features"
@@ -127,20 +147,28 @@ class Pair:
 def losses_of(recipe: Recipe) -> Losses:
     """CompressLabError unless all steps are losses."""
     built = [(step.method, step.build()) for step in recipe.steps]
-    others = [name for name, method in built if not isinstance(method, LogitLoss | FeatureLoss | TextWriting)]
+    others = [name for name, method in built if not isinstance(method, KINDS)]
     if others:
         raise CompressLabError(
             f"recipe '{recipe.name}' has the step {others[0]}, which is no loss to teach by: run it with "
             f"'compresslab compress', or take a recipe of losses, such as {DEFAULT}"
         )
     writing = [method for _, method in built if isinstance(method, TextWriting)]
+    making = [method for _, method in built if isinstance(method, PictureMaking)]
+    cohort = [method for _, method in built if isinstance(method, CohortLoss)]
+    if cohort and len(built) > 1:
+        raise CompressLabError(f"recipe '{recipe.name}': mutual has its own loss on labels, so it stands alone")
     found = Losses(
         on_logits=[method for _, method in built if isinstance(method, LogitLoss)],
         on_features=[method for _, method in built if isinstance(method, FeatureLoss)],
         writing=writing[0] if writing else None,
+        cohort=cohort[0] if cohort else None,
+        making=making[0] if making else None,
     )
-    if len(writing) > 1 or not (found.on_logits or found.on_features):
-        raise CompressLabError(f"recipe '{recipe.name}' needs a step that is a loss, and on-policy at most once")
+    if max(len(writing), len(making)) > 1 or not (found.on_logits or found.on_features or found.cohort):
+        raise CompressLabError(
+            f"recipe '{recipe.name}' needs a step that is a loss, and on-policy and deep-inversion at most once"
+        )
     if writing and any(not loss.needs_teacher for loss in found.on_logits):
         raise CompressLabError("what a student has written itself is no label: leave hard-labels out, or on-policy")
     return found
@@ -161,6 +189,34 @@ def material_of(student: Source, recipe: Recipe, data: Any, seed: int) -> Materi
     if isinstance(data, str) and _kind(student) != "classifier":
         return Material(calibration=learning.windows_of(student, recipe, data, seed), labelled=None)
     return Material(calibration=None, labelled=learning.labelled(student, data, seed, recipe.calibration.samples))
+
+
+def drawn_out(
+    teacher: Source, making: PictureMaking, seed: int, device: torch.device, on_batch: Callable[[], None]
+) -> Material:
+    """Pictures that a teacher was made to tell of. CompressLabError if none can be."""
+    network = whole_model(teacher, device, torch.float32).eval()
+    shape, (_, classes) = models.picture_shape(teacher.config, teacher.folder), models.classes(teacher.skeleton())
+    train: list[Example] = []
+    try:
+        for pixels, labels in making.made(network, shape, classes, seed):
+            train += [{"pixel_values": one, "labels": label} for one, label in zip(pixels, labels, strict=True)]
+            on_batch()
+    except ValueError as error:
+        raise CompressLabError(f"'{teacher.name}': {error}") from None
+    labelled = datasets.Labelled(
+        source="pictures drawn out of the teacher", revision="", samples=len(train), test_split="", train=train, test=[],
+        sha256=examples_sha256(train),
+    )  # fmt: skip
+    return Material(calibration=None, labelled=labelled)
+
+
+def shown(teacher: Source, recipe: Recipe, data: Any, seed: int, device: torch.device) -> Pass:
+    """A pass through the teacher over the first examples of what a student learns from."""
+    examples = material_of(teacher, recipe, data, seed).examples[:EXAMPLES_SHOWN]
+    inputs = [{key: value for key, value in example.items() if key != "labels"} for example in examples]
+    batches = [collate(inputs[start : start + 4]) for start in range(0, len(inputs), 4)]
+    return Pass(source=teacher, plan=make_plan(teacher, (OUTSIDE,)), batches=batches, device=device)
 
 
 def _check_tokenizers(teacher: models.Source, student: models.Source, texts: Sequence[str]) -> None:

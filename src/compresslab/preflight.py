@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -268,19 +268,26 @@ def with_scores(
     )
 
 
-def of_teaching(student: Source, teacher: Source | None, tokens: int, device: torch.device) -> Estimate:
+def of_teaching(
+    student: Source, teacher: Source | None, tokens: int, device: torch.device, peers: Sequence[Source] = ()
+) -> Estimate:
     """What it takes to train a student: its weights, gradients, two moments and a copy in float32, and a teacher's weights.
 
     Args:
         teacher: None where it has been asked before.
         tokens: that pass through the student in all; 0 where examples are no text, and time is not foretold.
+        peers: networks that learn along with the student and are not written.
     """
-    own, its = (sum(numel(s, name) for name in s.weights.names()) if s is not None else 0 for s in (student, teacher))
-    seconds = (6 * own + 2 * its) * tokens / rates(device)[2] if tokens else 0.0
+    own, its, *more = (
+        sum(numel(source, name) for name in source.weights.names()) if source is not None else 0
+        for source in (student, teacher, *peers)
+    )
+    learning = own + sum(more)
+    seconds = (6 * learning + 2 * its) * tokens / rates(device)[2] if tokens else 0.0
     written = own * student.dtype.itemsize
     return Estimate(
-        memory_bytes=PROGRAM_BYTES + 20 * own + 4 * its,
-        disk_bytes=3 * 12 * own + 2 * written,
+        memory_bytes=PROGRAM_BYTES + 20 * learning + 4 * its,
+        disk_bytes=3 * 12 * learning + 2 * written,
         seconds=seconds,
         artifact_bytes=written,
         parts={"train": seconds},

@@ -3,9 +3,11 @@
 teacher -> its chosen blocks, numbered anew -> narrower ones -> (fresh weights) -> a plain transformers folder.
 
 A shape says how many blocks (`layers`) and which (`take`), what share of every block's neurons and heads (`width`), and what
-share of the residual stream (`hidden`). Weights are the teacher's wherever they fit. Which neurons and heads stay is
-`removing.py`'s affair, by the norms of their weights unless a calibrated method is named. A narrower residual stream has
-nothing to copy from, as every weight of the network reads it: such a student starts with fresh weights, under a seed.
+share of the residual stream (`hidden`). Which blocks is a layer map, or measured: "influence" takes those that change the
+residual stream most on some text (prune/block_influence.py). Weights are the teacher's wherever they fit. Which neurons and
+heads stay is `removing.py`'s affair, by the norms of their weights unless a calibrated method is named. A narrower residual
+stream has nothing to copy from, as every weight of the network reads it: such a student starts with fresh weights, under a
+seed.
 
 BERT, GPT-2 and their kin have no number for heads apart from the width of the residual stream: of them `width` takes neurons
 alone, and what is told says so.
@@ -35,6 +37,8 @@ from compresslab.prune.filter_norm import FilterNorm
 from compresslab.solving import Pass
 from compresslab.weights import MemoryWeights, TensorSpec, goes_along, write_safetensors
 
+INFLUENCE = "influence"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -42,7 +46,7 @@ class Shape:
 
     Args:
         layers: how many blocks; None for as many as the teacher has.
-        take: which of the teacher's: "uniform", "skip", "first", "last", or their numbers (see layer_maps.py).
+        take: which of the teacher's: "uniform", "skip", "first", "last", or their numbers (see layer_maps.py); or "influence".
         width: share of the neurons of every feed-forward and of the heads of every attention.
         hidden: share of the residual stream, in whole heads; below 1 only with `fresh`.
         fresh: start from new weights instead of the teacher's.
@@ -78,14 +82,15 @@ def student_of(
 
     Args:
         remover: the method that chooses neurons and heads: a class with the settings of `prune.units.Units`.
-        calibration: a pass over text through the teacher, for a remover that needs data; only its batches are used.
+        calibration: a pass over text through the teacher, for "influence" and for a remover that needs data; only its batches
+            are used.
 
     Raises:
         CompressLabError: a shape that the teacher does not have, or an architecture that cannot be cut so.
     """
     student, told = teacher, []
     if shape.layers is not None or not isinstance(shape.take, str):
-        student, said = _of_blocks(teacher, shape)
+        student, said = _of_blocks(teacher, shape, calibration)
         told += said
     if shape.width < 1:
         student, said = _narrower(student, shape, remover, calibration)
@@ -119,16 +124,26 @@ def write(student: Source, folder: Path) -> Path:
     return folder
 
 
-def _of_blocks(teacher: Source, shape: Shape) -> tuple[Source, list[str]]:
+def _of_blocks(teacher: Source, shape: Shape, calibration: Pass | None) -> tuple[Source, list[str]]:
     names = removing.plain_stack(teacher)
     count = len(shape.take) if shape.layers is None else shape.layers  # without a number, `take` is a list
+    take = _influential(teacher, names, count, calibration) if shape.take == INFLUENCE else shape.take
     try:
-        kept = chosen(shape.take, count, len(names))
+        kept = chosen(take, count, len(names))
     except ValueError as error:
         raise CompressLabError(f"a student of {teacher.name}: {error}") from None
     if kept == list(range(len(names))):
         return teacher, []
     return removing.stacked(teacher, names, kept), [f"blocks {', '.join(map(str, kept))} of {len(names)}"]
+
+
+def _influential(teacher: Source, names: Sequence[str], count: int, calibration: Pass | None) -> list[int]:
+    """The blocks that change the residual stream most."""
+    if calibration is None:
+        raise CompressLabError(f"take {INFLUENCE}: which blocks matter is measured on text, and there is none here")
+    looking = dataclasses.replace(calibration, source=teacher, plan=make_plan(teacher, (OUTSIDE,)))
+    influence = removing.block_influence(looking, names)
+    return sorted(sorted(range(len(names)), key=influence.__getitem__)[-count:])
 
 
 def _narrower(student: Source, shape: Shape, remover: type[Any], calibration: Pass | None) -> tuple[Source, list[str]]:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from compresslab.damage import whole_model
+from compresslab.distill.mutual import ADAPTIVE, MEAN
+from compresslab.distill.mutual import log_weights as by_name
 from compresslab.errors import CompressLabError
 from compresslab.pairing import Losses, Pair
-
-ADAPTIVE, MEAN = "adaptive", "mean"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +106,8 @@ def mixed(log_probs: Tensor, weights: str | Sequence[float]) -> Tensor:
 
 def log_weights(log_probs: Tensor, weights: str | Sequence[float]) -> Tensor:
     """log w_m for log-probabilities [teachers, ..., classes]: one class wide; "adaptive" ones differ by row."""
-    if weights == ADAPTIVE:
-        entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1, keepdim=True)
-        return (-entropy).log_softmax(0)
-    if weights == MEAN:
-        return log_probs.new_zeros(len(log_probs)).log_softmax(0).view(-1, *[1] * (log_probs.dim() - 1))
+    if isinstance(weights, str):
+        return by_name(log_probs, weights)
     numbers = torch.tensor(list(weights), dtype=log_probs.dtype, device=log_probs.device)
     return (numbers / numbers.sum()).log().view(-1, *[1] * (log_probs.dim() - 1))
 

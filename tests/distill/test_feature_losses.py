@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,9 @@ def test_contrast_is_its_formula_and_remembers() -> None:
     torch.manual_seed(0)
     judge = Contrastive(dimension=3, negatives=7, temperature=0.5).judge([mine], [its], 20).double()
     critic = judge.critics[0]
-    memories = critic.teachers.tolist(), critic.students.tolist()
+    assert float(judge([feature(4, 3)], [feature(6, 4)]).detach()) == 0  # nothing is in the memory yet
+    assert critic.scales.isnan().all()
+    memories = critic.teachers[:3].tolist(), critic.students[:3].tolist()
     found = float(judge([mine], [its]).detach())
     vectors = []
     for one, layer in ((mine, critic.of_student), (its, critic.of_teacher)):
@@ -204,19 +207,32 @@ def test_contrast_is_its_formula_and_remembers() -> None:
             for x in pooled
         ]
         vectors.append([[v / oracle.dot(x, x) ** 0.5 for v in x] for x in out])
-    expected = sum(
-        oracle.contrast(a, p, memory, 0.5, 20, float(scale.exp()))
-        for a, p, memory, scale in zip(vectors, vectors[::-1], memories, critic.scales, strict=True)
-    )
+    expected = 0.0
+    for anchors, positives, memory in zip(vectors, vectors[::-1], memories, strict=True):
+        shares = [math.exp(oracle.dot(a, m) / 0.5) for a in anchors for m in memory]
+        z = 20 * math.fsum(shares) / len(shares)
+        expected += oracle.contrast(anchors, positives, memory, 0.5, 20, z)
     assert found == pytest.approx(expected)
-    assert critic.teachers[:3].tolist() == [pytest.approx(x) for x in vectors[1]] and int(critic.place) == 3
-    for _ in range(2):
-        judge([mine], [its])
-    assert int(critic.place) == 2  # 9 examples in a ring of 7
+    assert critic.teachers[3:6].tolist() == [pytest.approx(x) for x in vectors[1]]
+    assert int(critic.place) == int(critic.seen) == 6
+    judge([mine], [its])
+    assert int(critic.place) == 2 and int(critic.seen) == 7  # 9 examples in a ring of 7
     judge.eval()
     before = critic.students.clone()
     judge([mine], [its])
     assert torch.equal(critic.students, before)
+
+
+def test_contrast_that_tells_nothing_apart_is_what_guessing_costs() -> None:
+    """Where all examples are the same, one in N + 1 is the pair, whatever M is; and equal widths begin with one matrix."""
+    torch.manual_seed(0)
+    same = Feature(values=feature(4, 1).values[:1, :1].expand(3, 1, 4), counted=torch.ones(3, 1, dtype=torch.bool))
+    for examples in (20, 2000):
+        judge = Contrastive(dimension=3, negatives=7).judge([same], [same], examples).double()
+        assert torch.equal(judge.critics[0].of_student.weight, judge.critics[0].of_teacher.weight)
+        judge([same], [same])
+        found = float(judge([same], [same]).detach())
+        assert found == pytest.approx(2 * (math.log(1 + 3) + 3 * math.log(1 + 1 / 3)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -318,12 +334,15 @@ def padded(filler: int = 0) -> dict[str, Tensor]:
 def run(
     student: nn.Module, teacher: nn.Module, losses: list[Any], batch: dict[str, Tensor]
 ) -> tuple[Tensor, FeatureTerms]:
+    """The loss of a batch that has been seen once before: what remembers examples has some then."""
     terms = FeatureTerms(student, teacher, losses, batch, examples=40)
     with terms.at_work(student):
-        student(**batch)
-        with torch.no_grad():
-            teacher(**batch)
-        return terms.loss(), terms
+        for _ in range(2):
+            student(**batch)
+            with torch.no_grad():
+                teacher(**batch)
+            loss = terms.loss()
+        return loss, terms
 
 
 @pytest.mark.parametrize("kind", KINDS)

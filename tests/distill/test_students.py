@@ -112,6 +112,40 @@ def test_a_calibrated_method_chooses_the_neurons() -> None:
         student_of(teacher, Shape(width=0.5), remover=ZipLM)
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_blocks_that_change_the_stream_most_are_taken(kind: str) -> None:
+    """Beside all choices of two blocks: no other has more influence, by hidden states of plain transformers."""
+    model = deep(kind)
+    with torch.no_grad():
+        for number, block in enumerate(models.blocks(model).values()):
+            for parameter in block.parameters():
+                parameter.mul_((4.0, 0.1, 2.0, 1.0)[number] if parameter.dim() > 1 else 1.0)
+    inputs = batch(kind)
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    teacher = models.find(model)
+    looking = Pass(source=teacher, plan=make_plan(teacher, ("@outside-blocks",)), batches=[inputs])
+    _, told = student_of(teacher, Shape(layers=2, take="influence"), calibration=looking)
+    kept = [int(part) for part in told.removeprefix("blocks ").removesuffix(" of 4").split(",")]
+    # The last state of a decoder is normalised on top of what its last block says: that block's influence is had from a hook.
+    found = []
+    names = list(models.blocks(model))
+    for place, name in enumerate(names):
+        seen: list[Tensor] = []
+        hook = model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(out))  # noqa: B023
+        with torch.no_grad():
+            model(**inputs)
+        hook.remove()
+        after = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        found.append(1 - float(torch.cosine_similarity(states[place], after, dim=-1).mean()))
+    best = max(itertools.combinations(range(4), 2), key=lambda both: sum(found[i] for i in both))
+    assert tuple(kept) == best
+    with pytest.raises(CompressLabError, match="is measured on text"):
+        student_of(teacher, Shape(layers=2, take="influence"))
+    with pytest.raises(CompressLabError, match="5 of 4 layers"):
+        student_of(teacher, Shape(layers=5, take="influence"), calibration=looking)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_weights_are_those_of_their_seed(kind: str, tmp_path: Path) -> None:
     teacher, shape = models.find(deep(kind)), Shape(layers=2, hidden=0.5, fresh=True)

@@ -203,3 +203,20 @@ def exit_loss(
         soft_part += temperature**2 * math.fsum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
         hint_part += math.fsum((a - b) ** 2 for a, b in zip(x, deep, strict=True)) / len(deep)
     return ((1 - soft) * hard_part + soft * soft_part + hint * hint_part) / len(labels)
+
+
+def cka(x: Any, y: Any) -> float:
+    """Linear CKA by Gram matrices [n, n] of rows: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), centred element by element."""
+    n = len(x)
+
+    def centred(rows: Any) -> list[list[float]]:
+        k = [[dot(a, b) for b in rows] for a in rows]
+        means = [math.fsum(row) / n for row in k]
+        every = math.fsum(means) / n
+        return [[k[i][j] - means[i] - means[j] + every for j in range(n)] for i in range(n)]
+
+    def hsic(k: Any, other: Any) -> float:
+        return math.fsum(k[i][j] * other[i][j] for i in range(n) for j in range(n))
+
+    k, other = centred(x), centred(y)
+    return hsic(k, other) / math.sqrt(hsic(k, k) * hsic(other, other))

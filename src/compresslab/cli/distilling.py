@@ -36,7 +36,8 @@ def distill(
         int | None, typer.Option(help="Build the student from this many of the teacher's blocks.")
     ] = None,
     take: Annotated[
-        str, typer.Option(help="Which of them: uniform, skip, first, last, or numbers with commas.")
+        str,
+        typer.Option(help="Which of them: uniform, skip, first, last, influence (measured), or numbers with commas."),
     ] = "uniform",
     width: Annotated[float, typer.Option(help="Share of every block's neurons and heads.")] = 1.0,
     hidden: Annotated[float, typer.Option(help="Share of the residual stream; below 1 with --fresh.")] = 1.0,

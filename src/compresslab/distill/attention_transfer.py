@@ -44,7 +44,7 @@ class AttentionTransfer(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which: "uniform", "skip", "first", "last", "end", or pairs "student:teacher" with commas between.
+        blocks: which: "uniform", "skip", "first", "last", "similar", "end", or pairs "student:teacher" with commas between.
         power: p; a larger one looks at the strongest channels alone.
     """
 

@@ -13,14 +13,19 @@ ones. For each example, with N other ones in the place of the teacher's vector a
 which bounds the mutual information of both networks' representations from below. Negatives come from a memory of the last
 `negatives` examples' vectors g_T(t) and g_S(s), as they were when they were seen; the memory is in the checkpoint.
 
-e is divided by its mean over the first batch's negatives, once for each role: the normalisers Z of the authors' code.
+e is divided by Z, M times its mean over the first negatives, once for each role, as in the authors' code; so h is r / (r + N)
+with r how often e is its mean, and M is in it no more. The memory begins empty, and a batch that finds it so teaches nothing:
+negatives are examples and never random directions, whose e is hundreds of times smaller than that of any two real texts.
+
+Where the widths are equal g_S begins as g_T: a student of its teacher's own blocks is near it already, and two matrices drawn
+apart would have to be unlearnt by turning the student round.
 
 Cost. A product of the batch with the memory: examples negatives dimension. Memory: 2 negatives dimension numbers.
 
 Differences from the paper. There the memory has a vector for each example of the training set, moved a little each time that it
 is seen, and negatives are drawn from it, with labels from other classes only; here it is a queue of the latest, so that
-examples need no numbers, and labels are not used. An example can meet itself in the queue when an epoch is shorter than it:
-make `negatives` smaller than the training set.
+examples need no numbers, and labels are not used; and the matrices always begin apart. An example can meet itself in the queue
+when an epoch is shorter than it: make `negatives` smaller than the training set.
 
 Oracle. tests/oracles/features.py: loops over examples and negatives in float64.
 """
@@ -46,7 +51,7 @@ class Contrastive(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", "similar", or pairs "student:teacher" with commas between.
         dimension: of the space in which both are compared.
         negatives: how many examples the memory has; at most as many as the training set has, less one, are used.
         temperature: tau.
@@ -80,7 +85,7 @@ class Contrastive(Pairs):
             raise ValueError("one example has no others to tell it from")
         sizes = zip(channels(student), channels(teacher), strict=True)
         count = min(self.negatives, examples - 1)
-        return Judge([Critic(c, d, self.dimension, count, examples, self.temperature) for c, d in sizes])
+        return Judge([Critic(c, d, self.dimension, count, self.temperature) for c, d in sizes])
 
 
 class Judge(nn.Module):
@@ -94,27 +99,32 @@ class Judge(nn.Module):
 
 
 class Critic(nn.Module):
-    """h, and the memory of negatives: rows of norm 1, at first random directions."""
+    """h, and the memory of negatives: rows of norm 1, of which `seen` are filled."""
 
     students: Tensor
     teachers: Tensor
     place: Tensor
+    seen: Tensor
     scales: Tensor
 
-    def __init__(self, c: int, d: int, dimension: int, negatives: int, examples: int, temperature: float) -> None:
+    def __init__(self, c: int, d: int, dimension: int, negatives: int, temperature: float) -> None:
         super().__init__()
         self.of_student, self.of_teacher = nn.Linear(c, dimension), nn.Linear(d, dimension)
-        self.examples, self.temperature = examples, temperature
+        if c == d:
+            self.of_student.load_state_dict(self.of_teacher.state_dict())
+        self.temperature = temperature
         for name in ("students", "teachers"):
-            self.register_buffer(name, functional.normalize(torch.randn(negatives, dimension), dim=1))
-        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+            self.register_buffer(name, torch.zeros(negatives, dimension))
+        for name in ("place", "seen"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
         self.register_buffer("scales", torch.full((2,), torch.nan))
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         ours = functional.normalize(self.of_student(s), dim=1)
         theirs = functional.normalize(self.of_teacher(t.to(s.dtype)), dim=1)
-        both = ((ours, theirs, self.teachers), (theirs, ours, self.students))
-        loss = torch.stack([self._side(i, *side) for i, side in enumerate(both)]).sum()
+        seen = int(self.seen)
+        both = ((ours, theirs, self.teachers[:seen]), (theirs, ours, self.students[:seen]))
+        loss = torch.stack([self._side(i, *side) for i, side in enumerate(both)]).sum() if seen else 0 * ours.sum()
         if self.training:
             self._remember_(ours.detach(), theirs.detach())
         return loss
@@ -125,7 +135,7 @@ class Critic(nn.Module):
         alike, other = (anchor * positive).sum(1) / self.temperature, anchor @ memory.t() / self.temperature
         if self.scales[which].isnan():
             self.scales[which] = other.detach().exp().mean().log()
-        prior = math.log(len(memory) / self.examples)
+        prior = math.log(len(memory))
         alike, other = (x - self.scales[which] - prior for x in (alike, other))  # h is the sigmoid of these
         return (functional.softplus(-alike) + functional.softplus(other).sum(1)).mean()
 
@@ -134,3 +144,4 @@ class Critic(nn.Module):
         places = (self.place + torch.arange(len(ours), device=ours.device)) % len(self.students)
         self.students[places], self.teachers[places] = ours.to(self.students.dtype), theirs.to(self.teachers.dtype)
         self.place.copy_((self.place + len(ours)) % len(self.students))
+        self.seen.copy_((self.seen + len(ours)).clamp(max=len(self.students)))

@@ -44,7 +44,7 @@ class DistilBERT(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", "similar", or pairs "student:teacher" with commas between.
     """
 
     paper: ClassVar[Paper] = Paper(

@@ -40,7 +40,8 @@ class FlowOfSolution(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which, at least two: "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which, at least two: "uniform", "skip", "first", "last", "similar", or pairs "student:teacher" with commas
+            between.
     """
 
     paper: ClassVar[Paper] = Paper(

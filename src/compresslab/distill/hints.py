@@ -51,7 +51,8 @@ class Hints(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which: "uniform", "skip", "first", "last", "end", "learned", or pairs "student:teacher" with commas between.
+        blocks: which: "uniform", "skip", "first", "last", "similar", "end", "learned", or pairs "student:teacher" with commas
+            between.
         project: a learned matrix "always", or only where it is "needed", as the widths differ.
     """
 

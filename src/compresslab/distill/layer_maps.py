@@ -5,7 +5,8 @@
     first    the lowest ones
     last     the highest ones: PKD-last
 
-A student copies its layers from these (students.py), and losses that compare layers compare these.
+A student copies its layers from these (students.py), and losses that compare layers compare these. What is measured instead: the
+layers with the most influence for a student's shape (students.py), similar layers for losses (similar_blocks.py).
 """
 
 from __future__ import annotations

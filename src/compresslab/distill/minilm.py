@@ -44,7 +44,7 @@ class MiniLM(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", "similar", or pairs "student:teacher" with commas between.
         relations: pairs of q, k and v with commas between: "qk, vv" is MiniLM, "qq, kk, vv" is MiniLMv2.
         heads: into how many heads the channels are cut; None for those of the networks, which must then agree.
     """

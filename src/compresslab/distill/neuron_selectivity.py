@@ -42,7 +42,7 @@ class NeuronSelectivity(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which: "uniform", "skip", "first", "last", "end", or pairs "student:teacher" with commas between.
+        blocks: which: "uniform", "skip", "first", "last", "similar", "end", or pairs "student:teacher" with commas between.
         kernel: "linear", "poly" or "gaussian".
     """
 

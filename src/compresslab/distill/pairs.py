@@ -1,8 +1,9 @@
 """Pairs: which places of student and teacher a feature loss compares, and what all these losses need to compare them.
 
 `blocks` of a loss is a layer map (layer_maps.py: "uniform", "skip", "first", "last"), by which every block of the student has a
-block of the teacher; or "end", the last of each alone; or pairs of numbers or of module paths, such as "0:2, 1:5" or
-"encoder.stages.1:encoder.stages.1". A network without blocks in a list takes paths only.
+block of the teacher; "similar", which features.py measures on the first examples (similar_blocks.py); "end", the last of each
+alone; or pairs of numbers or of module paths, such as "0:2, 1:5" or "encoder.stages.1:encoder.stages.1". A network without
+blocks in a list takes paths only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from compresslab.contract import Feature
 from compresslab.distill.divergence import check_weight
 from compresslab.distill.layer_maps import MAPS, chosen
 
-LEARNED = "learned"
+LEARNED, SIMILAR = "learned", "similar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Pairs:
 
     Args:
         weight: of this term in the sum of a recipe's losses.
-        blocks: which: "uniform", "skip", "first", "last", "end", or pairs "student:teacher" with commas between.
+        blocks: which: "uniform", "skip", "first", "last", "similar", "end", or pairs "student:teacher" with commas between.
     """
 
     weight: float = 1.0
@@ -36,8 +37,10 @@ class Pairs:
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
-        if ":" not in self.blocks and self.blocks not in (*MAPS, "end"):
-            raise ValueError(f"blocks is {', '.join(MAPS)}, end, or pairs such as '0:2, 1:5', not {self.blocks!r}")
+        if ":" not in self.blocks and self.blocks not in (*MAPS, SIMILAR, "end"):
+            raise ValueError(
+                f"blocks is {', '.join(MAPS)}, {SIMILAR}, end, or pairs such as '0:2, 1:5', not {self.blocks!r}"
+            )
 
     def pairs(self, student: Sequence[str], teacher: Sequence[str]) -> tuple[list[str], list[str]]:
         """Places of the student, and of the teacher beside them."""

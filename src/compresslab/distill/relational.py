@@ -41,7 +41,7 @@ class Relational(Pairs):
 
     Args:
         weight: of this term in the sum of the recipe's losses.
-        blocks: which: "end", "uniform", "skip", "first", "last", or pairs "student:teacher" with commas between.
+        blocks: which: "end", "uniform", "skip", "first", "last", "similar", or pairs "student:teacher" with commas between.
         distance: what distances count for.
         angle: what angles count for.
     """
