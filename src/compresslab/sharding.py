@@ -38,7 +38,7 @@ class Spread:
         scalars = {parameter for parameter in root.parameters() if parameter.dim() == 0}  # they have no part to keep
         self._whole = {parameter: parameter.shape for parameter in root.parameters() if parameter not in scalars}
         for module in (*blocks, root):
-            fully_shard(module, mesh=mesh, ignored_params=scalars)  # type: ignore[call-overload]
+            fully_shard(module, mesh=mesh, ignored_params=scalars)
         for parameter in self._whole:
             parameter.data = torch.empty(0, dtype=parameter.dtype)
 

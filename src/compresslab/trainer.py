@@ -170,10 +170,10 @@ class _Together(nn.Module):
         found = self.network.state_dict(*arguments, **more)
         return found if self.spread is None else {name: whole(tensor) for name, tensor in found.items()}
 
-    def load_state_dict(self, values: Any, *arguments: Any, **more: Any) -> Any:
+    def load_state_dict(self, state_dict: Any, *arguments: Any, **more: Any) -> Any:
         if self.spread is None:
-            return self.network.load_state_dict(values, *arguments, **more)
-        put_(self.network.state_dict(), values)
+            return self.network.load_state_dict(state_dict, *arguments, **more)
+        put_(self.network.state_dict(), state_dict)
         return nn.modules.module._IncompatibleKeys([], [])
 
 
@@ -229,7 +229,7 @@ class _Trainer(transformers.Trainer):
         return found
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_spread and not self.args.should_save:
+        if self.is_spread and not self.args.should_save and self.optimizer is not None:
             self.optimizer.state_dict()  # this rank's part of what the leader writes
         super()._save_optimizer_and_scheduler(output_dir)
 

@@ -179,7 +179,7 @@ def carried(graph: fx.Graph, at: Mapping[fx.Node, int], count: int) -> list[fx.N
     Raises:
         Irregular: if a block hands on more than one tensor, or one of another shape than it was handed.
     """
-    found = []
+    found: list[fx.Node] = []
     for block in range(1, count + 1):
         out = {n for n in graph.nodes if at[n] == block and any(at[user] > block for user in n.users)}
         if len(out) != 1:
@@ -268,14 +268,16 @@ class Recorder:
         from executorch.backends.xnnpack import xnnpack_preprocess as home
         from executorch.exir._serialize._cord import FileBackedData
 
-        passes, serialize, recorder = home.XNNPACKPassManager, home.serialize_xnnpack_binary, self
-        backend, store = home.XnnpackBackend, home.NamedDataStore
+        passes: Any = home.XNNPACKPassManager
+        store: Any = home.NamedDataStore
+        serialize, backend, recorder = home.serialize_xnnpack_binary, home.XnnpackBackend, self
 
         class Listening(passes):
             def transform(self) -> ExportedProgram:
                 if recorder.like:
                     return self.exported_program
-                self.passes = [one for one in self.passes if one.__name__ not in NEEDLESS]
+                manager: Any = self
+                manager.passes = [one for one in manager.passes if one.__name__ not in NEEDLESS]
                 recorder.program = super().transform()
                 if sum(tensor.nbytes for tensor in recorder.program.state_dict.values()) > HUGE:
                     give_back()
