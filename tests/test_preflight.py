@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
-from compresslab import damage, mixed, pipeline, refining, replaying
+from compresslab import damage, mixed, models, pipeline, preflight, refining, replaying
 from compresslab.data import Calibration
 from compresslab.quantize.autoround import AutoRound
 from compresslab.quantize.awq import AWQ
@@ -133,3 +134,12 @@ def test_a_dry_run_counts_a_budget(folder: Path) -> None:
     assert gram.parts["share out"] == pytest.approx(len(mixed.WIDTHS) * plain.parts["solve"])
     assert shared.parts["share out"] > gram.parts["share out"]
     assert shared.memory_bytes >= gram.memory_bytes == plain.memory_bytes
+
+
+def test_ranks_that_keep_parts_need_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = models.find(folder)
+    alone = preflight.of_teaching(source, None, 0, torch.device("cpu"), shards=True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    together = preflight.of_teaching(source, None, 0, torch.device("cpu"), shards=True)
+    parameters = sum(preflight.numel(source, name) for name in source.weights.names())
+    assert alone.memory_bytes - together.memory_bytes == (20 - 9) * parameters

@@ -336,8 +336,11 @@ def _needs(
     length = max(len(example.get("input_ids", ())) for example in examples)
     tokens = recipe.training.seen(len(examples)) * length
     if losses.cohort is not None:
-        return preflight.of_teaching(pair.student, None, tokens, where, peers=(pair.teacher, *pair.others))
-    return preflight.of_teaching(pair.student, None if cached else pair.teacher, tokens, where)
+        return preflight.of_teaching(
+            pair.student, None, tokens, where, peers=(pair.teacher, *pair.others), shards=recipe.training.shard
+        )
+    teacher = None if cached else pair.teacher
+    return preflight.of_teaching(pair.student, teacher, tokens, where, shards=recipe.training.shard)
 
 
 def _key(

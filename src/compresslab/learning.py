@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ class Material:
             return needs
         examples = self.examples
         length = max(len(example.get("input_ids", ())) for example in examples)
-        foretell = preflight.with_training if trains_codes or stages.recovers else preflight.with_tuning
+        training = partial(preflight.with_training, shards=recipe.training.shard)
+        foretell = training if trains_codes or stages.recovers else preflight.with_tuning
         return foretell(needs, source, recipe.training.seen(len(examples)) * length, device)
 
 

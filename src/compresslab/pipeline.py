@@ -274,7 +274,8 @@ def plan_only(
         estimate = _with_budget(estimate, source, plan, wanted, tokens[0] > 0, sensitivity, pick_device(device))
     if chosen.training is not None:
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
-        foretell = preflight.with_tuning if stages.tuner is not None else preflight.with_training
+        training = partial(preflight.with_training, shards=chosen.training.shard)
+        foretell = preflight.with_tuning if stages.tuner is not None else training
         estimate = foretell(estimate, source, seen, pick_device(device))
     if narrow is not None:
         # What does not fit is not opened to time it; that memory is too small is said all the same.

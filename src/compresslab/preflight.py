@@ -213,17 +213,28 @@ def _rate_without_data(solvers: Mapping[str, Solver], shapes: Mapping[str, tuple
     return found
 
 
-def with_training(found: Estimate, source: Source, tokens: int, device: torch.device) -> Estimate:
-    """The estimate with a training before it: weights, gradients and two moments in float32, and three checkpoints.
+def _bytes_of_training(parameters: int, shards: bool) -> int:
+    """Of weights, gradients, two moments and what a step works with in float32; where ranks keep parts of them, beside the
+    network as each has opened it.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if shards else 1
+    return 20 * parameters if ranks == 1 else (4 + 20 // ranks) * parameters
+
+
+def with_training(
+    found: Estimate, source: Source, tokens: int, device: torch.device, *, shards: bool = False
+) -> Estimate:
+    """The estimate with a training before it, and three checkpoints.
 
     Args:
         tokens: that pass through the network in all; 0 where examples are no text, and time is not foretold.
+        shards: whether each rank keeps a part of the network.
     """
     parameters = sum(numel(source, name) for name in source.weights.names())
     seconds = 6 * parameters * tokens / rates(device)[2] if tokens else 0.0
     return replace(
         found,
-        memory_bytes=found.memory_bytes + 20 * parameters,
+        memory_bytes=found.memory_bytes + _bytes_of_training(parameters, shards),
         disk_bytes=found.disk_bytes + 3 * 12 * parameters,
         seconds=found.seconds + seconds,
         parts=found.parts | {"train": seconds},
@@ -269,14 +280,16 @@ def with_scores(
 
 
 def of_teaching(
-    student: Source, teacher: Source | None, tokens: int, device: torch.device, peers: Sequence[Source] = ()
-) -> Estimate:
+    student: Source, teacher: Source | None, tokens: int, device: torch.device, peers: Sequence[Source] = (), *,
+    shards: bool = False,
+) -> Estimate:  # fmt: skip
     """What it takes to train a student: its weights, gradients, two moments and a copy in float32, and a teacher's weights.
 
     Args:
         teacher: None where it has been asked before.
         tokens: that pass through the student in all; 0 where examples are no text, and time is not foretold.
         peers: networks that learn along with the student and are not written.
+        shards: whether each rank keeps a part of the student.
     """
     own, its, *more = (
         sum(numel(source, name) for name in source.weights.names()) if source is not None else 0
@@ -286,7 +299,7 @@ def of_teaching(
     seconds = (6 * learning + 2 * its) * tokens / rates(device)[2] if tokens else 0.0
     written = own * student.dtype.itemsize
     return Estimate(
-        memory_bytes=PROGRAM_BYTES + 20 * learning + 4 * its,
+        memory_bytes=PROGRAM_BYTES + _bytes_of_training(learning, shards) + 4 * its,
         disk_bytes=3 * 12 * learning + 2 * written,
         seconds=seconds,
         artifact_bytes=written,

@@ -12,7 +12,8 @@ same command, with any number of ranks, goes on after the last finished block.
 
 A refiner (AutoRound) computes the gradient of each batch where that is walked, and all add them in the order of batches. A
 training is shared out by examples (trainer.py): each rank takes its part of every batch, and accelerate adds up the gradients.
-The sums are those of one process, but for the order of adding, so the weights agree to rounding and not bit for bit.
+The sums are those of one process, but for the order of adding, so the weights agree to rounding and not bit for bit. Where
+memory is short, each keeps a part of the network (sharding.py).
 
 gloo carries what lies in main memory. NCCL is asked for what lies on GPUs; no run on several GPUs has been made yet. Without
 torchrun there is one rank, and nothing is sent.
