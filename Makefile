@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO ?= demo/smollm2-135m-w4a16-gptq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test expectations check labs bench bench-deploy bench-prune bench-scale clean
+.PHONY: help demo test expectations check labs bench bench-deploy bench-prune bench-distill bench-scale clean
 
 help:
 	@echo "make demo    compress SmolLM2-135M to 4 bits, measure it, write a report (a few minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
 	@echo "make bench-deploy  exports, encoders and decoding in each runtime, a stopwatch; keep the machine quiet"
 	@echo "make bench-prune   masks and solves against the published routines, MiniLM at half, a latency that was asked for; keep it quiet"
+	@echo "make bench-distill students of four teachers beside what they learn without one (most of an hour); keep the machine quiet"
 	@echo "make bench-scale   Llama-2-7B's shapes on this machine, costs over four sizes, runs that are killed (an hour, 40 GB of disk)"
 
 # torch goes first and alone, pinned, so that pip takes the plain CPU build; bring your own with VENV=... if you have a GPU.
@@ -72,5 +73,12 @@ SCALE ?= bench-scale-out
 bench-scale: $(VENV)/.ready
 	$(BIN)/python benchmarks/scale.py --work $(SCALE) --out results/scale.json
 
+# SST2=FOLDER and CIFAR10=FILE.parquet add the parts that need them.
+TAUGHT ?= bench-distill-out
+bench-distill: $(VENV)/.ready
+	$(BIN)/python benchmarks/distillation.py --work $(TAUGHT) --out results/distillation.json \
+		--parts language encoder data_free $(if $(SST2),sentences) $(if $(CIFAR10),pictures) \
+		$(if $(SST2),--sst2 $(SST2)) $(if $(CIFAR10),--cifar10 $(CIFAR10))
+
 clean:
-	rm -rf $(VENV) .peers demo labs-out $(DEPLOY) $(SCALE)
+	rm -rf $(VENV) .peers demo labs-out $(DEPLOY) $(SCALE) $(TAUGHT)

@@ -7,6 +7,8 @@
     text       the same blocks for as many steps on the text alone
     encoder    MiniLM-L6 to 3 blocks on Wikipedia passages: correlation with what people say of pairs of documents, milliseconds;
                the controls: the same blocks untaught, and trained on the same passages for as many steps without the teacher
+    features   the same 3 blocks by other losses on features, with few steps: hints by two layer maps, relations of attention, of
+               examples, contrast
     sentences  MiniLM-L6 with a head, trained on SST-2 here, to 3 blocks: accuracy; the control learns from the labels alone
     pictures   ResNet-56, trained on CIFAR-10 here, to ResNet-20: accuracy; the control likewise; both also on few pictures
     data_free  a ResNet of digits taught to a narrower one on pictures drawn out of it (DeepInversion): accuracy on real digits;
@@ -41,18 +43,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compresslab import data, models, pairing, recipe
-from compresslab.course import digits, in_memory, own_pictures
+from compresslab.course import digits, encoders, in_memory, own_pictures
 from compresslab.course.timing import one_thread
 from compresslab.data.labelled import Example
+from compresslab.distill.contrastive import Contrastive
 from compresslab.distill.deep_inversion import DeepInversion
 from compresslab.distill.hard_labels import HardLabels
+from compresslab.distill.hints import Hints
+from compresslab.distill.minilm import MiniLM
+from compresslab.distill.relational import Relational
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distilling import distill
-from compresslab.measure import environment, fresh
+from compresslab.features import FeatureTerms
+from compresslab.measure import embedding, environment, fresh
 from compresslab.pairing import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of, write
-from compresslab.training import split, train_
+from compresslab.training import collate, split, train_
 
 LANGUAGE, ENCODER = "smollm2-135m", "minilm-l6"
 WINDOWS, LENGTH = 24, 512  # of the test split
@@ -60,7 +67,7 @@ AIM_RECOVERED, AIM_SECONDS = 0.5, 1200.0
 AIM_CORRELATION, AIM_FASTER = 0.97, 1.8
 BATCHES, TOKENS = (1, 16), 128
 
-PARTS = ("language", "text", "encoder", "sentences", "pictures", "data_free")
+PARTS = ("language", "text", "encoder", "features", "sentences", "pictures", "data_free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ class Settings:
     """
 
     language_blocks: int = 20
-    language_samples: int = 416
+    language_samples: int = 240
     language_window: int = 256
     language_batch: int = 4
     language_rate: float = 4e-4
@@ -81,7 +88,9 @@ class Settings:
     encoder_batch: int = 8
     encoder_rate: float = 2e-4
     simcse_temperature: float = 0.05
-    sentences_epochs: float = 2.0
+    features_samples: int = 72
+    features_window: int = 64
+    sentences_epochs: float = 1.0
     sentences_batch: int = 32
     sentences_rate: float = 1e-4
     sentences_temperature: float = 2.0
@@ -89,8 +98,8 @@ class Settings:
     few: int = 2_000
     tested: int = 5_000
     side: int = 16
-    teacher_steps: int = 600
-    pictures_steps: int = 300
+    teacher_steps: int = 400
+    pictures_steps: int = 200
     pictures_batch: int = 64
     pictures_rate: float = 3e-3
     pictures_temperature: float = 4.0
@@ -257,6 +266,47 @@ class Bench:
                 medians = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
                 found[f"batch_{batch}"] = medians | {"times_faster": statistics.median(ratios)}
         return found
+
+    def features(self) -> dict[str, Any]:
+        """In memory: embeddings of 96 passages beside the teacher's, and of documents beside what people say."""
+        s, source = self.settings, models.find(ENCODER)
+        tokenizer, skip = source.tokenizer(), Shape(layers=3, take="skip")
+        shown = encoders.passages(tokenizer, samples=s.features_samples, window=s.features_window, seed=0)
+        texts = data.encoder_texts("wiki", tokenizer, count=96, longest=256)
+        teacher = models.materialise(source).float().eval().requires_grad_(False)
+        student, _ = student_of(source, skip)
+        training = Training(epochs=1.0, batch=s.encoder_batch, learning_rate=s.encoder_rate, checks=1)
+        contrast = Contrastive(negatives=256, weight=0.1)
+        losses: dict[str, list[Any]] = {
+            "hints_skip": [Hints(blocks="skip", project="needed")],
+            "hints_uniform": [Hints(blocks="uniform", project="needed")],
+            "hints_similar": [Hints(blocks="similar", project="needed")],
+            "minilm": [MiniLM()], "relational": [Relational()], "contrastive": [contrast],
+            "relations": [Relational(), contrast],
+        }  # fmt: skip
+        rows: dict[str, dict[str, float]] = {}
+
+        def embedded(network: nn.Module, kind: str) -> Tensor:
+            return embedding.embeddings(network, texts[f"{kind}.input_ids"], texts[f"{kind}.attention_mask"])
+
+        def judged(name: str, network: nn.Module) -> None:
+            found = embedding.human_documents(embedded(network, "rated"), texts["rated.similarity"])
+            found += embedding.agreement(reference, embedded(network, "passages"))
+            rows[name] = {one.name: one.value for one in found}
+            print(name, rows[name], flush=True)
+
+        reference = embedded(teacher, "passages")
+        judged("teacher", teacher)
+        judged("untaught", models.materialise(student).float().eval())
+        for name, told in losses.items():
+            network = models.materialise(student).float().requires_grad_(True)
+            on_features = Losses(on_logits=(), on_features=told)
+            judged(name, in_memory.taught_on(network, teacher, on_features, shown, training, seed=0))
+        batch = collate([{"input_ids": one["input_ids"]} for one in shown[: pairing.EXAMPLES_SHOWN]])
+        network = models.materialise(student).float()
+        pairs = FeatureTerms(network, teacher, losses["hints_similar"], batch, examples=len(shown)).found
+        steps = training.steps_for(len(shown) - round(len(shown) * training.held_back))
+        return {"rows": rows, "steps": steps, "similar_blocks": pairs}
 
     # -- classifiers -----------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,8 @@ from compresslab.contract import Feature, FeatureLoss, Heads
 from compresslab.distill.pairs import SIMILAR
 from compresslab.distill.similar_blocks import rising, similarities
 from compresslab.errors import CompressLabError
-from compresslab.models import attention_watched, blocks
+from compresslab.heads import head_input
+from compresslab.models import attention_watched, blocks, is_language_model
 
 JUDGES = "compresslab_judges"
 INPUT, ATTENTION, LOGITS = "@input", "@attention", "@logits"
@@ -152,7 +153,8 @@ class FeatureTerms:
 
     Args:
         losses: their settings; each has a judge.
-        batch: any batch, for the shapes; if blocks are to be found by it, one of some thousand positions.
+        batch: any batch. Its first two examples are for the shapes; similar blocks are found on all of it, best on some thousand
+            positions.
         examples: how many the training has.
         seed: of what the judges start from.
 
@@ -183,8 +185,9 @@ class FeatureTerms:
         self.student = Watched(student, [place for places, _ in self._places for place in places])
         self.teacher = Watched(teacher, [place for _, places in self._places for place in places], is_teacher=True)
         self.judges = nn.ModuleList()
+        few = {key: value[:2] for key, value in batch.items()}
         with self.student.at_work(), self.teacher.at_work():
-            _run_both(student, teacher, batch)
+            _run(student, few), _run(teacher, few)
             seen = self._seen()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -228,11 +231,15 @@ class FeatureTerms:
 
 
 @torch.no_grad()
-def _run_both(student: nn.Module, teacher: nn.Module, batch: Mapping[str, Any]) -> None:
-    was_training = student.training
-    student.eval()
-    student(**batch), teacher(**batch)
-    student.train(was_training)
+def _run(network: nn.Module, batch: Mapping[str, Any], *, to_head: bool = False) -> None:
+    """Args: to_head, whether logits, which of a language model take more than all else, are left out."""
+    was_training = network.training
+    network.eval()
+    if to_head and is_language_model(network):
+        head_input(network, dict(batch))
+    else:
+        network(**batch)
+    network.train(was_training)
 
 
 def _similar(
@@ -243,7 +250,7 @@ def _similar(
         raise CompressLabError(f"blocks {SIMILAR}: a network has no list of blocks, so pairs of paths have to be named")
     both = Watched(student, mine), Watched(teacher, its, is_teacher=True)
     with both[0].at_work(), both[1].at_work():
-        _run_both(student, teacher, batch)
+        _run(student, batch, to_head=True), _run(teacher, batch, to_head=True)
         ours, theirs = (list(watched.take().values()) for watched in both)
     try:
         return ", ".join(f"{m}:{n}" for m, n in enumerate(rising(similarities(ours, theirs))))

@@ -37,7 +37,7 @@ from compresslab.measure import speed
 from compresslab.models import Source, is_transposed
 from compresslab.numerics.gram import best_precision
 from compresslab.numerics.grid import QuantInput, QuantWeight
-from compresslab.pairing import Losses
+from compresslab.pairing import EXAMPLES_SHOWN, Losses
 from compresslab.plan import Unit
 from compresslab.pruning import allocated
 from compresslab.recipe import Recipe, Training
@@ -46,7 +46,7 @@ from compresslab.smoothing import smoothed
 from compresslab.solving import BlockState, Job, Pass, Solved, best_compute_dtype
 from compresslab.stages import LayerMethods, planned, stages_of
 from compresslab.teaching import Lesson
-from compresslab.training import split, train_
+from compresslab.training import collate, split, train_
 
 
 @dataclass
@@ -184,8 +184,8 @@ def taught_on(
     terms = None
     if losses.on_features:
         assert isinstance(teacher, nn.Module)
-        example = {"input_ids": examples[0]["input_ids"][None]}
-        terms = FeatureTerms(student, teacher, losses.on_features, example, examples=len(examples), seed=seed)
+        batch = collate([{"input_ids": one["input_ids"]} for one in examples[:EXAMPLES_SHOWN]])
+        terms = FeatureTerms(student, teacher, losses.on_features, batch, examples=len(examples), seed=seed)
     with contextlib.nullcontext() if terms is None else terms.at_work(student), tempfile.TemporaryDirectory() as folder:
         lesson = Lesson.of(losses.on_logits, student, teacher, examples[0], terms)
         train_(student, examples, training, Path(folder), seed=seed, held_back=held_back, loss=lesson)
