@@ -58,6 +58,9 @@ bench-deploy: $(VENV)/.ready
 	mkdir -p $(DEPLOY)
 	test -d $(DEPLOY)/w4a16-gptq || $(BIN)/compresslab compress smollm2-135m --out $(DEPLOY)/w4a16-gptq
 	$(BIN)/python benchmarks/exporting.py $(DEPLOY)/w4a16-gptq --out results/exports-smollm2.json
+	test -d $(DEPLOY)/w4a16-rtn-symmetric || $(BIN)/compresslab compress smollm2-135m --recipe w4a16-rtn --set symmetric=true \
+		--no-measure --out $(DEPLOY)/w4a16-rtn-symmetric
+	$(BIN)/python benchmarks/exporting.py $(DEPLOY)/w4a16-rtn-symmetric --formats executorch --add --out results/exports-smollm2.json
 	$(BIN)/python benchmarks/encoder_latency.py --work $(DEPLOY)/encoder --out results/encoder-latency-minilm.json
 	$(BIN)/python benchmarks/decoding.py $(DEPLOY)/w4a16-gptq --work $(DEPLOY)/decoding --out results/decoding-smollm2.json
 	$(BIN)/python benchmarks/stopwatch.py smollm2-135m minilm-l6 --out results/stopwatch.json
