@@ -107,7 +107,7 @@ class Settings:
     digits: int = 600
     digits_side: int = 8
     digits_noise: float = 0.1
-    digits_seeds: int = 3
+    digits_seeds: int = 2
     digits_steps: int = 400
     digits_batch: int = 50
     digits_rate: float = 1e-2
