@@ -83,7 +83,7 @@ class Settings:
     language_window: int = 256
     language_batch: int = 4
     language_rate: float = 4e-4
-    encoder_samples: int = 512
+    encoder_samples: int = 256
     encoder_window: int = 128
     encoder_batch: int = 8
     encoder_rate: float = 2e-4
@@ -107,7 +107,7 @@ class Settings:
     digits: int = 600
     digits_side: int = 8
     digits_noise: float = 0.1
-    digits_seeds: int = 3
+    digits_seeds: int = 2
     digits_steps: int = 400
     digits_batch: int = 50
     digits_rate: float = 1e-2
@@ -445,7 +445,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--sst2", type=Path, help="a folder with train.tsv and dev.tsv")
     parser.add_argument("--cifar10", help="CIFAR-10's training split as .parquet")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("results/distillation.json"))
     given = parser.parse_args()
     bench = Bench(given)
