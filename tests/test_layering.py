@@ -42,6 +42,7 @@ ROWS: list[tuple[str, ...]] = [
         "batch_norms",
         "supernet",
         "ranks",
+        "sharding",
         "spilling",
         "prefetching",
         "heads",

@@ -58,10 +58,10 @@ def test_the_loss_is_its_four_terms() -> None:
     assert float(total_variation(pixels)) == pytest.approx(oracle.total_variation(pixels.tolist()))
     terms = {
         "plain": oracle.cross_entropy(logits.tolist(), labels.tolist()), "statistics": norms,
-        "smooth": oracle.total_variation(pixels.tolist()), "small": oracle.size(pixels.tolist()),
+        "variation": oracle.total_variation(pixels.tolist()), "small": oracle.size(pixels.tolist()),
     }  # fmt: skip
     for weights in ((0.0, 0.0, 0.0), (2.0, 0.0, 0.0), (0.0, 3.0, 0.0), (0.0, 0.0, 5.0), (2.0, 3.0, 5.0)):
-        settings = dict(zip(("statistics", "smooth", "small"), weights, strict=True))
+        settings = dict(zip(("statistics", "variation", "small"), weights, strict=True))
         found = float(DeepInversion(**settings).loss(model, pixels, labels))  # type: ignore[arg-type]
         assert found == pytest.approx(terms["plain"] + sum(settings[name] * terms[name] for name in settings))
 
@@ -81,8 +81,8 @@ def test_pictures_the_norms_were_made_for_are_no_distance_away() -> None:
         model(pixel_values=pixels)
     for norm in norms:
         norm._forward_pre_hooks.clear()
-    labels, away = torch.tensor([0, 1, 2, 3]), DeepInversion(smooth=0.0)
-    plain = DeepInversion(smooth=0.0, statistics=0.0)
+    labels, away = torch.tensor([0, 1, 2, 3]), DeepInversion(variation=0.0)
+    plain = DeepInversion(variation=0.0, statistics=0.0)
     assert float(away.loss(model, pixels, labels)) == pytest.approx(float(plain.loss(model, pixels, labels)))
     assert float(away.loss(model, 2 * pixels, labels)) > 1 + float(plain.loss(model, 2 * pixels, labels))
 

@@ -9,7 +9,7 @@ over the batch, and over all places, of what reaches batch norm l now.
 
 Method. From noise x is changed step by step (Adam) to lower
 
-    cross-entropy(T(x), y) + statistics * sum over l of (|mu_l(x) - m_l| + |sigma2_l(x) - v_l|) + smooth * TV(x) + small * |x|
+    cross-entropy(T(x), y) + statistics * sum over l of (|mu_l(x) - m_l| + |sigma2_l(x) - v_l|) + variation * TV(x) + small * |x|
 
 with Euclidean norms. The first term makes every picture one of its class; the second makes the batch one that the teacher could
 have been trained on, at every depth, which is what plain noise and pictures of a class alone lack. TV, the sum over the four
@@ -27,7 +27,7 @@ Cost. pictures / batch * steps forwards and backwards of the teacher.
 
 Differences from the paper. No competition with the student (its adaptive form, equations 6 to 8), so the pictures are less
 diverse; no flips, which a digit or a letter does not survive; a cosine of the rate; no bounds on pixels. The authors' code takes
-2,000 steps on CIFAR-10 with statistics at 10; in the 200 of ours the classes would not be found so, hence 1. Rate, smooth and
+2,000 steps on CIFAR-10 with statistics at 10; in the 200 of ours the classes would not be found so, hence 1. Rate, variation and
 shift are theirs. Where a picture has but one place, as in 8 x 8 pixels, shift 0 is better.
 
 Oracle. tests/oracles/inversion.py: the terms in loops over pictures, places and channels in float64, from what plain hooks see.
@@ -58,7 +58,7 @@ class DeepInversion:
         steps: of every batch.
         rate: Adam's, at first.
         statistics: what those of the batch norms count for; 0 leaves them out, and then it is no more than pictures of a class.
-        smooth: what total variation counts for.
+        variation: what total variation counts for.
         small: what the size of the pictures counts for.
         shift: pixels.
     """
@@ -78,7 +78,7 @@ class DeepInversion:
     steps: int = 200
     rate: float = 0.1
     statistics: float = 1.0
-    smooth: float = 0.001
+    variation: float = 0.001
     small: float = 0.0
     shift: int = 2
 
@@ -87,10 +87,10 @@ class DeepInversion:
             raise ValueError(
                 f"pictures and batch are 2 or more and steps 1 or more, not {self.pictures}, {self.batch}, {self.steps}"
             )
-        if not self.rate > 0 or min(self.statistics, self.smooth, self.small, self.shift) < 0:
+        if not self.rate > 0 or min(self.statistics, self.variation, self.small, self.shift) < 0:
             raise ValueError(
-                f"rate is above 0, statistics, smooth, small and shift 0 or above, not {self.rate}, {self.statistics}, "
-                f"{self.smooth}, {self.small}, {self.shift}"
+                f"rate is above 0, statistics, variation, small and shift 0 or above, not {self.rate}, {self.statistics}, "
+                f"{self.variation}, {self.small}, {self.shift}"
             )
 
     def made(
@@ -136,8 +136,8 @@ class DeepInversion:
             if not apart:
                 raise ValueError("there is no batch norm with statistics in the teacher to draw pictures out of")
             found.append(self.statistics * torch.stack(apart).sum())
-        if self.smooth:
-            found.append(self.smooth * total_variation(pixels))
+        if self.variation:
+            found.append(self.variation * total_variation(pixels))
         if self.small:
             found.append(self.small * torch.linalg.vector_norm(pixels))
         return torch.stack(found).sum()
