@@ -61,6 +61,7 @@ if foretell:
     say("foretold", {"seconds": estimate.seconds, "memory_bytes": estimate.memory_bytes, "parts": estimate.parts})
 _, report = pipeline.compress(model, recipe, data, out=out, settings=settings, measure=False, memory=memory)
 say("seconds", report.seconds)
+say("layers", sum(layer.seconds for layer in report.layers))
 """
 
 
@@ -125,10 +126,19 @@ def compressed(
     data: str | None = None,
     settings: dict[str, Any] | None = None,
     memory: str | None = None,
+    go_on: bool = False,
 ) -> dict[str, Any]:
-    """One whole compression, with what was foretold of it."""
-    forget(model)
-    command = job(model, fresh(out), recipe, data, settings or {}, foretell=True, memory=memory)
+    """One whole compression, with what was foretold of it.
+
+    Args:
+        go_on: with what a run that was killed has left, if there is any; the stages' seconds are then those of the rest, while
+            the layers' own seconds are all there.
+    """
+    command = job(model, out, recipe, data, settings or {}, foretell=True, memory=memory)
+    went_on = go_on and out.with_name(out.name + ".partial").exists()
+    if not went_on:
+        forget(model)
+        fresh(out)
     lines, seconds, peak, code = process(command)
     if code:
         raise SystemExit(f"{recipe} on {model} ended with {code}")
@@ -141,6 +151,8 @@ def compressed(
         "peak_bytes": peak,
         "by_stage": said["seconds"],
         "solved": solved,
+        "solved_by_layers": said["layers"],
+        "went_on": went_on,
         "foretold": said["foretold"],
     }
 
@@ -175,7 +187,7 @@ class Bench:
         return compressed(self.model(self.shape), self.out, "w4a16-rtn")
 
     def hqq(self) -> dict[str, Any]:
-        return compressed(self.model(self.shape), self.out, "w4a16-hqq")
+        return compressed(self.model(self.shape), self.out, "w4a16-hqq", go_on=True)
 
     def gptq(self) -> dict[str, Any]:
         settings = {"calibration.samples": 16, "calibration.sequence_length": 512}
