@@ -32,25 +32,22 @@ class Spread:
     """
 
     def __init__(self, root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, size: int) -> None:
-        self._root = root
         self._before = [_Before(module) for module in root.modules()]
         mesh = init_device_mesh(device.type, (size,))
         scalars = {parameter for parameter in root.parameters() if parameter.dim() == 0}  # they have no part to keep
-        self._whole = {parameter: parameter.shape for parameter in root.parameters() if parameter not in scalars}
+        self._parted = set(root.parameters()) - scalars
         for module in (*blocks, root):
             fully_shard(module, mesh=mesh, ignored_params=scalars)
-        for parameter in self._whole:
+        for parameter in self._parted:
             parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def gather_(self) -> None:
         """Undo it: every rank has the whole network, with the values of now."""
-        places = [(before.module, name) for before in self._before for name in before.parameters]
         values: dict[nn.Parameter, Tensor] = {}
-        for (module, name), before in zip(
-            places, (p for b in self._before for p in b.parameters.values()), strict=True
-        ):
-            if before in self._whole and before not in values:
-                values[before] = whole(module._parameters[name].detach())  # type: ignore[union-attr]
+        for found in self._before:
+            for name, parameter in found.parameters.items():
+                if parameter in self._parted and parameter not in values:
+                    values[parameter] = whole(found.module.get_parameter(name).detach())
         for found in self._before:
             found.restore_()
         for parameter, value in values.items():

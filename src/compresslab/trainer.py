@@ -88,9 +88,9 @@ def run_(
         notice = _back_to_best_(trainer, stop, settings)
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if together is not None:
-            together.gather_()
         model.eval()
+    if together is not None:  # not where this rank alone has failed: it would wait for the others, who wait for it
+        together.gather_()
     team.take_leaders_(model.state_dict().values())  # statistics of batches are each rank's own
     return trainer.state, notice
 
