@@ -79,6 +79,8 @@ bench-scale: $(VENV)/.ready
 # SST2=FOLDER and CIFAR10=FILE.parquet add the parts that need them.
 TAUGHT ?= bench-distill-out
 bench-distill: $(VENV)/.ready
+	$(BIN)/compresslab peers install trl
+	$(BIN)/python benchmarks/distill_loss.py
 	$(BIN)/python benchmarks/distillation.py --work $(TAUGHT) --out results/distillation.json \
 		--parts language encoder data_free $(if $(SST2),sentences) $(if $(CIFAR10),pictures) \
 		$(if $(SST2),--sst2 $(SST2)) $(if $(CIFAR10),--cifar10 $(CIFAR10))

@@ -4,15 +4,16 @@
       -> dense:  logits of all rows, torch's kl_div and cross_entropy, autograd
       -> fused:  distill/fused.py with a live teacher's head
       -> cached: distill/fused.py with the teacher's 64 most likely tokens, read from records of a cache
+      -> trl:    the loss of TRL's GKDTrainer at beta 0, which is the divergence without a share of labels, in TRL's environment
       -> memory: each in a process of its own, the high-water mark less what was resident before the step
-      -> time:   in turn in one process, forward and backward, A B C A B C ...; medians of the rounds' ratios -> JSON
+      -> time:   in turn in one process, forward and backward, A B C A B C ... (TRL in its own, which waits meanwhile); medians -> JSON
 
     python benchmarks/distill_loss.py                      # vocabulary 151,936, 1,024 tokens, width 896 (Qwen2.5-0.5B)
     python benchmarks/distill_loss.py --device cuda
+    compresslab peers install trl              # without it, TRL is not among the sides
 
 Seconds are of the processor on one thread, which other programs on the machine disturb least; `wall` is beside them. No side is
 charged for the networks below their heads: of the teacher's forward, which a cache saves whole, only the head is in the figures.
-TRL is not among the sides: it is not installed here, and its loss is the dense one.
 
 The weights are random, so the teacher is unsure of everything and its cache leaves out nearly all: that changes no second and no
 byte. What a cache costs in quality has to be measured on a real teacher.
@@ -27,6 +28,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compresslab.contract import TopK
@@ -42,11 +45,41 @@ from compresslab.distill.fused import TeacherHead, head_loss
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.measure.environment import cpu_name, peak_memory_bytes
+from compresslab.peers import environments
+from compresslab.peers.registry import peer
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "distill-loss.json"
 SIDES = ("dense", "fused", "cached")
 TEMPERATURE, K = 2.0, 64
 LOSSES = (SoftLabels(temperature=TEMPERATURE, weight=0.9), HardLabels(weight=0.1))
+
+
+class Theirs:
+    """TRL's loss on the same tensors, in a process of its own that waits to be asked."""
+
+    def __init__(self, step: Step, given: argparse.Namespace) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "given.safetensors"
+            tensors = {"hidden": step.hidden, "head": step.head.weight, "their_hidden": step.their_hidden}
+            tensors |= {"their_weight": step.their_weight, "labels": step.labels, "counts": step.counts}
+            save_file({name: tensor.detach() for name, tensor in tensors.items()}, file)
+            script = Path(__file__).parent / "peers" / "trl_loss.py"
+            python = environments.python(peer("trl"))
+            command = [str(python), str(script), str(file), str(TEMPERATURE), str(given.threads), given.device]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.first = self.ask("memory")  # which also tells that the file has been read
+
+    def ask(self, what: str) -> dict[str, float]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, float] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 class Step:
@@ -88,9 +121,9 @@ class Step:
         soft = (soft.sum(1) * self.counts).sum() / self.counts.sum()
         return 0.9 * TEMPERATURE**2 * soft + 0.1 * nn.functional.cross_entropy(z, labels, ignore_index=-100)
 
-    def fused(self) -> Tensor:
+    def fused(self, losses: tuple[Any, ...] = LOSSES) -> Tensor:
         teacher = TeacherHead(hidden=self.their_hidden[self.counts], weight=self.their_weight)
-        return head_loss(self.hidden[self.counts], self.head, teacher, self.labels[self.counts], LOSSES)
+        return head_loss(self.hidden[self.counts], self.head, teacher, self.labels[self.counts], losses)
 
     def cached(self) -> Tensor:
         ids, log_probs = teacher_cache.unpacked(self.records, K)
@@ -170,25 +203,41 @@ def main() -> None:
     step = Step(given)
     step.ask_teacher()
     found = agreement(step)  # which also warms up
+    theirs = Theirs(step, given) if environments.is_installed(peer("trl")) else None
     rounds: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
+    if theirs is None:
+        print("TRL is left out: compresslab peers install trl", file=sys.stderr)
+    else:
+        memory["trl"], rounds["trl"] = int(theirs.first["extra_bytes"]), []
+        alone = (SoftLabels(temperature=TEMPERATURE),)
+        divergence = float(step.fused(alone).detach()) / TEMPERATURE**2
+        found["trl_loss"] = abs(theirs.first["loss"] - divergence) / divergence
     for _ in range(given.rounds):
         for side in SIDES:
             rounds[side].append(timed(lambda side=side: step.run(side), given.device))
             gc.collect()
+        if theirs is not None:
+            answer = theirs.ask("step")
+            rounds["trl"].append((answer["seconds"], answer["wall"]))
+    if theirs is not None:
+        theirs.close()
     kind = 0 if given.device == "cpu" else 1
-    seconds = {side: statistics.median(times[kind] for times in rounds[side]) for side in SIDES}
-    ratios = {
-        side: [a[kind] / b[kind] for a, b in zip(rounds["dense"], rounds[side], strict=True)] for side in SIDES[1:]
-    }
+    seconds = {side: statistics.median(one[kind] for one in times) for side, times in rounds.items()}
+
+    def faster_than(slow: str) -> dict[str, list[float]]:
+        pairs = {side: zip(rounds[slow], rounds[side], strict=True) for side in ("fused", "cached")}
+        return {side: [a[kind] / b[kind] for a, b in both] for side, both in pairs.items()}
+
+    ratios = {slow: faster_than(slow) for slow in ("dense", "trl") if slow in rounds}
     result = {
         "vocabulary": given.vocabulary, "tokens": given.tokens, "counted": int(step.counts.sum()), "width": given.width,
         "k": K, "temperature": TEMPERATURE, "threads": given.threads, "rounds": given.rounds,
         "device": cpu_name() if given.device == "cpu" else torch.cuda.get_device_name(),
         "others_on_the_machine": f"load average {os.getloadavg()[0]:.1f}",
-        "seconds": seconds, "wall_seconds": {s: statistics.median(t[1] for t in rounds[s]) for s in SIDES},
-        "times_faster_than_dense": {s: statistics.median(r) for s, r in ratios.items()},
-        "every_ratio": ratios,
-        "extra_bytes": memory, "times_less_memory": {s: memory["dense"] / memory[s] for s in SIDES[1:]},
+        "seconds": seconds, "wall_seconds": {s: statistics.median(t[1] for t in times) for s, times in rounds.items()},
+        "times_faster_than": {slow: {s: statistics.median(r) for s, r in those.items()} for slow, those in ratios.items()},
+        "every_ratio": ratios, "extra_bytes": memory,
+        "times_less_memory_than": {slow: {s: memory[slow] / memory[s] for s in SIDES[1:]} for slow in ratios},
         "cache_bytes_per_token": step.records.shape[1], "left_out_by_the_cache": step.left_out, "differences": found,
     }  # fmt: skip
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
