@@ -90,7 +90,7 @@ class Settings:
     simcse_temperature: float = 0.05
     features_samples: int = 72
     features_window: int = 64
-    sentences_epochs: float = 0.34
+    sentences_epochs: float = 2.0
     sentences_batch: int = 32
     sentences_rate: float = 1e-4
     sentences_temperature: float = 2.0
