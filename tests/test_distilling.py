@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 from torch import Tensor
 
 import tiny
-from compresslab import caching, models, pairing, pipeline, recipe, teaching
+from compresslab import caching, doubting, models, pairing, pipeline, recipe
 from compresslab.caching import teach_cache
 from compresslab.contract import TopK
 from compresslab.data.labelled import Example
@@ -287,15 +288,6 @@ def test_a_teacher_worse_than_its_student(place: Path, tmp_path: Path) -> None:
     assert "was its head ever trained?" in notice
 
 
-def test_doubts_are_of_numbers() -> None:
-    assert teaching.doubts(1.0, 1.5, 3.0) == []
-    assert "worse than the student" in teaching.doubts(1.6, 1.5, 3.0)[0]
-    assert "leaves out 30 %" in teaching.doubts(1.0, None, 3.0, rest=0.3)[0]
-    assert "ever trained" in teaching.doubts(3.0, 3.1, 3.0)[0]
-    rows: list[Example] = [{"labels": torch.tensor([9, 0, 0, 1, -100])}, {"labels": torch.tensor([9, 1])}]
-    assert teaching.entropy_of_labels(rows, True) == pytest.approx(float(np.log(2)))
-
-
 def test_tokenizers_that_differ(place: Path, tmp_path: Path) -> None:
     student = tiny.save("llama", tmp_path / "student")
     path = student / "tokenizer.json"
@@ -446,8 +438,11 @@ def test_a_cache_says_what_the_teacher_says(place: Path, tmp_path: Path) -> None
     torch.testing.assert_close(near, top.values, rtol=1e-4, atol=1e-4)  # the same ones, but for ties
     torch.testing.assert_close(found.log_probs, near, rtol=0.05, atol=0.02)
     assert kept.manifest["rest_mean"] == pytest.approx(_left_out(teacher, material.examples), rel=1e-3)
-    nats = teaching.cross_entropy(teacher, material.examples, 8)
+    nats = doubting.cross_entropy(teacher, material.examples, 8)
     assert kept.manifest["facts"]["cross_entropy"] == pytest.approx(nats, rel=1e-4)
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(teacher(input_ids=row[None]).logits[0, :-1], row[1:], reduction="none")
+    torch.testing.assert_close(kept.nats([(row, torch.ones(15, dtype=torch.bool))]), each, rtol=1e-3, atol=1e-3)
 
 
 def _left_out(teacher: Any, rows: list[Example]) -> float:
@@ -503,12 +498,14 @@ def test_a_killed_cache_goes_on_with_the_same_bytes(
         cached(place, tmp_path / "killed", progress=pipeline.Progress(step=kill))
     with (tmp_path / "killed.partial" / "rows.bin").open("ab") as handle:
         handle.write(b"half a record")  # what a kill leaves of a batch
+    with (tmp_path / "killed.partial" / "nats.bin").open("ab") as handle:
+        handle.write(b"?")
     asked = []
     said = caching._said
     monkeypatch.setattr(caching, "_said", lambda *a: (asked.append(0), said(*a))[1])
     again = cached(place, tmp_path / "killed")
     assert len(asked) == 3
-    for name in ("rows.bin", "index.npy", "manifest.json"):
+    for name in ("rows.bin", "nats.bin", "index.npy", "manifest.json"):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     assert not (tmp_path / "killed.partial").exists()
     with pytest.raises(CompressLabError, match="unfinished cache of another temperature"):
@@ -539,6 +536,23 @@ def test_a_cache_of_something_else_is_refused_naming_what(
     teacher, given = place / str(options.pop("teacher", "teacher")), options.pop("given", chosen())
     with pytest.raises(CompressLabError, match=named):
         distill(teacher, Shape(layers=2), given, out=tmp_path / "out", **options)  # type: ignore[arg-type]
+
+
+def test_a_cache_of_a_teacher_whose_tokenizer_was_changed_is_refused(place: Path, tmp_path: Path) -> None:
+    """The data are token ids, so that nothing else would tell: a merge of other pieces, say."""
+    kept = cached(place, tmp_path / "cache")
+    assert len(kept.manifest["key"]["tokenizer"]["sha256"]) == 64
+    changed = tmp_path / "teacher"
+    shutil.copytree(place / "teacher", changed)
+    told = {"student": Shape(layers=2), "recipe": chosen(), "data": str(place / "text.txt"), "measure": False}
+    distill(changed, out=tmp_path / "same", cache=kept.folder, **told)  # type: ignore[arg-type]
+    raw = json.loads((changed / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["normalizer"] = {"type": "Lowercase"}
+    (changed / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(
+        CompressLabError, match=r"is of another tokenizer \(tokenizer: sha256 \w{8}, not sha256 \w{8}\)"
+    ):
+        distill(changed, out=tmp_path / "out", cache=kept.folder, **told)  # type: ignore[arg-type]
 
 
 def test_a_batch_that_is_not_in_the_cache_is_named_by_its_tokens(place: Path, tmp_path: Path) -> None:
@@ -598,7 +612,7 @@ def test_the_commands(
         monkeypatch, capsys, "teach-cache", place / "teacher", *common, "--out", tmp_path / "cache", "--json"
     )
     assert code == 0
-    assert json.loads(said)["bytes"] == 24 * 15 * 208
+    assert json.loads(said)["bytes"] == 24 * 15 * 210
     code, said, told = tiny.run_cli(
         monkeypatch, capsys, "distill", place / "teacher", *common, "--layers", "2", "--cache", tmp_path / "cache",
         "--out", tmp_path / "out", "--no-measure",

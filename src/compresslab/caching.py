@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresslab import learning, models, teaching
+from compresslab import doubting, learning, models, teaching
 from compresslab.damage import whole_model
 from compresslab.data.labelled import Example, examples_sha256
 from compresslab.distill import teacher_cache
@@ -74,36 +74,33 @@ def teach_cache(
             if place * size_of_batch >= done:
                 writer.add(*_said(network, part, key["temperature"], k, where))
             progress.step("a batch of examples")
-        facts = {
-            "cross_entropy": writer.nats / max(writer.rows, 1),
-            "examples": len(examples),
-            "version": environment.version(),
-        }
+        by_frequency = doubting.entropy_of_labels(examples, is_language_model=True)
+        facts = {"examples": len(examples), "entropy_of_labels": by_frequency, "version": environment.version()}
         return writer.publish(facts)
 
 
 @torch.no_grad()
 def _said(
     network: nn.Module, examples: Sequence[Example], temperature: float, k: int, where: torch.device
-) -> tuple[list[tuple[bytes, int]], Tensor, Tensor, float]:
-    """The digest and rows of every example, the k most likely tokens of all rows with their log-probabilities, and the sum of the
-    labels' nats."""
+) -> tuple[list[tuple[bytes, int]], Tensor, Tensor, Tensor]:
+    """The digest and rows of every example, the k most likely tokens of all rows with their log-probabilities, and the nats of
+    the tokens that came."""
     batch = {key: value.to(where) for key, value in collate(examples).items()}
     labels = batch.pop("labels")[:, 1:]
     counted = labels != IGNORED_LABEL
     rows = teaching.rows_of(batch, counted)
     named = [(teacher_cache.digest(ids, mask), int(mask.sum())) for ids, mask in rows]
     head = teaching.hidden_rows(network, batch, counted)
-    found: list[tuple[Tensor, Tensor]] = []
-    rows_at_once, nats = max(1, CHUNK_BYTES // (4 * len(head.weight))), 0.0
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    rows_at_once = max(1, CHUNK_BYTES // (4 * len(head.weight)))
     for hidden, own in zip(head.hidden.split(rows_at_once), labels[counted].split(rows_at_once), strict=True):
         logits = nn.functional.linear(hidden, head.weight, head.bias).float()
-        nats += float(nn.functional.cross_entropy(logits, own, reduction="sum"))
+        nats = nn.functional.cross_entropy(logits, own, reduction="none")
         logits /= temperature
         top = logits.topk(k, dim=1)
-        found.append((top.indices, top.values - logits.logsumexp(1, keepdim=True)))
-    ids, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return named, ids, log_probs, nats
+        found.append((top.indices, top.values - logits.logsumexp(1, keepdim=True), nats))
+    ids, log_probs, every = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return named, ids, log_probs, every
 
 
 def _cache_key(teacher: Source, material: Material, losses: Losses) -> dict[str, Any]:
@@ -115,6 +112,7 @@ def _cache_key(teacher: Source, material: Material, losses: Losses) -> dict[str,
         fields |= {"samples": found.samples, "sequence_length": material.calibration.sequence_length}
     return {
         "teacher": {"name": teacher.name, "sha256": teacher.weights.sha256},
+        "tokenizer": {"sha256": teacher.tokenizer_sha256()},
         "data": fields,
         "temperature": losses.temperature,
     }

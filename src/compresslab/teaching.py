@@ -1,4 +1,4 @@
-"""Teaching: what a student is told of a batch by its teacher, and what can be said beforehand of the two.
+"""Teaching: what a student is told of a batch by its teacher.
 
     batch -> student, up to its head ----------------------------+
           -> teacher, up to its head; or its cache, by token ids -+-> fused head and losses (distill/fused.py) -> a number
@@ -19,15 +19,11 @@ from compresslab import models
 from compresslab.contract import LogitLoss, TopK
 from compresslab.data.labelled import Example
 from compresslab.distill.fused import Teacher, TeacherHead, head_loss, logit_loss
-from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
 from compresslab.features import FeatureTerms
 from compresslab.heads import head_input, head_of, is_plain
 from compresslab.training import IGNORED_LABEL, collate
-
-MUCH_LEFT_OUT = 0.25  # of a teacher's mass
-KNOWS_NOTHING = 0.98  # of the entropy of labels: whoever knows how frequent they are has all of it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,58 +139,3 @@ def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _on(network: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next(network.parameters()).device
     return {key: value.to(device) for key, value in batch.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What can be said beforehand
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def cross_entropy(network: nn.Module, examples: Sequence[Example], batch: int) -> float:
-    """Nats per label, as the network stands."""
-    lesson = Lesson.of((HardLabels(),), network, None, examples[0])
-    total, count = 0.0, 0
-    for start in range(0, len(examples), batch):
-        part = _on(network, collate(examples[start : start + batch]))
-        labels = part["labels"][:, 1:] if models.is_language_model(network) else part["labels"]
-        rows = int((labels != IGNORED_LABEL).sum())
-        total += rows * float(lesson(network, part))
-        count += rows
-    return total / max(count, 1)
-
-
-def entropy_of_labels(examples: Sequence[Example], is_language_model: bool) -> float:
-    """Nats that are left to who knows nothing but how frequent each label is."""
-    rows = [
-        example["labels"].reshape(-1)[1:] if is_language_model else example["labels"].reshape(1) for example in examples
-    ]
-    labels = torch.cat(rows)
-    _, counts = labels[labels != IGNORED_LABEL].unique(return_counts=True)
-    share = counts.double() / counts.sum()
-    return float(-(share * share.log()).sum())
-
-
-def doubts(teacher: float, student: float | None, chance: float, rest: float = 0.0) -> list[str]:
-    """What a user should know of a teacher, from cross-entropies in nats; the student's None where it has not been asked.
-
-    Args:
-        rest: the share of the teacher's mass that a cache left out.
-    """
-    found = []
-    if rest > MUCH_LEFT_OUT:
-        found.append(
-            f"the cache leaves out {100 * rest:.0f} % of the teacher's mass: lower the temperature, raise --k, or take the "
-            "teacher itself"
-        )
-    if teacher > KNOWS_NOTHING * chance:
-        found.append(
-            f"the teacher knows no more than how frequent each label is ({teacher:.3f} nats, {chance:.3f} by frequency alone): "
-            "was its head ever trained?"
-        )
-    if student is not None and teacher > student:
-        found.append(
-            f"the teacher is worse than the student on the examples held back ({teacher:.3f} and {student:.3f} nats): it has "
-            "little to teach"
-        )
-    return found

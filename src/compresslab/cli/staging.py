@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compresslab.cli.compressing import announce_fetch, bars
-from compresslab.cli.console import Device, Json, Seed, app, out_console, settings_of
+from compresslab.cli.console import Device, Json, Seed, app, out_console, settings_of, warn
 from compresslab.errors import CompressLabError, unknown
 
 
@@ -58,6 +58,9 @@ def distill_stages(
             evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     artifact, report = found[-1]
+    for number, (_, one) in enumerate(found, start=1):
+        notice = (one.data or {})["training"]["notice"]
+        warn(f"stage {number}: {notice}" if notice else "")
     if as_json:
         print(report.model_dump_json(indent=1))  # noqa: T201
         return
