@@ -7,12 +7,13 @@ accelerate, by which several ranks share out every batch (`torchrun`).
 - The same bits every time, on one processor: batches and dropout depend on the seed alone.
 - Killed and called again with the same folder, it goes on from its last checkpoint, with the same bits.
 - A share of the examples is held back (or given), and the network that leaves is the one with the lowest loss on them.
-- A loss that is not a finite number ends the training: at the best checkpoint, and the record says so; or, where there is none
-  yet, with an error.
+- A loss that is not a finite number ends the training: at the best checkpoint, or where there is none yet with the network as it
+  was before, and the record says so. It is an error where nothing is known to be good: at the first step, or before `best_from`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Record:
 
     Attributes:
         losses: (step, loss on the examples held back) of every check.
-        best_step: whose network it was that left.
+        best_step: whose network it was that left; 0 for the one that came, where the training diverged before its first check.
         notice: anything out of the ordinary that the report must tell, else "".
     """
 
@@ -48,7 +49,8 @@ class Record:
 
     @property
     def best_loss(self) -> float:
-        return dict(self.losses)[self.best_step]
+        """Of the network that left; infinite where no check was of it."""
+        return dict(self.losses).get(self.best_step, math.inf)
 
 
 def nothing() -> None:
@@ -85,7 +87,8 @@ def train_(
         device: the CPU unless it is named.
 
     Raises:
-        CompressLabError: too few examples; no labels where they are needed; a loss that is not finite before the first check.
+        CompressLabError: too few examples; no labels where they are needed; a loss that is not finite at the first step, or
+            before `best_from`.
     """
     if held_back is None:
         examples, held_back = split(examples, settings.held_back, seed)
@@ -99,7 +102,7 @@ def train_(
         keep_step=keep_step, device=device or torch.device("cpu"),
     )  # fmt: skip
     losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
-    best = int(str(state.best_model_checkpoint).rpartition("-")[2])
+    best = 0 if state.best_model_checkpoint is None else int(state.best_model_checkpoint.rpartition("-")[2])
     return Record(
         steps=state.global_step, examples=len(examples), losses=tuple(losses.items()), best_step=best, notice=notice
     )

@@ -66,10 +66,10 @@ def distill_stages(
         return
     for number, (_, one) in enumerate(found, start=1):
         trained = (one.data or {})["training"]
+        best = min(trained["losses"], key=float, default="none that was taken")
         out_console.print(
-            f"stage {number}: {one.title}; loss {trained['loss_before']} to {min(trained['losses'], key=float)}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"stage {number}: {one.title}; loss {trained['loss_before']} to {best}", highlight=False, soft_wrap=True
+        )
     out_console.print(render.to_terminal(report))
     out_console.print(f"\nartifact  {artifact.folder}", highlight=False, soft_wrap=True)
 
