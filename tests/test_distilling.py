@@ -15,11 +15,12 @@ import transformers
 from torch import Tensor
 
 import tiny
-from compresslab import caching, doubting, models, pairing, pipeline, recipe
+from compresslab import caching, doubting, models, pairing, pipeline, recipe, teaching
 from compresslab.caching import teach_cache
 from compresslab.contract import TopK
 from compresslab.data.labelled import Example
 from compresslab.distill import teacher_cache
+from compresslab.distill.fused import After
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distill.teacher_cache import TeacherCache
@@ -99,7 +100,9 @@ def test_a_student_learns_and_is_a_plain_folder_that_says_where_it_comes_from(pl
     assert report.parity.tensors == 2 * 7 + 1
     assert {m.name for m in report.after} >= {"disk_bytes", "weight_bytes"}
     page = (artifact.folder / "report.html").read_text(encoding="utf-8")
-    assert f"step {training['best_step']}: {min(losses):g}" in page
+    assert f"step {training['best_step']}: {min(losses):g} (held back)" in page
+    assert len(training["training_losses"]) == 3
+    assert f": {float(training['training_losses'][1]):g} (in training" in page
     text = (artifact.folder / "README.md").read_text(encoding="utf-8")
     assert "soft-labels" in text
 
@@ -375,8 +378,7 @@ def test_a_lesson_counts_what_counts(kind: str) -> None:
     )
     losses, rows = (SoftLabels(weight=0.9), HardLabels(weight=0.1)), examples()
     lesson = Lesson.of(losses, student, teacher, rows[0])
-    assert lesson.plain_student
-    assert lesson.plain_teacher
+    assert (lesson.after_student, lesson.after_teacher) == (After(), After())
     found = float(lesson(student, collate(rows)).detach())
     assert found == pytest.approx(by_hand(student, teacher, rows), rel=1e-4)
 
@@ -394,9 +396,73 @@ def test_logits_that_are_changed_after_the_head_are_taken_as_they_are(monkeypatc
 
         monkeypatch.setattr(network, "forward", capped)
     lesson = Lesson.of(losses, student, teacher, rows[0])
-    assert not lesson.plain_student
+    assert lesson.after_student is lesson.after_teacher is None
     found = float(lesson(student, collate(rows)).detach())
     assert found == pytest.approx(by_hand(student, teacher, rows), rel=1e-4)
+
+
+SHAPE = {
+    "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
+    "initializer_range": 0.2,
+}  # fmt: skip
+CHANGED: dict[str, tuple[Any, Any, dict[str, Any], After]] = {
+    "gemma2": (
+        transformers.Gemma2Config, transformers.Gemma2ForCausalLM,
+        {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 32}, After(cap=3.0),
+    ),
+    "granite": (
+        transformers.GraniteConfig, transformers.GraniteForCausalLM, {"logits_scaling": 4.0}, After(scale=0.25),
+    ),
+    "cohere": (
+        transformers.CohereConfig, transformers.CohereForCausalLM, {"logit_scale": 0.125}, After(scale=0.125),
+    ),
+}  # fmt: skip
+
+
+def changing(kind: str, seed: int = 0) -> Any:
+    """A tiny network that caps or scales its logits behind its head, by so much that it shows."""
+    config, network, more, _ = CHANGED[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return network(config(**SHAPE | more)).eval()
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_caps_and_scales_behind_the_head_go_through_the_fused_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = changing(kind, 1), changing(kind, 2)
+    losses, rows = (SoftLabels(weight=0.9), HardLabels(weight=0.1)), examples()
+    lesson = Lesson.of(losses, student, teacher, rows[0])
+    assert (lesson.after_student, lesson.after_teacher) == (CHANGED[kind][3], CHANGED[kind][3])
+    wanted = by_hand(student, teacher, rows)
+    monkeypatch.setattr(teaching, "whole_logits", lambda *a: pytest.fail("logits were taken whole"))
+    assert float(lesson(student, collate(rows)).detach()) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*CHANGED, "unknown"])
+def test_a_cache_of_a_teacher_that_changes_its_logits_behind_the_head(
+    kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = changing("gemma2" if kind == "unknown" else kind)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny.save_tokenizer(tmp_path / "teacher")
+    if kind == "unknown":  # to us; its logits are taken whole
+        monkeypatch.setattr("compresslab.caching.after_head", lambda *a: None)
+    text, given = str(place / "text.txt"), chosen({"method": "soft-labels", "temperature": 1.0}, epochs=1)
+    kept = teach_cache(tmp_path / "teacher", given, text, out=tmp_path / "cache", k=196)
+    material = pairing.material_of(models.find(tmp_path / "teacher"), given, text, 0)
+    asked = [(row["input_ids"], torch.ones(15, dtype=torch.bool)) for row in material.examples[:6]]
+    ids = torch.stack([row for row, _ in asked])
+    with torch.no_grad():
+        logs = teacher(input_ids=ids).logits[:, :-1].log_softmax(2).flatten(0, 1)
+    found = kept.rows(asked)
+    torch.testing.assert_close(found.log_probs, logs.gather(1, found.ids), rtol=0.05, atol=0.02)
+    nats = -logs.gather(1, ids[:, 1:].reshape(-1, 1)).squeeze(1)
+    torch.testing.assert_close(kept.nats(asked), nats, rtol=2e-3, atol=2e-3)
+    _, report = distill(
+        tmp_path / "teacher", Shape(layers=1), given, text, out=tmp_path / "out", cache=kept.folder, measure=False
+    )
+    assert min(map(float, report.data["training"]["losses"])) < float(report.data["training"]["loss_before"])
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------

@@ -163,6 +163,31 @@ def test_a_loss_that_was_never_a_number_is_an_error(tmp_path: Path) -> None:
         run(tmp_path, loss=diverging(after=0))
 
 
+def test_the_loss_of_the_steps_between_checks_is_kept(tmp_path: Path) -> None:
+    """Of every step, the last few too that make no whole stretch between two checks."""
+    seen: list[float] = []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = model(**batch).loss
+        if model.training:
+            seen.append(float(found.detach()))
+        return found
+
+    settings = Training(steps=11, learning_rate=3e-3, batch=4, checks=3)
+    _, record = run(tmp_path / "whole", settings, loss=loss)
+    parts = [seen[:4], seen[4:8], seen[8:]]
+    assert [step for step, _ in record.training_losses] == [step for step, _ in record.losses] == [4, 8, 11]
+    wanted = [sum(part) / len(part) for part in parts]
+    assert [value for _, value in record.training_losses] == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tmp_path / "killed",
+            settings,
+            on_step=lambda p: (_ for _ in ()).throw(KeyboardInterrupt) if p > 0.5 else None,
+        )
+    assert run(tmp_path / "killed", settings)[1] == record
+
+
 def test_what_a_training_began_with_is_kept_only_until_its_first_check(tmp_path: Path) -> None:
     there = []
 

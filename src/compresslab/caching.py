@@ -17,9 +17,10 @@ from compresslab import doubting, learning, models, teaching
 from compresslab.damage import whole_model
 from compresslab.data.labelled import Example, examples_sha256
 from compresslab.distill import teacher_cache
+from compresslab.distill.fused import After, TeacherHead, part_of
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
-from compresslab.heads import is_plain
+from compresslab.heads import after_head
 from compresslab.learning import Material
 from compresslab.measure import environment
 from compresslab.models import Source
@@ -63,16 +64,16 @@ def teach_cache(
     key = _cache_key(source, material, losses)
     teacher_cache.check_k(k, models.vocabulary_size(source.skeleton()))
     network = whole_model(source, where, torch.float32)
-    examples, size_of_batch = material.examples, learning.batch_size(len(material.examples[0]["input_ids"]))
-    if not is_plain(network, {"input_ids": examples[0]["input_ids"][None].to(where)}):
-        raise CompressLabError(f"{source.name} changes its logits after its head, which a cache cannot be made of yet")
+    examples = material.examples
+    after = after_head(network, {"input_ids": examples[0]["input_ids"][None].to(where)})
+    size_of_batch = 1 if after is None else learning.batch_size(len(examples[0]["input_ids"]))  # logits would be whole
     batches = [examples[i : i + size_of_batch] for i in range(0, len(examples), size_of_batch)]
     progress.stage("ask", len(batches))
     with teacher_cache.Writer(Path(out), key | {"k": k}, k, force) as writer:
         done = len(writer.entries)
         for place, part in enumerate(batches):
             if place * size_of_batch >= done:
-                writer.add(*_said(network, part, key["temperature"], k, where))
+                writer.add(*_said(network, part, after, key["temperature"], k, where))
             progress.step("a batch of examples")
         by_frequency = doubting.entropy_of_labels(examples, is_language_model=True)
         facts = {"examples": len(examples), "entropy_of_labels": by_frequency, "version": environment.version()}
@@ -81,7 +82,12 @@ def teach_cache(
 
 @torch.no_grad()
 def _said(
-    network: nn.Module, examples: Sequence[Example], temperature: float, k: int, where: torch.device
+    network: nn.Module,
+    examples: Sequence[Example],
+    after: After | None,
+    temperature: float,
+    k: int,
+    where: torch.device,
 ) -> tuple[list[tuple[bytes, int]], Tensor, Tensor, Tensor]:
     """The digest and rows of every example, the k most likely tokens of all rows with their log-probabilities, and the nats of
     the tokens that came."""
@@ -90,12 +96,18 @@ def _said(
     counted = labels != IGNORED_LABEL
     rows = teaching.rows_of(batch, counted)
     named = [(teacher_cache.digest(ids, mask), int(mask.sum())) for ids, mask in rows]
-    head = teaching.hidden_rows(network, batch, counted)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    rows_at_once = max(1, CHUNK_BYTES // (4 * len(head.weight)))
-    for hidden, own in zip(head.hidden.split(rows_at_once), labels[counted].split(rows_at_once), strict=True):
-        logits = nn.functional.linear(hidden, head.weight, head.bias).float()
-        nats = nn.functional.cross_entropy(logits, own, reduction="none")
+    told = (
+        teaching.whole_logits(network, batch, counted)
+        if after is None
+        else teaching.hidden_rows(network, batch, counted, after)
+    )
+    own, found = labels[counted], []
+    rows_at_once = max(1, CHUNK_BYTES // (4 * models.vocabulary_size(network)))
+    for start in range(0, len(own), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        some = part_of(told, part)
+        logits = (some.logits() if isinstance(some, TeacherHead) else some).float()
+        nats = nn.functional.cross_entropy(logits, own[part], reduction="none")
         logits /= temperature
         top = logits.topk(k, dim=1)
         found.append((top.indices, top.values - logits.logsumexp(1, keepdim=True), nats))

@@ -272,7 +272,7 @@ class _Steps(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == state.max_steps:
-            control.should_evaluate = control.should_save = True
+            control.should_log = control.should_evaluate = control.should_save = True
         if state.global_step == self.keep_step:
             control.should_save = True
 

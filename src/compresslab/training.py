@@ -37,6 +37,7 @@ class Record:
 
     Attributes:
         losses: (step, loss on the examples held back) of every check.
+        training_losses: (step, mean loss of the steps since the check before) of every check.
         best_step: whose network it was that left; 0 for the one that came, where the training diverged before its first check.
         notice: anything out of the ordinary that the report must tell, else "".
     """
@@ -44,6 +45,7 @@ class Record:
     steps: int
     examples: int
     losses: tuple[tuple[int, float], ...]
+    training_losses: tuple[tuple[int, float], ...]
     best_step: int
     notice: str = ""
 
@@ -101,11 +103,15 @@ def train_(
         seed=seed, loss=loss, collate=collate, on_step=on_step, after_step=after_step, best_from=best_from,
         keep_step=keep_step, device=device or torch.device("cpu"),
     )  # fmt: skip
-    losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
+    losses, training = (
+        {int(entry["step"]): float(entry[name]) for entry in state.log_history if name in entry}
+        for name in ("eval_loss", "loss")
+    )
     best = 0 if state.best_model_checkpoint is None else int(state.best_model_checkpoint.rpartition("-")[2])
     return Record(
-        steps=state.global_step, examples=len(examples), losses=tuple(losses.items()), best_step=best, notice=notice
-    )
+        steps=state.global_step, examples=len(examples), losses=tuple(losses.items()),
+        training_losses=tuple(training.items()), best_step=best, notice=notice,
+    )  # fmt: skip
 
 
 def own_loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
