@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,7 @@ from compresslab.errors import CompressLabError
 from compresslab.measure import fresh
 from compresslab.recipe import Recipe
 from compresslab.students import Shape, student_of
+from compresslab.teachers import network_of
 from compresslab.teaching import Lesson
 from compresslab.training import collate
 
@@ -150,6 +156,31 @@ def test_the_same_bytes_every_time_and_after_a_kill(
     assert (again.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
     assert second.data == report.data
     assert after.count("a step of the training") < 30 - 10
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_command_that_was_killed_from_outside_goes_on_with_the_same_bytes(place: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as the second checkpoint begins to appear: nothing of ours runs after it."""
+    given = chosen(steps=150, checks=10)
+    (tmp_path / "tiny.yaml").write_text(given.to_yaml(), encoding="utf-8")
+    whole, report = taught(place, tmp_path / "whole", given)
+    command = [
+        sys.executable, "-m", "compresslab.cli", "distill", place / "teacher", "--layers", "2", "--out", tmp_path / "out",
+        "--recipe", tmp_path / "tiny.yaml", "--data", place / "text.txt", "--no-measure", "--quiet", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while process.poll() is None and len(list((tmp_path / "out.partial").rglob("checkpoint-*"))) < 2:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    steps: list[str] = []
+    again, second = taught(place, tmp_path / "out", given, progress=pipeline.Progress(step=steps.append))
+    assert 0 < steps.count("a step of the training") <= 150 - 15
+    assert (again.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert second.data == report.data
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -629,6 +660,47 @@ def test_a_cache_of_a_teacher_whose_tokenizer_was_changed_is_refused(place: Path
         CompressLabError, match=r"is of another tokenizer \(tokenizer: sha256 \w{8}, not sha256 \w{8}\)"
     ):
         distill(changed, out=tmp_path / "out", cache=kept.folder, **told)  # type: ignore[arg-type]
+
+
+def test_a_teacher_as_it_is_stored_says_nearly_the_same(place: Path, tmp_path: Path) -> None:
+    """In bfloat16, of eight bits: how far off its logits are is measured, and what is learnt from it."""
+    models.load(place / "teacher").to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    tiny.save_tokenizer(tmp_path / "teacher")
+    stored = chosen({"method": "soft-labels", "temperature": 1.0}, {"method": "hints"}, teacher_dtype="stored")
+    whole = chosen({"method": "soft-labels", "temperature": 1.0}, {"method": "hints"})
+    pair = pairing.Pair.of(tmp_path / "teacher", Shape(layers=2))
+    networks = [network_of(pair, pairing.losses_of(whole), torch.device("cpu"), kind) for kind in ("float32", "stored")]
+    assert [next(network.parameters()).dtype for network in networks] == [torch.float32, torch.bfloat16]
+    ids = tiny.token_batches(16)[0]["input_ids"]
+    with torch.no_grad():
+        logs = [network(input_ids=ids).logits.float().log_softmax(2) for network in networks]
+    apart = float((logs[0].exp() * (logs[0] - logs[1])).sum(2).mean())
+    assert 1e-7 < apart < 2e-3  # nats a token; the tiny teacher's own entropy is some nats
+    text, told = str(place / "text.txt"), []
+    for name, given in (("stored", stored), ("whole", whole)):
+        _, report = distill(tmp_path / "teacher", Shape(layers=2), given, text, out=tmp_path / name, measure=False)
+        told.append([float(loss) for loss in report.data["training"]["losses"]])
+        assert report.data["training"]["notice"] == ""
+    assert told[0] != told[1] and told[0] == pytest.approx(told[1], rel=0.02)
+    alone = [
+        chosen({"method": "soft-labels", "temperature": 1.0}, teacher_dtype=kind) for kind in ("stored", "float32")
+    ]
+    kept = teach_cache(tmp_path / "teacher", alone[0], text, out=tmp_path / "cache", k=64)
+    with pytest.raises(CompressLabError, match=r"another teacher_dtype \(teacher_dtype: stored, not float32\)"):
+        distill(tmp_path / "teacher", Shape(layers=2), alone[1], text, out=tmp_path / "no", cache=kept.folder)
+
+
+def test_where_no_teacher_can_be_opened_as_it_is_stored(tmp_path: Path) -> None:
+    teacher = tiny.save("vit", tmp_path / "teacher")
+    for steps, words in (
+        (SOFT, "reads pictures, which come in float32"),
+        ([{"method": "mutual"}], "learns too, in float32"),
+    ):
+        with pytest.raises(CompressLabError, match=words):
+            given = chosen(*steps, teacher_dtype="stored")
+            distill(teacher, Shape(layers=1), given, pictures(20), out=tmp_path / "out", measure=False)
+    with pytest.raises(CompressLabError, match="belongs to a recipe for teaching"):
+        chosen({"method": "lsq"}, teacher_dtype="stored")
 
 
 def test_a_batch_that_is_not_in_the_cache_is_named_by_its_tokens(place: Path, tmp_path: Path) -> None:

@@ -96,9 +96,7 @@ def test_a_teacher_that_knows_less_than_its_student_is_said_however_it_teaches(
     for teacher, student in (("untaught", "taught"), ("taught", "untaught")):
         if way == "cache":
             kept = teach_cache(place / teacher, given, str(place / "text.txt"), out=tmp_path / teacher, k=196)
-            assert [UNTRAINED in doubt for doubt in kept.manifest["facts"]["doubts"]] == [True] * (
-                teacher == "untaught"
-            )
+            assert [UNTRAINED in doubt for doubt in doubting.of_cache(kept)] == [True] * (teacher == "untaught")
             more = {"cache": kept.folder}
         if way == "one of two":
             more = {"others": [place / "taught"]}

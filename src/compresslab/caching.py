@@ -27,6 +27,7 @@ from compresslab.models import Source
 from compresslab.pairing import DEFAULT, Losses, losses_of, material_of
 from compresslab.pipeline import Progress, pick_device, recipe_of
 from compresslab.recipe import Recipe
+from compresslab.teachers import dtype_of
 from compresslab.training import IGNORED_LABEL, collate
 
 CHUNK_BYTES = 64_000_000  # of logits
@@ -61,9 +62,9 @@ def teach_cache(
             "classifier's few logits are had faster from the teacher itself"
         )
     material = material_of(source, chosen, data, seed)
-    key = _cache_key(source, material, losses)
+    key = _cache_key(source, material, losses, chosen)
     teacher_cache.check_k(k, models.vocabulary_size(source.skeleton()))
-    network = whole_model(source, where, torch.float32)
+    network = whole_model(source, where, dtype_of(source, key["teacher_dtype"]))
     examples = material.examples
     after = after_head(network, {"input_ids": examples[0]["input_ids"][None].to(where)})
     size_of_batch = 1 if after is None else learning.batch_size(len(examples[0]["input_ids"]))  # logits would be whole
@@ -115,10 +116,10 @@ def _said(
     return named, ids, log_probs, every
 
 
-def _cache_key(teacher: Source, material: Material, losses: Losses) -> dict[str, Any]:
+def _cache_key(teacher: Source, material: Material, losses: Losses, recipe: Recipe) -> dict[str, Any]:
     """What a cache must be of."""
     found = material.found
-    assert found is not None
+    assert found is not None and recipe.training is not None
     fields: dict[str, Any] = {"source": found.source, "sha256": examples_sha256(material.examples)}
     if material.calibration is not None:
         fields |= {"samples": found.samples, "sequence_length": material.calibration.sequence_length}
@@ -127,11 +128,12 @@ def _cache_key(teacher: Source, material: Material, losses: Losses) -> dict[str,
         "tokenizer": {"sha256": teacher.tokenizer_sha256()},
         "data": fields,
         "temperature": losses.temperature,
+        "teacher_dtype": recipe.training.teacher_dtype,
     }
 
 
-def opened(folder: Path, teacher: Source, material: Material, losses: Losses) -> TeacherCache:
+def opened(folder: Path, teacher: Source, material: Material, losses: Losses, recipe: Recipe) -> TeacherCache:
     kept = TeacherCache.open(folder)
-    kept.check(_cache_key(teacher, material, losses))
+    kept.check(_cache_key(teacher, material, losses, recipe))
     kept.verify()
     return kept

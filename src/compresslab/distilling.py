@@ -49,7 +49,7 @@ from compresslab.recipe import Recipe, Training
 from compresslab.report import render
 from compresslab.report.schema import Parity, Report
 from compresslab.students import Shape
-from compresslab.teachers import MEAN, network_of
+from compresslab.teachers import MEAN, dtype_of, network_of
 from compresslab.teaching import Lesson
 from compresslab.training import Loss, Record, collate, split, train_
 
@@ -106,7 +106,7 @@ def distill(
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
         pair.check(losses, data)
-        _check_sources(pair, losses, ensemble, is_live=cache is None and not isinstance(teacher, Answered))
+        _check_sources(pair, losses, chosen, ensemble, is_live=cache is None and not isinstance(teacher, Answered))
         data = None if losses.making is not None and data == TEXT else data  # which is to measure on
         material, kept = _learnt_from(pair, teacher, losses, chosen, data, cache, seed)
         measured_on = None if isinstance(teacher, Answered) else material.labelled
@@ -164,7 +164,9 @@ def distill(
         return team.told((writer.publish(folder), report))
 
 
-def _check_sources(pair: Pair, losses: Losses, ensemble: str | Sequence[float], *, is_live: bool) -> None:
+def _check_sources(
+    pair: Pair, losses: Losses, recipe: Recipe, ensemble: str | Sequence[float], *, is_live: bool
+) -> None:
     """CompressLabError unless what a recipe asks of its teachers can be had of them.
 
     Args:
@@ -176,6 +178,11 @@ def _check_sources(pair: Pair, losses: Losses, ensemble: str | Sequence[float], 
         raise CompressLabError("a cache holds what one teacher says: leave it out, or the other teachers")
     if losses.making is not None and not is_live:
         raise CompressLabError("pictures are drawn out of a teacher at work: leave the cache out")
+    assert recipe.training is not None
+    if losses.cohort is not None and recipe.training.teacher_dtype != "float32":
+        raise CompressLabError("in mutual learning the teacher learns too, in float32: leave teacher_dtype out")
+    for source in (pair.teacher, *pair.others):
+        dtype_of(source, recipe.training.teacher_dtype)
 
 
 def _learnt_from(
@@ -192,7 +199,7 @@ def _learnt_from(
     if losses.making is not None:
         return Material(calibration=None, labelled=None), None
     material = material_of(pair.student, recipe, data, seed)
-    return material, None if cache is None else opened(Path(cache), pair.teacher, material, losses)
+    return material, None if cache is None else opened(Path(cache), pair.teacher, material, losses, recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +240,7 @@ def _taught(
     if losses.cohort is not None:
         return _together(pair, losses.cohort, settings, (examples, held_back), scratch, seed, where, progress)
     network = models.materialise(pair.student).to(where)
-    teacher = kept or network_of(pair, losses, where)
+    teacher = kept or network_of(pair, losses, where, settings.teacher_dtype)
     batch = 4 * settings.batch
     names = [source.name for source in (pair.teacher, *pair.others)]
     judged = doubting.judged(network, teacher, names, examples, held_back, batch)
@@ -325,7 +332,10 @@ def _needs(
             pair.student, None, tokens, where, peers=(pair.teacher, *pair.others), shards=recipe.training.shard
         )
     teacher = None if cached else pair.teacher
-    return preflight.of_teaching(pair.student, teacher, tokens, where, shards=recipe.training.shard)
+    itemsize = dtype_of(pair.teacher, recipe.training.teacher_dtype).itemsize
+    return preflight.of_teaching(
+        pair.student, teacher, tokens, where, shards=recipe.training.shard, teacher_itemsize=itemsize
+    )
 
 
 def _key(

@@ -89,7 +89,14 @@ class Watched:
     def _own(self, seen: Any) -> Any:
         if not self._is_teacher:
             return seen
-        return tuple(map(self._own, seen)) if isinstance(seen, tuple) else getattr(seen, "detach", lambda: seen)()
+        if isinstance(seen, tuple):
+            return tuple(map(self._own, seen))
+        if not isinstance(seen, Tensor):
+            return seen
+        is_short = (
+            seen.is_floating_point() and seen.itemsize < 4
+        )  # a teacher as it is stored, beside a student in float32
+        return seen.detach().float() if is_short else seen.detach()
 
     def _start(self, module: nn.Module, arguments: Any, named: Mapping[str, Any]) -> None:
         self.seen.clear()

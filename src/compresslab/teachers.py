@@ -28,6 +28,7 @@ from compresslab.damage import whole_model
 from compresslab.distill.mutual import ADAPTIVE, MEAN
 from compresslab.distill.mutual import log_weights as by_name
 from compresslab.errors import CompressLabError
+from compresslab.models import Source
 from compresslab.pairing import Losses, Pair
 
 
@@ -116,11 +117,23 @@ def log_weights(log_probs: Tensor, weights: str | Sequence[float]) -> Tensor:
     return (numbers / numbers.sum()).log().view(-1, *[1] * (log_probs.dim() - 1))
 
 
-def network_of(pair: Pair, losses: Losses, where: torch.device) -> nn.Module:
+def dtype_of(source: Source, asked: str) -> torch.dtype:
+    """What a teacher is opened in by `training.teacher_dtype`. CompressLabError where it cannot be."""
+    if asked == "float32":
+        return torch.float32
+    if source.reads_images:
+        raise CompressLabError(
+            f"teacher_dtype={asked} is for teachers that read tokens, and '{source.name}' reads pictures, which come in float32: "
+            "leave it out"
+        )
+    return source.dtype
+
+
+def network_of(pair: Pair, losses: Losses, where: torch.device, dtype: str = "float32") -> nn.Module:
     """The teacher of a pair at work: a network as it is, translated, or an ensemble of such."""
     found = []
     for source in (pair.teacher, *pair.others):
-        network = whole_model(source, where, torch.float32)
+        network = whole_model(source, where, dtype_of(source, dtype))
         one = dataclasses.replace(pair, teacher=source)
         if losses.cross_tokenizers and one.has_other_tokens:
             if pair.others:
