@@ -97,17 +97,17 @@ def _said(
     counted = labels != IGNORED_LABEL
     rows = teaching.rows_of(batch, counted)
     named = [(teacher_cache.digest(ids, mask), int(mask.sum())) for ids, mask in rows]
-    told = (
-        teaching.whole_logits(network, batch, counted)
-        if after is None
-        else teaching.hidden_rows(network, batch, counted, after)
-    )
+    if after is None:
+        told: Tensor | TeacherHead = teaching.whole_logits(network, batch, counted)
+    else:
+        told = teaching.hidden_rows(network, batch, counted, after)
     own, found = labels[counted], []
     rows_at_once = max(1, CHUNK_BYTES // (4 * models.vocabulary_size(network)))
     for start in range(0, len(own), rows_at_once):
         part = slice(start, start + rows_at_once)
         some = part_of(told, part)
-        logits = (some.logits() if isinstance(some, TeacherHead) else some).float()
+        assert isinstance(some, Tensor | TeacherHead)
+        logits = (some if isinstance(some, Tensor) else some.logits()).float()
         nats = nn.functional.cross_entropy(logits, own[part], reduction="none")
         logits /= temperature
         top = logits.topk(k, dim=1)

@@ -155,14 +155,14 @@ def _judged_by_texts(
     every = [*theirs, *map(whole, teacher.own_tokens([example["input_ids"] for example in examples]))]
     its, own = cross_entropy(teacher.network, theirs, batch), cross_entropy(student, texts, batch)
     chance = entropy_of_labels(every, True)
-    by_byte = [
+    its_a_byte, own_a_byte = (
         nats
         * sum(len(one["labels"]) - 1 for one in rows)
         / max(sum(_bytes_after_first(tokenizer, one) for one in rows), 1)
         for nats, rows, tokenizer in ((its, theirs, teacher.teacher_tokens), (own, texts, teacher.student_tokens))
-    ]
-    doubts = untrained("the teacher", its, chance) + worse("the teacher", *by_byte, unit="nats a byte")
-    return Judged(doubts=tuple(doubts), told="teacher {:.3f}, student {:.3f} a byte of text".format(*by_byte))
+    )
+    doubts = untrained("the teacher", its, chance) + worse("the teacher", its_a_byte, own_a_byte, "nats a byte")
+    return Judged(doubts=tuple(doubts), told=f"teacher {its_a_byte:.3f}, student {own_a_byte:.3f} a byte of text")
 
 
 def whole(ids: Tensor) -> Example:

@@ -48,7 +48,7 @@ def curve_plot(data: Mapping[str, Any] | None, *, width: int = 960, height: int 
             parts.append(glyph(colour, *at(x, y), size, title=f"step {x}: {y:g} ({of})"))
     named = [(*at(x, y), "the network that left") for x, y in points if x == best]
     named += [(*at(*line[0]), of) for line, of in ((points, "held back"), (shown, "in training")) if line]
-    parts += labels(named, width, bottom + 12)
+    parts += labels([*named, *((*at(x, y), "") for x, y in points + shown)], width, bottom + 12)
     return svg(width, height, "Losses over the training", parts, "plot")
 
 
