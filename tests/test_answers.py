@@ -23,8 +23,10 @@ from compresslab.endpoint import Answer, Asking, Endpoint, Token
 from compresslab.errors import CompressLabError
 from compresslab.measure import fresh
 from compresslab.recipe import Recipe, parse
+from compresslab.report.schema import read_report
 from compresslab.students import Shape
 from compresslab.training import IGNORED_LABEL
+from stub_server import serving
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +195,74 @@ def test_the_command(
     questions.write_text("no json\n")
     code, _, complaint = tiny.run_cli(monkeypatch, capsys, *command, "--force")
     assert code == 2 and "line 1" in complaint and "is no JSON with a 'prompt'" in complaint
+
+
+def spoken(nats: float, given: int) -> Any:
+    """A teacher that answers every question with the same three words; it thinks of each with so many nats and of others with
+    one more each, of `given` in all. Spaces are tokens of their own, as its words are to the student."""
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        words, content = WORDS[20:23], []
+        for word in (token for own in words for token in (" ", own)):
+            others = [WORDS[(WORDS.index(word) + i) % len(WORDS)] if word in WORDS else word for i in range(given)]
+            top = [{"token": other, "logprob": -nats - i} for i, other in enumerate(others)]
+            content.append({"token": word, "logprob": -nats, "top_logprobs": top[: body.get("top_logprobs", 0)]})
+        said = {"role": "assistant", "content": "".join(token["token"] for token in content[1:])}
+        logs = {"content": content[1:]} if "top_logprobs" in body else None
+        return {
+            "choices": [{"index": 0, "message": said, "logprobs": logs, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": len(words), "completion_tokens": len(content)},
+        }
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("nats", "given", "top", "told", "doubted"),
+    [
+        (0.5, 5, 3, "teacher 0.500", ()),
+        (
+            0.3,
+            2,
+            3,
+            "teacher 0.3",
+            ("of fewer tokens than the 3 that were asked for in 60 of 60 places, of 2 at least",),
+        ),
+        (9.0, 5, 3, "teacher 9.0", ("was its head ever trained?", "is worse than the student")),
+        (0.5, 5, 0, "not known of the teacher, which gave no log-probabilities", ()),
+    ],
+    ids=["all", "fewer", "worse", "none"],
+)
+def test_the_command_learns_from_log_probabilities_that_a_server_gives(
+    nats: float, given: int, top: int, told: str, doubted: tuple[str, ...], student: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fresh, "measure", tiny.fake_measure)
+    questions = tmp_path / "questions.txt"
+    questions.write_text("".join(" ".join(WORDS[i : i + 3]) + "\n" for i in range(12)), encoding="utf-8")
+    with serving() as server:
+        server.answer = spoken(nats, given)
+        code, said, complaint = tiny.run_cli(
+            monkeypatch, capsys, "distill-answers", server.url, "box", student, "--questions", questions, "--top", top,
+            "--out", tmp_path / "out", "--set", "training.steps=40", "--set", "training.learning_rate=0.003",
+        )  # fmt: skip
+    assert code == 0, complaint
+    assert {body.get("top_logprobs", 0) for body in server.asked} == {top}
+    rows = 12 * 4  # three words and an end, of which nobody says how likely it was
+    soft = 12 * 3 if top else 0
+    assert f"log-probabilities in {soft} of {rows} rows" in " ".join(said.split())
+    complaint = " ".join(complaint.split())
+    assert ("warning:" in complaint) == bool(doubted) and all(words in complaint for words in doubted)
+    report = read_report(tmp_path / "out")
+    assert report.data is not None and told in report.data["training"]["nats_of_labels"]
+    if not doubted:
+        tokenizer, network = transformers.AutoTokenizer.from_pretrained(student), models.load(tmp_path / "out")
+        asked = [*tokenizer(" ".join(WORDS[:3]) + "\n")["input_ids"], *token_ids(WORDS[20])]
+        with torch.no_grad():
+            likely = (
+                network(input_ids=torch.tensor([asked])).logits[0, -1].softmax(0)[token_ids(" ".join(WORDS[21:23]))]
+            )
+        assert likely.tolist() == pytest.approx([math.exp(-0.5), math.exp(-1.5)] if top else [1.0, 0.0], abs=0.15)
 
 
 def test_what_a_black_box_cannot_give_is_said(served: str, student: Path, tmp_path: Path) -> None:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +20,12 @@ import transformers
 from torch import Tensor
 
 import tiny
-from compresslab import caching, models, pairing, pipeline, recipe, teaching
+from compresslab import caching, doubting, models, pairing, pipeline, recipe, teaching
 from compresslab.caching import teach_cache
 from compresslab.contract import TopK
 from compresslab.data.labelled import Example
 from compresslab.distill import teacher_cache
+from compresslab.distill.fused import After
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distill.teacher_cache import TeacherCache
@@ -26,7 +33,8 @@ from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
 from compresslab.measure import fresh
 from compresslab.recipe import Recipe
-from compresslab.students import Shape
+from compresslab.students import Shape, student_of
+from compresslab.teachers import network_of
 from compresslab.teaching import Lesson
 from compresslab.training import collate
 
@@ -98,7 +106,9 @@ def test_a_student_learns_and_is_a_plain_folder_that_says_where_it_comes_from(pl
     assert report.parity.tensors == 2 * 7 + 1
     assert {m.name for m in report.after} >= {"disk_bytes", "weight_bytes"}
     page = (artifact.folder / "report.html").read_text(encoding="utf-8")
-    assert f"step {training['best_step']}: {min(losses):g}" in page
+    assert f"step {training['best_step']}: {min(losses):g} (held back)" in page
+    assert len(training["training_losses"]) == 3
+    assert f": {float(training['training_losses'][1]):g} (in training" in page
     text = (artifact.folder / "README.md").read_text(encoding="utf-8")
     assert "soft-labels" in text
 
@@ -149,6 +159,31 @@ def test_the_same_bytes_every_time_and_after_a_kill(
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_command_that_was_killed_from_outside_goes_on_with_the_same_bytes(place: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as the second checkpoint begins to appear: nothing of ours runs after it."""
+    given = chosen(steps=150, checks=10)
+    (tmp_path / "tiny.yaml").write_text(given.to_yaml(), encoding="utf-8")
+    whole, report = taught(place, tmp_path / "whole", given)
+    command = [
+        sys.executable, "-m", "compresslab.cli", "distill", place / "teacher", "--layers", "2", "--out", tmp_path / "out",
+        "--recipe", tmp_path / "tiny.yaml", "--data", place / "text.txt", "--no-measure", "--quiet", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while process.poll() is None and len(list((tmp_path / "out.partial").rglob("checkpoint-*"))) < 2:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    steps: list[str] = []
+    again, second = taught(place, tmp_path / "out", given, progress=pipeline.Progress(step=steps.append))
+    assert 0 < steps.count("a step of the training") <= 150 - 15
+    assert (again.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert second.data == report.data
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_another_recipe_does_not_go_on_with_a_killed_run(place: Path, tmp_path: Path) -> None:
     steps = []
 
@@ -175,19 +210,29 @@ def test_other_architectures(kind: str, place: Path, tmp_path: Path) -> None:
     assert divergence(teacher, artifact.folder) >= 0
 
 
+@pytest.mark.parametrize(("after", "left"), [(25, "that of step 20"), (3, "as it was before the training")])
 def test_a_loss_that_is_no_number_keeps_the_last_good_student(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, left: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One forward tells whether the two fit, one takes the loss before; then each step has one, and a check every tenth step."""
     rows, calls = SoftLabels.rows, []
 
     def broken(self: SoftLabels, logits: Tensor, *more: Any) -> Any:
-        calls.append(logits.requires_grad)
+        calls.append(0)
         value, slope = rows(self, logits, *more)
-        return value * (float("nan") if len(calls) > 25 else 1), slope
+        return value * (float("nan") if len(calls) > after else 1), slope
 
     monkeypatch.setattr(SoftLabels, "rows", broken)
-    _, report = taught(place, tmp_path / "out")
-    assert "diverged" in report.data["training"]["notice"]
+    artifact, report = taught(place, tmp_path / "out")
+    assert (
+        f"diverged: the loss of step {22 if after > 3 else 2} is nan; the network is {left}"
+        in (report.data["training"]["notice"])
+    )
+    untaught = student_of(models.find(place / "teacher"), Shape(layers=2))[0].weights
+    stays = [
+        torch.equal(models.find(artifact.folder).weights.get(name), untaught.get(name)) for name in untaught.names()
+    ]
+    assert all(stays) if after == 3 else not any(stays)
 
 
 # -- classifiers -----------------------------------------------------------------------------------------------------
@@ -287,15 +332,6 @@ def test_a_teacher_worse_than_its_student(place: Path, tmp_path: Path) -> None:
     assert "was its head ever trained?" in notice
 
 
-def test_doubts_are_of_numbers() -> None:
-    assert teaching.doubts(1.0, 1.5, 3.0) == []
-    assert "worse than the student" in teaching.doubts(1.6, 1.5, 3.0)[0]
-    assert "leaves out 30 %" in teaching.doubts(1.0, None, 3.0, rest=0.3)[0]
-    assert "ever trained" in teaching.doubts(3.0, 3.1, 3.0)[0]
-    rows: list[Example] = [{"labels": torch.tensor([9, 0, 0, 1, -100])}, {"labels": torch.tensor([9, 1])}]
-    assert teaching.entropy_of_labels(rows, True) == pytest.approx(float(np.log(2)))
-
-
 def test_tokenizers_that_differ(place: Path, tmp_path: Path) -> None:
     student = tiny.save("llama", tmp_path / "student")
     path = student / "tokenizer.json"
@@ -373,8 +409,7 @@ def test_a_lesson_counts_what_counts(kind: str) -> None:
     )
     losses, rows = (SoftLabels(weight=0.9), HardLabels(weight=0.1)), examples()
     lesson = Lesson.of(losses, student, teacher, rows[0])
-    assert lesson.plain_student
-    assert lesson.plain_teacher
+    assert (lesson.after_student, lesson.after_teacher) == (After(), After())
     found = float(lesson(student, collate(rows)).detach())
     assert found == pytest.approx(by_hand(student, teacher, rows), rel=1e-4)
 
@@ -392,9 +427,73 @@ def test_logits_that_are_changed_after_the_head_are_taken_as_they_are(monkeypatc
 
         monkeypatch.setattr(network, "forward", capped)
     lesson = Lesson.of(losses, student, teacher, rows[0])
-    assert not lesson.plain_student
+    assert lesson.after_student is lesson.after_teacher is None
     found = float(lesson(student, collate(rows)).detach())
     assert found == pytest.approx(by_hand(student, teacher, rows), rel=1e-4)
+
+
+SHAPE = {
+    "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
+    "initializer_range": 0.2,
+}  # fmt: skip
+CHANGED: dict[str, tuple[Any, Any, dict[str, Any], After]] = {
+    "gemma2": (
+        transformers.Gemma2Config, transformers.Gemma2ForCausalLM,
+        {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 32}, After(cap=3.0),
+    ),
+    "granite": (
+        transformers.GraniteConfig, transformers.GraniteForCausalLM, {"logits_scaling": 4.0}, After(scale=0.25),
+    ),
+    "cohere": (
+        transformers.CohereConfig, transformers.CohereForCausalLM, {"logit_scale": 0.125}, After(scale=0.125),
+    ),
+}  # fmt: skip
+
+
+def changing(kind: str, seed: int = 0) -> Any:
+    """A tiny network that caps or scales its logits behind its head, by so much that it shows."""
+    config, network, more, _ = CHANGED[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return network(config(**SHAPE | more)).eval()
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_caps_and_scales_behind_the_head_go_through_the_fused_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = changing(kind, 1), changing(kind, 2)
+    losses, rows = (SoftLabels(weight=0.9), HardLabels(weight=0.1)), examples()
+    lesson = Lesson.of(losses, student, teacher, rows[0])
+    assert (lesson.after_student, lesson.after_teacher) == (CHANGED[kind][3], CHANGED[kind][3])
+    wanted = by_hand(student, teacher, rows)
+    monkeypatch.setattr(teaching, "whole_logits", lambda *a: pytest.fail("logits were taken whole"))
+    assert float(lesson(student, collate(rows)).detach()) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*CHANGED, "unknown"])
+def test_a_cache_of_a_teacher_that_changes_its_logits_behind_the_head(
+    kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = changing("gemma2" if kind == "unknown" else kind)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny.save_tokenizer(tmp_path / "teacher")
+    if kind == "unknown":  # to us; its logits are taken whole
+        monkeypatch.setattr("compresslab.caching.after_head", lambda *a: None)
+    text, given = str(place / "text.txt"), chosen({"method": "soft-labels", "temperature": 1.0}, epochs=1)
+    kept = teach_cache(tmp_path / "teacher", given, text, out=tmp_path / "cache", k=196)
+    material = pairing.material_of(models.find(tmp_path / "teacher"), given, text, 0)
+    asked = [(row["input_ids"], torch.ones(15, dtype=torch.bool)) for row in material.examples[:6]]
+    ids = torch.stack([row for row, _ in asked])
+    with torch.no_grad():
+        logs = teacher(input_ids=ids).logits[:, :-1].log_softmax(2).flatten(0, 1)
+    found = kept.rows(asked)
+    torch.testing.assert_close(found.log_probs, logs.gather(1, found.ids), rtol=0.05, atol=0.02)
+    nats = -logs.gather(1, ids[:, 1:].reshape(-1, 1)).squeeze(1)
+    torch.testing.assert_close(kept.nats(asked), nats, rtol=2e-3, atol=2e-3)
+    _, report = distill(
+        tmp_path / "teacher", Shape(layers=1), given, text, out=tmp_path / "out", cache=kept.folder, measure=False
+    )
+    assert min(map(float, report.data["training"]["losses"])) < float(report.data["training"]["loss_before"])
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
@@ -446,8 +545,11 @@ def test_a_cache_says_what_the_teacher_says(place: Path, tmp_path: Path) -> None
     torch.testing.assert_close(near, top.values, rtol=1e-4, atol=1e-4)  # the same ones, but for ties
     torch.testing.assert_close(found.log_probs, near, rtol=0.05, atol=0.02)
     assert kept.manifest["rest_mean"] == pytest.approx(_left_out(teacher, material.examples), rel=1e-3)
-    nats = teaching.cross_entropy(teacher, material.examples, 8)
+    nats = doubting.cross_entropy(teacher, material.examples, 8)
     assert kept.manifest["facts"]["cross_entropy"] == pytest.approx(nats, rel=1e-4)
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(teacher(input_ids=row[None]).logits[0, :-1], row[1:], reduction="none")
+    torch.testing.assert_close(kept.nats([(row, torch.ones(15, dtype=torch.bool))]), each, rtol=1e-3, atol=1e-3)
 
 
 def _left_out(teacher: Any, rows: list[Example]) -> float:
@@ -503,12 +605,14 @@ def test_a_killed_cache_goes_on_with_the_same_bytes(
         cached(place, tmp_path / "killed", progress=pipeline.Progress(step=kill))
     with (tmp_path / "killed.partial" / "rows.bin").open("ab") as handle:
         handle.write(b"half a record")  # what a kill leaves of a batch
+    with (tmp_path / "killed.partial" / "nats.bin").open("ab") as handle:
+        handle.write(b"?")
     asked = []
     said = caching._said
     monkeypatch.setattr(caching, "_said", lambda *a: (asked.append(0), said(*a))[1])
     again = cached(place, tmp_path / "killed")
     assert len(asked) == 3
-    for name in ("rows.bin", "index.npy", "manifest.json"):
+    for name in ("rows.bin", "nats.bin", "index.npy", "manifest.json"):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     assert not (tmp_path / "killed.partial").exists()
     with pytest.raises(CompressLabError, match="unfinished cache of another temperature"):
@@ -539,6 +643,64 @@ def test_a_cache_of_something_else_is_refused_naming_what(
     teacher, given = place / str(options.pop("teacher", "teacher")), options.pop("given", chosen())
     with pytest.raises(CompressLabError, match=named):
         distill(teacher, Shape(layers=2), given, out=tmp_path / "out", **options)  # type: ignore[arg-type]
+
+
+def test_a_cache_of_a_teacher_whose_tokenizer_was_changed_is_refused(place: Path, tmp_path: Path) -> None:
+    """The data are token ids, so that nothing else would tell: a merge of other pieces, say."""
+    kept = cached(place, tmp_path / "cache")
+    assert len(kept.manifest["key"]["tokenizer"]["sha256"]) == 64
+    changed = tmp_path / "teacher"
+    shutil.copytree(place / "teacher", changed)
+    told = {"student": Shape(layers=2), "recipe": chosen(), "data": str(place / "text.txt"), "measure": False}
+    distill(changed, out=tmp_path / "same", cache=kept.folder, **told)  # type: ignore[arg-type]
+    raw = json.loads((changed / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["normalizer"] = {"type": "Lowercase"}
+    (changed / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(
+        CompressLabError, match=r"is of another tokenizer \(tokenizer: sha256 \w{8}, not sha256 \w{8}\)"
+    ):
+        distill(changed, out=tmp_path / "out", cache=kept.folder, **told)  # type: ignore[arg-type]
+
+
+def test_a_teacher_as_it_is_stored_says_nearly_the_same(place: Path, tmp_path: Path) -> None:
+    """In bfloat16, of eight bits: how far off its logits are is measured, and what is learnt from it."""
+    models.load(place / "teacher").to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    tiny.save_tokenizer(tmp_path / "teacher")
+    stored = chosen({"method": "soft-labels", "temperature": 1.0}, {"method": "hints"}, teacher_dtype="stored")
+    whole = chosen({"method": "soft-labels", "temperature": 1.0}, {"method": "hints"})
+    pair = pairing.Pair.of(tmp_path / "teacher", Shape(layers=2))
+    networks = [network_of(pair, pairing.losses_of(whole), torch.device("cpu"), kind) for kind in ("float32", "stored")]
+    assert [next(network.parameters()).dtype for network in networks] == [torch.float32, torch.bfloat16]
+    ids = tiny.token_batches(16)[0]["input_ids"]
+    with torch.no_grad():
+        logs = [network(input_ids=ids).logits.float().log_softmax(2) for network in networks]
+    apart = float((logs[0].exp() * (logs[0] - logs[1])).sum(2).mean())
+    assert 1e-7 < apart < 2e-3  # nats a token; the tiny teacher's own entropy is some nats
+    text, told = str(place / "text.txt"), []
+    for name, given in (("stored", stored), ("whole", whole)):
+        _, report = distill(tmp_path / "teacher", Shape(layers=2), given, text, out=tmp_path / name, measure=False)
+        told.append([float(loss) for loss in report.data["training"]["losses"]])
+        assert report.data["training"]["notice"] == ""
+    assert told[0] != told[1] and told[0] == pytest.approx(told[1], rel=0.02)
+    alone = [
+        chosen({"method": "soft-labels", "temperature": 1.0}, teacher_dtype=kind) for kind in ("stored", "float32")
+    ]
+    kept = teach_cache(tmp_path / "teacher", alone[0], text, out=tmp_path / "cache", k=64)
+    with pytest.raises(CompressLabError, match=r"another teacher_dtype \(teacher_dtype: stored, not float32\)"):
+        distill(tmp_path / "teacher", Shape(layers=2), alone[1], text, out=tmp_path / "no", cache=kept.folder)
+
+
+def test_where_no_teacher_can_be_opened_as_it_is_stored(tmp_path: Path) -> None:
+    teacher = tiny.save("vit", tmp_path / "teacher")
+    for steps, words in (
+        (SOFT, "reads pictures, which come in float32"),
+        ([{"method": "mutual"}], "learns too, in float32"),
+    ):
+        with pytest.raises(CompressLabError, match=words):
+            given = chosen(*steps, teacher_dtype="stored")
+            distill(teacher, Shape(layers=1), given, pictures(20), out=tmp_path / "out", measure=False)
+    with pytest.raises(CompressLabError, match="belongs to a recipe for teaching"):
+        chosen({"method": "lsq"}, teacher_dtype="stored")
 
 
 def test_a_batch_that_is_not_in_the_cache_is_named_by_its_tokens(place: Path, tmp_path: Path) -> None:
@@ -598,7 +760,7 @@ def test_the_commands(
         monkeypatch, capsys, "teach-cache", place / "teacher", *common, "--out", tmp_path / "cache", "--json"
     )
     assert code == 0
-    assert json.loads(said)["bytes"] == 24 * 15 * 208
+    assert json.loads(said)["bytes"] == 24 * 15 * 210
     code, said, told = tiny.run_cli(
         monkeypatch, capsys, "distill", place / "teacher", *common, "--layers", "2", "--cache", tmp_path / "cache",
         "--out", tmp_path / "out", "--no-measure",

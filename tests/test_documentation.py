@@ -23,6 +23,19 @@ def test_papers_table_is_what_the_methods_say() -> None:
     assert (ROOT / "docs" / "papers.md").read_text(encoding="utf-8") == made, "run python docs/make_papers.py"
 
 
+def test_oracles_that_are_named_are_there() -> None:
+    """In the heads of files: a test or an oracle, by its path from the root."""
+    named = [
+        (path, place)
+        for folder in ("src", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for place in re.findall(r"\btests/[\w/]+(?:\.py)?", path.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 100
+    missing = [f"{path.relative_to(ROOT)}: {place}" for path, place in named if not (ROOT / place).exists()]
+    assert not missing, missing
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_relative_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", document.read_text(encoding="utf-8"))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,82 +10,15 @@ import pytest
 
 from compresslab.endpoint import CACHE, Answer, Asking, Endpoint
 from compresslab.errors import CompressLabError
+from stub_server import Server, good, serving
 
 KEY = "sk-very-secret-0123456789"
 
 
-@dataclass
-class Server:
-    """What it is asked, and what it answers: a list of (status, headers, body or text), then always good answers."""
-
-    url: str = ""
-    troubles: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    answer: Callable[[dict[str, Any]], Any] = lambda body: good(body)
-    delay: float = 0.0
-    under_way: int = 0
-    most_under_way: int = 0
-
-
-def good(body: dict[str, Any]) -> dict[str, Any]:
-    """The question's words in upper case, each a token, with as many alternatives as were asked for."""
-    chat = "messages" in body
-    question = body["messages"][0]["content"] if chat else body["prompt"]
-    words = question.upper().split()[: body["max_tokens"]]
-    usage = {"prompt_tokens": len(question.split()), "completion_tokens": len(words)}
-    top = body.get("top_logprobs") if chat else body.get("logprobs")
-    logs: Any = None
-    if top and chat:
-        tops = {w: [{"token": f"{w}{i}", "logprob": -0.5 - i} for i in range(top)] for w in words}
-        logs = {"content": [{"token": w, "logprob": -0.5, "top_logprobs": tops[w]} for w in words]}
-    elif top:
-        best = [{f"{w}{i}": -0.5 - i for i in range(top)} for w in words]
-        logs = {"tokens": words, "token_logprobs": [-0.5] * len(words), "top_logprobs": best}
-    said = {"message": {"role": "assistant", "content": " ".join(words)}} if chat else {"text": " ".join(words)}
-    return {"choices": [{"index": 0, **said, "logprobs": logs, "finish_reason": "stop"}], "usage": usage}
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    state, lock = Server(), threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                state.asked.append(body)
-                state.headers.append(dict(self.headers))
-                state.paths.append(self.path)
-                state.under_way += 1
-                state.most_under_way = max(state.most_under_way, state.under_way)
-                trouble = state.troubles.pop(0) if state.troubles else None
-            time.sleep(state.delay)
-            status, headers, content = trouble or (200, {}, state.answer(body))
-            sent = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-            with lock:
-                state.under_way -= 1
-            try:
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(sent)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(sent)
-            except OSError:  # the one who asked has gone away
-                pass
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads = True
-        state.url = f"http://127.0.0.1:{running.server_address[1]}/v1"
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield state
-        running.shutdown()
-        thread.join()
+    with serving() as running:
+        yield running
 
 
 class Clock:
@@ -279,7 +207,8 @@ def test_what_is_short_is_counted(server: Server, tmp_path: Path) -> None:
     asked = asking(server, tmp_path, top=5)
     found = asked.all(["a b", "empty"])
     assert (found[0].finish, found[1].text) == ("length", "")
-    assert (asked.bill.cut, asked.bill.empty, asked.bill.fewest_top) == (1, 1, 1)
+    bill = asked.bill
+    assert (bill.cut, bill.empty, bill.fewest_top, bill.short, bill.places) == (1, 1, 1, 2, 2)
 
 
 def test_turns_are_taken_at_the_rate(server: Server, tmp_path: Path) -> None:
@@ -294,14 +223,37 @@ def test_as_many_at_once_as_may_be(server: Server, tmp_path: Path) -> None:
     assert 2 <= server.most_under_way <= 3
 
 
-def test_money_is_not_spent_beyond_the_limit(server: Server, tmp_path: Path) -> None:
-    asked = asking(server, tmp_path, price_out=1e6, most_cost=2.5)
-    with pytest.raises(CompressLabError, match=r"3.0000 is spent of 2.5 that may be"):
-        asked.all(["a", "b", "c", "d", "e"])
-    assert len(server.asked) == 3
-    assert asking(server, tmp_path, price_out=1e6, most_cost=2.5).all(["a", "b", "c"])[2] == Answer(
-        text="C", finish="stop", prompt_tokens=1, answer_tokens=1
-    )
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_asking_ends_before_a_limit_is_passed(at_once: int, server: Server, tmp_path: Path) -> None:
+    """Whatever is under way: each answer costs 1, or 3 where it says as much as it may."""
+    server.delay = 0.02
+    settings: dict[str, Any] = {"price_out": 1e6, "max_tokens": 3, "at_once": at_once}
+    questions = [*"abcde", "f g h", "i j k"]
+    with pytest.raises(
+        CompressLabError, match=r"\d.0000 is spent of 7.5 that may be, and one more answer may cost 3.0000"
+    ):
+        asking(server, tmp_path, most_cost=7.5, **settings).all(questions)
+    kept = asking(server, tmp_path, **settings)
+    assert 7.5 - 3 < kept.bill.paid_before <= 7.5
+    kept.all(questions)
+    assert kept.bill.paid_before + kept.bill.cost == 11
+    assert kept.bill.from_cache + kept.bill.asked == 7
+
+
+def test_what_the_cache_cost_is_a_part_of_the_limit(server: Server, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"price_out": 1e6, "max_tokens": 1}
+    asking(server, tmp_path, **settings).all(["a", "b"])
+    again = asking(server, tmp_path, most_cost=2.5, **settings)
+    assert again.all(["a", "b"])[1] == Answer(text="B", finish="stop", prompt_tokens=1, answer_tokens=1)
+    assert (again.bill.cost, again.bill.paid_before) == (0.0, 2.0)
+    with pytest.raises(CompressLabError, match=r"2.0000 is spent of 2.5"):
+        again.all(["c"])
+    assert len(server.asked) == 2
+
+
+def test_of_a_question_a_token_is_put_by_for_each_byte_and_some_for_its_frame() -> None:
+    endpoint = Endpoint(url="http://h/v1", model="m", price_in=2e6, price_out=1e6, max_tokens=5)
+    assert endpoint.most_for("\u00e9t") == 2 * (3 + 64) + 5
 
 
 @pytest.mark.parametrize(

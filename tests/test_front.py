@@ -49,5 +49,12 @@ def test_the_curve_of_a_training_goes_through_its_checks() -> None:
     heights = [float(pair.split(",")[1]) for pair in line[1].split()]
     assert len(heights) == 4
     assert heights[0] < heights[1] < heights[3] < heights[2]  # lower losses further down
-    assert drawn.count("the network that left") == 1
+    assert drawn.count("the network that left") == 1 and "in training" not in drawn
+    own = {"training_losses": ["5.0", "2.5", "1.0"]}
+    both = str(curve_plot({"training": training | own}))
+    lines = re.findall(r'class="trace k(\d)" points="([^"]+)"', both)
+    assert [(colour, len(points.split())) for colour, points in lines] == [("1", 3), ("0", 4)]
+    first, last = (float(pair.split(",")[1]) for pair in (lines[0][1].split()[0], lines[0][1].split()[-1]))
+    assert first < last and last == max(float(pair.split(",")[1]) for _, points in lines for pair in points.split())
+    assert "step 20: 2.5 (in training, since the check before)" in both and ">in training<" in both
     assert curve_plot(None) == curve_plot({"training": training | {"losses": ["nan"], "loss_before": "1"}}) == ""

@@ -57,7 +57,7 @@ ROWS: list[tuple[str, ...]] = [
     ("foretelling", "once_for_all"),
     ("stages",),
     ("questions", "learning"),
-    ("teaching", "pairing", "teachers"),
+    ("teaching", "pairing", "teachers", "doubting"),
     ("pipeline", "evaluation", "warm", "doctor", "mobile", "serving"),
     ("caching", "distilling", "mutual"),
     ("staging",),

@@ -130,18 +130,72 @@ def diverging(after: int) -> Any:
 
 
 def test_a_divergence_ends_at_the_last_good_check_and_says_so(tmp_path: Path) -> None:
-    model, record = run(tmp_path / "a", loss=diverging(after=7))
+    seen: list[dict[str, Tensor]] = []
+    model = vit(hidden_dropout_prob=0.1)
+
+    def look(progress: float) -> None:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    record = train_(model, images(), SETTINGS, tmp_path / "a", loss=diverging(after=7), on_step=look)
     assert "diverged: the loss of step 8 is nan; the network is that of step 6" in record.notice
     assert "learning rate (0.003)" in record.notice
     assert record.best_step == 6
-    short, _ = run(tmp_path / "b", loss=diverging(after=99))
-    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-    assert not same(model, short)
+    found = model.state_dict()
+    assert all(torch.equal(value, seen[6][name]) for name, value in found.items())  # as the seventh step found it
+    assert not all(torch.equal(value, seen[7][name]) for name, value in found.items())
 
 
-def test_a_divergence_before_any_check_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CompressLabError, match=r"diverged: the loss of step 2 is nan.*lower the learning rate"):
-        run(tmp_path, loss=diverging(after=1))
+@pytest.mark.parametrize("at", ["a step", "the first check"])
+def test_a_divergence_before_any_check_leaves_the_network_as_it_was_and_says_so(at: str, tmp_path: Path) -> None:
+    def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = network(**batch).loss
+        return found * float("nan") if not network.training else found
+
+    model, record = run(tmp_path, loss=diverging(after=1) if at == "a step" else loss)
+    assert same(model, vit(hidden_dropout_prob=0.1))
+    where = "the loss of step 2 is nan" if at == "a step" else "the loss on the examples held back is nan after step 3"
+    assert f"diverged: {where}; the network is as it was before the training; lower the learning rate" in record.notice
+    assert (record.best_step, record.best_loss) == (0, float("inf"))
+
+
+def test_a_loss_that_was_never_a_number_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CompressLabError, match=r"diverged: the loss of step 1 is nan.*lower the learning rate"):
+        run(tmp_path, loss=diverging(after=0))
+
+
+def test_the_loss_of_the_steps_between_checks_is_kept(tmp_path: Path) -> None:
+    """Of every step, the last few too that make no whole stretch between two checks."""
+    seen: list[float] = []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = model(**batch).loss
+        if model.training:
+            seen.append(float(found.detach()))
+        return found
+
+    settings = Training(steps=11, learning_rate=3e-3, batch=4, checks=3)
+    _, record = run(tmp_path / "whole", settings, loss=loss)
+    parts = [seen[:4], seen[4:8], seen[8:]]
+    assert [step for step, _ in record.training_losses] == [step for step, _ in record.losses] == [4, 8, 11]
+    wanted = [sum(part) / len(part) for part in parts]
+    assert [value for _, value in record.training_losses] == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tmp_path / "killed",
+            settings,
+            on_step=lambda p: (_ for _ in ()).throw(KeyboardInterrupt) if p > 0.5 else None,
+        )
+    assert run(tmp_path / "killed", settings)[1] == record
+
+
+def test_what_a_training_began_with_is_kept_only_until_its_first_check(tmp_path: Path) -> None:
+    there = []
+
+    def look(progress: float) -> None:
+        there.append((tmp_path / "start.safetensors").exists())
+
+    run(tmp_path, on_step=look)
+    assert there == [True] * 3 + [False] * 9
 
 
 def test_a_loss_of_its_own(tmp_path: Path) -> None:

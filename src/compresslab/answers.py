@@ -7,7 +7,7 @@ Sequences alone are already a teacher: its answers in the place of labels are se
 1606.07947). Where the server also gives the log-probabilities of the most likely tokens, and where a token of the teacher is
 the same piece of the answer as one of the student, the row holds those of them that are single tokens of the student too; all
 other mass is known as a sum, as of any cache (distill/teacher_cache.py). Every other row holds the token that was said, alone.
-How many rows are of which kind is told.
+How many rows are of which kind is told, and where a server gave log-probabilities of fewer tokens than it was asked for.
 
 So the student learns with the losses of any recipe that a cache can serve, and no hidden state and no weight of the teacher is
 needed: GPT-3.5 to GPT-2 is done like this.
@@ -86,7 +86,14 @@ def answered(
         kinds["hard"] += len(said.ids) - said.soft
     if len(examples) < 4:
         raise CompressLabError(f"{len(examples)} answers begin within {longest} tokens: ask shorter questions")
-    cache = _written(examples, rows, out, k, endpoint.name_of(""), f"{endpoint.model} at {endpoint.url}", force)
+    key = {
+        "teacher": {"name": f"{endpoint.model} at {endpoint.url}", "sha256": endpoint.name_of("")},
+        "tokenizer": {"sha256": student.tokenizer_sha256()},
+        "data": {"sha256": examples_sha256(examples)},
+        "temperature": 1.0,
+        "k": k,
+    }
+    cache = _written(examples, rows, Writer(out, key, k, force), _short_of(asking))
     labelled = Labelled(
         source=f"answers of {endpoint.model}", revision="", samples=len(examples), test_split="none",
         sha256=examples_sha256(examples), train=examples, test=[],
@@ -94,6 +101,17 @@ def answered(
     bill = {key: value for key, value in vars(asking.bill).items() if value is not None}
     told = bill | {"rows_with_log_probabilities": kinds["soft"], "rows_of_one_token": kinds["hard"]}
     return Answered(name=f"{endpoint.model} at {endpoint.url}", cache=cache, labelled=labelled, told=told)
+
+
+def _short_of(asking: Asking) -> str:
+    """Where a server gave less than it was asked for, in words; "" where it gave all."""
+    bill, top = asking.bill, asking.endpoint.top
+    if not bill.short:
+        return ""
+    return (
+        f"{asking.endpoint.url} gave log-probabilities of fewer tokens than the {top} that were asked for in {bill.short} of "
+        f"{bill.places} places, of {bill.fewest_top} at least: what is left out is known as a sum alone"
+    )
 
 
 def questions_of(path: Path) -> list[str]:
@@ -119,11 +137,12 @@ def questions_of(path: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the teacher might have said in the place of each counted token: [rows, k]; how many rows have more than one
-    entry, None where no token counts."""
+    """What the teacher might have said in the place of each counted token: [rows, k]; its nats of the one that it did say, NaN
+    where its server gave none, [rows]; how many rows have more than one entry, None where no token counts."""
 
     ids: Tensor
     log_probs: Tensor
+    nats: Tensor
     soft: int | None
 
 
@@ -169,26 +188,48 @@ def _example(
         asked = asked[:-1]
     entries = _entries(answer, places, said, pieces)
     if answer.finish == "stop" and end is not None:
-        said, entries = [*said, end], [*entries, [(end, 0.0)]]
+        said, entries = [*said, end], [*entries, Place(said=end)]
     said, entries = said[: max(longest - len(asked), 0)], entries[: max(longest - len(asked), 0)]
     if not asked:  # the first token has nothing before it that could tell of it
         entries = entries[1:]
     labels = [IGNORED_LABEL] * len(asked) + said
     example = {"input_ids": torch.tensor(asked + said), "labels": torch.tensor(labels)}
     ids, log_probs = torch.empty(len(entries), k, dtype=torch.long), torch.full((len(entries), k), -SPAN)
-    for place, row in enumerate(entries):
+    for place, row in enumerate(one.row for one in entries):
         known = [token for token, _ in row]
         spare = (token for token in range(len(row) + k) if token not in known)
         ids[place] = torch.tensor([*known, *(next(spare) for _ in range(k - len(known)))])
         log_probs[place, : len(row)] = torch.tensor([value for _, value in row])
-    soft = sum(len(row) > 1 for row in entries) if entries else None
-    return example, Rows(ids=ids, log_probs=log_probs, soft=soft)
+    soft = sum(len(one.row) > 1 for one in entries) if entries else None
+    nats = torch.tensor([torch.nan if one.log_prob is None else -one.log_prob for one in entries])
+    return example, Rows(ids=ids, log_probs=log_probs, nats=nats, soft=soft)
 
 
-def _entries(
-    answer: Answer, places: Sequence[tuple[int, int]], said: Sequence[int], pieces: Pieces
-) -> list[list[tuple[int, float]]]:
-    """For each of the student's tokens what the teacher might have said there, most likely first: (token, log-probability)."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What the teacher might have said in one place.
+
+    Attributes:
+        said: the student's token for what it did say.
+        log_prob: of that, where the server gave it.
+        others: (token, log-probability) of others that are single tokens of the student's.
+    """
+
+    said: int
+    log_prob: float | None = None
+    others: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def row(self) -> list[tuple[int, float]]:
+        """Most likely first."""
+        best = {self.said: self.log_prob or 0.0}
+        for token, value in self.others:
+            best[token] = max(value, best.get(token, value))
+        return sorted(best.items(), key=lambda entry: -entry[1])
+
+
+def _entries(answer: Answer, places: Sequence[tuple[int, int]], said: Sequence[int], pieces: Pieces) -> list[Place]:
+    """One for each of the student's tokens."""
     theirs, at = {}, 0
     for token in answer.tokens or ():
         theirs[at, at + len(token.text)] = token
@@ -198,32 +239,19 @@ def _entries(
     for own, place in zip(said, places, strict=True):
         there = theirs.get(place) if fits else None
         if there is None:
-            found.append([(own, 0.0)])
+            found.append(Place(said=own))
             continue
-        row = {own: min(there.log_prob, 0.0)}
-        for text, value in there.top:
-            other = pieces.token_of(text)
-            if other is not None and (other not in row or row[other] < value):
-                row[other] = min(value, 0.0)
-        found.append(sorted(row.items(), key=lambda entry: -entry[1]))
+        known = ((pieces.token_of(text), min(value, 0.0)) for text, value in there.top)
+        others = tuple((token, value) for token, value in known if token is not None)
+        found.append(Place(said=own, log_prob=min(there.log_prob, 0.0), others=others))
     return found
 
 
-def _written(
-    examples: Sequence[Example], rows: Sequence[Rows], out: Path, k: int, asked: str, name: str, force: bool
-) -> TeacherCache:
-    key = {
-        "teacher": {"name": name, "sha256": asked},
-        "data": {"sha256": examples_sha256(examples)},
-        "temperature": 1.0,
-        "k": k,
-    }
-    writer = Writer(out, key, k, force)
+def _written(examples: Sequence[Example], rows: Sequence[Rows], writer: Writer, short: str) -> TeacherCache:
     done = {name for name, *_ in writer.entries}
     for example, said in zip(examples, rows, strict=True):
         counted = example["labels"][1:] != IGNORED_LABEL
         name_of = digest(example["input_ids"], counted)
         if name_of not in done:
-            writer.add([(name_of, len(said.ids))], said.ids, said.log_probs)
-    own = [-float(said.log_probs[:, 0].mean()) for said in rows]
-    return writer.publish({"cross_entropy": sum(own) / len(own), "examples": len(examples)})
+            writer.add([(name_of, len(said.ids))], said.ids, said.log_probs, said.nats)
+    return writer.publish({"examples": len(examples), "short": short})

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresslab import models, mutual, preflight, ranks, teaching
+from compresslab import doubting, models, mutual, preflight, ranks
 from compresslab.answers import Answered
 from compresslab.artifact import Artifact, Writer, check_output, weight_hash
 from compresslab.caching import opened
@@ -49,7 +49,7 @@ from compresslab.recipe import Recipe, Training
 from compresslab.report import render
 from compresslab.report.schema import Parity, Report
 from compresslab.students import Shape
-from compresslab.teachers import MEAN, Ensemble, Translated, network_of
+from compresslab.teachers import MEAN, dtype_of, network_of
 from compresslab.teaching import Lesson
 from compresslab.training import Loss, Record, collate, split, train_
 
@@ -106,7 +106,7 @@ def distill(
         for source in (pair.teacher, pair.student):
             check_output(out, force, source.folder)
         pair.check(losses, data)
-        _check_sources(pair, losses, ensemble, is_live=cache is None and not isinstance(teacher, Answered))
+        _check_sources(pair, losses, chosen, ensemble, is_live=cache is None and not isinstance(teacher, Answered))
         data = None if losses.making is not None and data == TEXT else data  # which is to measure on
         material, kept = _learnt_from(pair, teacher, losses, chosen, data, cache, seed)
         measured_on = None if isinstance(teacher, Answered) else material.labelled
@@ -164,7 +164,9 @@ def distill(
         return team.told((writer.publish(folder), report))
 
 
-def _check_sources(pair: Pair, losses: Losses, ensemble: str | Sequence[float], *, is_live: bool) -> None:
+def _check_sources(
+    pair: Pair, losses: Losses, recipe: Recipe, ensemble: str | Sequence[float], *, is_live: bool
+) -> None:
     """CompressLabError unless what a recipe asks of its teachers can be had of them.
 
     Args:
@@ -176,6 +178,11 @@ def _check_sources(pair: Pair, losses: Losses, ensemble: str | Sequence[float], 
         raise CompressLabError("a cache holds what one teacher says: leave it out, or the other teachers")
     if losses.making is not None and not is_live:
         raise CompressLabError("pictures are drawn out of a teacher at work: leave the cache out")
+    assert recipe.training is not None
+    if losses.cohort is not None and recipe.training.teacher_dtype != "float32":
+        raise CompressLabError("in mutual learning the teacher learns too, in float32: leave teacher_dtype out")
+    for source in (pair.teacher, *pair.others):
+        dtype_of(source, recipe.training.teacher_dtype)
 
 
 def _learnt_from(
@@ -192,7 +199,7 @@ def _learnt_from(
     if losses.making is not None:
         return Material(calibration=None, labelled=None), None
     material = material_of(pair.student, recipe, data, seed)
-    return material, None if cache is None else opened(Path(cache), pair.teacher, material, losses)
+    return material, None if cache is None else opened(Path(cache), pair.teacher, material, losses, recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +208,7 @@ class Taught:
 
     Attributes:
         before: its loss on the examples held back when it began.
-        doubts: what a user should know of the teacher.
+        judged: what a user should know of the teacher.
         rest: the share of the teacher's mass that its cache left out; None where the teacher itself was there.
         pairs: of similar blocks, where they were looked for.
     """
@@ -209,13 +216,15 @@ class Taught:
     source: Source
     record: Record
     before: float
-    doubts: Sequence[str]
+    judged: doubting.Judged
     rest: float | None
     pairs: str = ""
 
     def told(self) -> dict[str, Any]:
-        notices = "; ".join(filter(None, (self.record.notice, *self.doubts)))
+        notices = "; ".join(filter(None, (self.record.notice, *self.judged.doubts)))
         found = told_of(self.record) | {"loss_before": f"{self.before:.4f}", "notice": notices}
+        if self.judged.told:
+            found |= {"nats_of_labels": self.judged.told}
         if self.rest is not None:
             found |= {"left_out_by_the_cache": f"{self.rest:.4f} of the teacher's mass"}
         return found | ({"similar_blocks": self.pairs} if self.pairs else {})
@@ -231,9 +240,10 @@ def _taught(
     if losses.cohort is not None:
         return _together(pair, losses.cohort, settings, (examples, held_back), scratch, seed, where, progress)
     network = models.materialise(pair.student).to(where)
-    teacher = kept or network_of(pair, losses, where)
+    teacher = kept or network_of(pair, losses, where, settings.teacher_dtype)
     batch = 4 * settings.batch
-    doubts = _doubts(network, teacher, examples, held_back, batch)
+    names = [source.name for source in (pair.teacher, *pair.others)]
+    judged = doubting.judged(network, teacher, names, examples, held_back, batch)
     terms = _terms(losses, network, teacher, examples, seed)
     with contextlib.nullcontext() if terms is None else terms.at_work(network):
         lesson = Lesson.of(losses.on_logits, network, teacher, examples[0], terms)
@@ -248,7 +258,7 @@ def _taught(
     source = models.retrained(pair.student, network)
     rest = None if kept is None else float(kept.manifest["rest_mean"])
     pairs = "" if terms is None else terms.found
-    return Taught(source=source, record=record, before=before, doubts=doubts, rest=rest, pairs=pairs)
+    return Taught(source=source, record=record, before=before, judged=judged, rest=rest, pairs=pairs)
 
 
 def _together(
@@ -260,6 +270,8 @@ def _together(
     networks = [models.materialise(source).to(where).requires_grad_(True) for source in sources]
     together, loss, batch = mutual.Cohort(networks), mutual.together(networks, cohort.together), settings.batch
     shown, held_back = examples
+    names = [source.name for source in sources[1:]]
+    judged = doubting.judged_peers(networks[0], networks[1:], names, shown, held_back, 4 * batch)
     with torch.no_grad():
         before = _mean([float(loss(together, part)) for part in _batches(held_back, batch, where)])
     progress.stage("train", settings.steps_for(len(shown)))
@@ -268,7 +280,7 @@ def _together(
         on_step=lambda done: progress.step("a step of the training"),
     )  # fmt: skip
     source = models.retrained(pair.student, networks[0])
-    return Taught(source=source, record=record, before=before, doubts=(), rest=None)
+    return Taught(source=source, record=record, before=before, judged=judged, rest=None)
 
 
 def _with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
@@ -299,26 +311,6 @@ def _terms(
     return FeatureTerms(student, teacher, losses.on_features, inputs, examples=len(examples), seed=seed)
 
 
-def _doubts(
-    student: nn.Module,
-    teacher: nn.Module | TeacherCache,
-    examples: Sequence[Example],
-    held_back: Sequence[Example],
-    batch: int,
-) -> list[str]:
-    if "labels" not in examples[0] or isinstance(teacher, Translated):
-        return []
-    chance = teaching.entropy_of_labels([*examples, *held_back], models.is_language_model(student))
-    own = teaching.cross_entropy(student, held_back, batch)
-    if isinstance(teacher, TeacherCache):
-        return teaching.doubts(
-            teacher.manifest["facts"]["cross_entropy"], None, chance, rest=float(teacher.manifest["rest_mean"])
-        )
-    each = list(teacher.networks) if isinstance(teacher, Ensemble) else [teacher]
-    best = min(teaching.cross_entropy(network, held_back, batch) for network in each)
-    return teaching.doubts(best, own, chance)
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -340,7 +332,10 @@ def _needs(
             pair.student, None, tokens, where, peers=(pair.teacher, *pair.others), shards=recipe.training.shard
         )
     teacher = None if cached else pair.teacher
-    return preflight.of_teaching(pair.student, teacher, tokens, where, shards=recipe.training.shard)
+    itemsize = dtype_of(pair.teacher, recipe.training.teacher_dtype).itemsize
+    return preflight.of_teaching(
+        pair.student, teacher, tokens, where, shards=recipe.training.shard, teacher_itemsize=itemsize
+    )
 
 
 def _key(

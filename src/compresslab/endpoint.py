@@ -8,9 +8,13 @@
 - The cache is a file of one line an answer, named by a hash of what was asked of whom. A line that a kill left half written is
   asked for again.
 - A server that says "Retry-After" is waited for that long; otherwise pauses double, from 1 to 60 seconds, with some chance in
-them
-  so that many askers do not come back at once.
-- What a server is paid is counted from its own count of tokens, and asking ends before a limit is passed.
+  them so that many askers do not come back at once.
+- What a server is paid is counted from its own count of tokens, together with what the answers in the cache were paid for at
+  the same prices. Asking ends before a limit is passed: before a request the most that its answer may cost is put by, which is
+  `max_tokens` and a token for each byte of the question (and ROOM more, for a chat's frame). What a server charges for requests
+  that it does not answer cannot be known, and is not counted.
+- What comes back is held against what was asked: none of the log-probabilities is an error; fewer of them, answers that were
+  cut and empty ones are counted in the bill.
 
 Source: OpenAI's API reference (chat/completions and completions, with `logprobs`). Nothing but Python's own HTTP is used.
 """
@@ -28,7 +32,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +45,7 @@ LONGEST_PAUSE = 60.0
 MOST_WAITED_FOR = 600.0  # seconds that a server may ask one to wait
 MOST_BYTES = 64_000_000  # of one answer
 CACHE = "answers.jsonl"
+ROOM = 64  # tokens around a question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,7 @@ class Endpoint:
         timeout: seconds until an answer must be there.
         retries: how often a request is repeated.
         price_in, price_out: of a million tokens of questions and of answers, in any currency.
-        most_cost: what may be spent in all; None for no limit.
+        most_cost: what may be spent in all, with what the answers in the cache cost before; None for no limit.
     """
 
     url: str
@@ -134,6 +139,13 @@ class Endpoint:
             return asked | {"messages": [{"role": "user", "content": question}]} | logs
         return asked | {"prompt": question} | ({"logprobs": self.top} if self.top else {})
 
+    def cost(self, prompt_tokens: int, answer_tokens: int) -> float:
+        return (prompt_tokens * self.price_in + answer_tokens * self.price_out) / 1e6
+
+    def most_for(self, question: str) -> float:
+        """What an answer may cost at most."""
+        return self.cost(len(question.encode()) + ROOM, self.max_tokens)
+
     def name_of(self, question: str) -> str:
         """What an answer is kept under: a hash of all that it depends on."""
         asked = {"url": self.url.rstrip("/"), "kind": self.kind, **self.body(question)}
@@ -142,7 +154,15 @@ class Endpoint:
 
 @dataclass(kw_only=True)
 class Bill:
-    """What asking came to. `cost` is of the requests that were made now; what the cache had is not paid again."""
+    """What asking came to.
+
+    Attributes:
+        cost: of the requests that were made now.
+        paid_before: what all answers cost that the cache had at the beginning.
+        cut, empty: answers that were ended by their length, and those without words.
+        places, short: tokens with log-probabilities, and how many of them have those of fewer others than were asked for.
+        fewest_top: the fewest; None without any.
+    """
 
     asked: int = 0
     from_cache: int = 0
@@ -150,8 +170,11 @@ class Bill:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     cost: float = 0.0
+    paid_before: float = 0.0
     cut: int = 0
     empty: int = 0
+    places: int = 0
+    short: int = 0
     fewest_top: int | None = None
 
 
@@ -172,10 +195,12 @@ class Asking:
 
     def __post_init__(self) -> None:
         self._lock, self._turn = threading.Lock(), 0.0
+        self._freed, self._put_by = threading.Condition(self._lock), 0.0
         self._chance = random.Random(0)
         self._stop = threading.Event()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._kept = _read_cache(self.folder / CACHE)
+        self.bill.paid_before = sum(self._cost(answer) for answer in self._kept.values())
 
     def all(self, questions: Sequence[str], on_answer: Callable[[], None] = lambda: None) -> list[Answer]:
         """The answers, in the order of the questions. The same question is asked once.
@@ -209,33 +234,58 @@ class Asking:
     def _one(self, question: str) -> Answer:
         name = self.endpoint.name_of(question)
         kept = self._kept.get(name)
-        if kept is None:
+        if kept is not None:
+            with self._lock:
+                self._count_(kept)
+                self.bill.from_cache += 1
+            return kept
+        with self._money_for(question):
             answer = self._checked(self._reply(self.endpoint.body(question)))
             with self._lock:
                 with (self.folder / CACHE).open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"name": name, "answer": asdict(answer)}) + "\n")
                 self._kept[name] = answer
-        else:
-            answer = kept
-        with self._lock:
-            self._count_(answer, new=kept is None)
+                self._count_(answer)
+                self._pay_(answer)
         return answer
 
-    def _count_(self, answer: Answer, *, new: bool) -> None:
+    def _count_(self, answer: Answer) -> None:
         bill = self.bill
-        bill.asked += new
-        bill.from_cache += not new
         bill.cut += answer.finish == "length"
         bill.empty += not answer.text.strip()
-        if answer.tokens:
-            fewest = min(len(token.top) for token in answer.tokens)
-            bill.fewest_top = fewest if bill.fewest_top is None else min(bill.fewest_top, fewest)
-        if new:
-            bill.prompt_tokens += answer.prompt_tokens
-            bill.answer_tokens += answer.answer_tokens
-            bill.cost += (
-                answer.prompt_tokens * self.endpoint.price_in + answer.answer_tokens * self.endpoint.price_out
-            ) / 1e6
+        for token in answer.tokens or ():
+            bill.places += 1
+            bill.short += len(token.top) < self.endpoint.top
+            bill.fewest_top = min(len(token.top), self.endpoint.top if bill.fewest_top is None else bill.fewest_top)
+
+    def _pay_(self, answer: Answer) -> None:
+        self.bill.asked += 1
+        self.bill.prompt_tokens += answer.prompt_tokens
+        self.bill.answer_tokens += answer.answer_tokens
+        self.bill.cost += self._cost(answer)
+
+    def _cost(self, answer: Answer) -> float:
+        return self.endpoint.cost(answer.prompt_tokens, answer.answer_tokens)
+
+    @contextlib.contextmanager
+    def _money_for(self, question: str) -> Iterator[None]:
+        """Put by what an answer may cost, while it is asked for; CompressLabError where that might pass the limit."""
+        most, limit, bill = self.endpoint.most_for(question), self.endpoint.most_cost, self.bill
+        with self._freed:
+            while limit is not None and bill.paid_before + bill.cost + self._put_by + most > limit:
+                if not self._put_by:
+                    raise CompressLabError(
+                        f"{bill.paid_before + bill.cost:.4f} is spent of {limit:g} that may be, and one more answer may cost "
+                        f"{most:.4f}: what was said so far is kept; raise the limit to go on, or lower max_tokens"
+                    )
+                self._freed.wait()  # for what comes back of what was put by
+            self._put_by += most
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._put_by -= most
+                self._freed.notify_all()
 
     # -- the wire ------------------------------------------------------------------------------------------------------
 
@@ -259,14 +309,8 @@ class Asking:
         )
 
     def _take_turn(self) -> None:
-        """Wait until the rate allows a request, unless the money is spent."""
-        limit = self.endpoint.most_cost
+        """Wait until the rate allows a request."""
         with self._lock:
-            if limit is not None and self.bill.cost >= limit:
-                raise CompressLabError(
-                    f"{self.bill.cost:.4f} is spent of {limit:g} that may be: what was said so far is kept; "
-                    "raise the limit to go on"
-                )
             if self.endpoint.requests_a_minute is None:
                 return
             now = self.clock()

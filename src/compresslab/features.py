@@ -12,13 +12,15 @@ checkpoint has their parameters and memories. They leave before the student is s
 
 A loss whose `blocks` are "similar" is given its pairs here, as they are found on the first batch (distill/similar_blocks.py).
 
-A position that the attention mask takes out is never counted, and neither are its heads. Order and number of examples are
-checked: a student and a teacher that saw different batches are an error.
+A position that the attention mask takes out is never counted, and neither are its heads. A student and a teacher that saw
+different batches are an error: inputs that both take by one name are compared bit by bit, unless they are the same tensors, as
+in teaching.py; where no name is common to both, only the number of examples is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -44,7 +46,7 @@ class Watched:
         self._is_teacher = is_teacher
         self.places = list(dict.fromkeys(places))
         self.seen: dict[str, Any] = {}
-        self.mask: Tensor | None = None
+        self.inputs: dict[str, Tensor] = {}
         known = dict(model.named_modules())
         for place in self.places:
             if place.partition("@")[0] not in known:
@@ -76,21 +78,30 @@ class Watched:
             CompressLabError: a place that was not reached, or whose output is no feature.
         """
         seen, self.seen = self.seen, {}
+        mask = self.inputs.get("attention_mask")
         missing = [place for place in self.places if place not in seen]
         if missing:
             raise CompressLabError(
                 f"nothing passed through '{missing[0]}' of {type(self._model).__name__}: name a place that every batch reaches"
             )
-        return {place: _described(place, self._own(seen[place]), self.mask) for place in self.places}
+        return {place: _described(place, self._own(seen[place]), mask) for place in self.places}
 
     def _own(self, seen: Any) -> Any:
         if not self._is_teacher:
             return seen
-        return tuple(map(self._own, seen)) if isinstance(seen, tuple) else getattr(seen, "detach", lambda: seen)()
+        if isinstance(seen, tuple):
+            return tuple(map(self._own, seen))
+        if not isinstance(seen, Tensor):
+            return seen
+        is_short = (
+            seen.is_floating_point() and seen.itemsize < 4
+        )  # a teacher as it is stored, beside a student in float32
+        return seen.detach().float() if is_short else seen.detach()
 
     def _start(self, module: nn.Module, arguments: Any, named: Mapping[str, Any]) -> None:
         self.seen.clear()
-        self.mask = named.get("attention_mask")
+        given = inspect.signature(module.forward).bind_partial(*arguments).arguments | dict(named)
+        self.inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
     def _output(self, place: str) -> Callable[..., None]:
         def see(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -227,7 +238,13 @@ class FeatureTerms:
                         f"the student has seen {len(one.counted)} examples and the teacher {len(other.counted)}: give both "
                         "the same batch"
                     )
-        return [([ours[p] for p in mine], [theirs[p] for p in its]) for mine, its in self._places]
+        for name, own in self.student.inputs.items():
+            its = self.teacher.inputs.get(name)
+            if its is not None and its is not own and not torch.equal(its, own):
+                raise CompressLabError(
+                    f"the teacher was not shown the student's {name}: give both the same examples in the same order"
+                )
+        return [([ours[p] for p in mine], [theirs[p] for p in others]) for mine, others in self._places]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -99,6 +100,17 @@ class Source:
     def tokenizer(self) -> Any:
         """The model's tokenizer. CompressLabError if its folder has none."""
         return load_tokenizer(self.folder, self.name)
+
+    def tokenizer_sha256(self) -> str | None:
+        """A hash of all that makes tokens of text; None without a tokenizer."""
+        if not self.has_tokenizer():
+            return None
+        tokenizer = self.tokenizer()
+        if not tokenizer.is_fast:
+            made: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
+        else:
+            made = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of a call
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
     def has_tokenizer(self) -> bool:
         return self.folder is not None and any(

@@ -72,7 +72,10 @@ def mutual(
     for number, (network, source) in enumerate(zip(networks, students, strict=True), start=1):
         taught = models.retrained(source, network)
         folders.append(write(taught, out / f"student-{number}"))
-    told = {"losses": record.losses, "best_step": record.best_step, "notice": record.notice}
+    told = {
+        "losses": record.losses, "training_losses": record.training_losses, "best_step": record.best_step,
+        "notice": record.notice,
+    }  # fmt: skip
     (out / TOLD).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return folders, record
 

@@ -492,6 +492,7 @@ def _solved_first(
 def told_of(record: Record) -> dict[str, Any]:
     """A training as the report has it."""
     checks = {"losses": [f"{loss:.4f}" for _, loss in record.losses], "checked_at": [step for step, _ in record.losses]}
+    checks["training_losses"] = [f"{loss:.4f}" for _, loss in record.training_losses]
     return dataclasses.asdict(record) | checks
 
 

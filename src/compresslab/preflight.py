@@ -281,7 +281,7 @@ def with_scores(
 
 def of_teaching(
     student: Source, teacher: Source | None, tokens: int, device: torch.device, peers: Sequence[Source] = (), *,
-    shards: bool = False,
+    shards: bool = False, teacher_itemsize: int = 4,
 ) -> Estimate:  # fmt: skip
     """What it takes to train a student: its weights, gradients, two moments and a copy in float32, and a teacher's weights.
 
@@ -290,6 +290,7 @@ def of_teaching(
         tokens: that pass through the student in all; 0 where examples are no text, and time is not foretold.
         peers: networks that learn along with the student and are not written.
         shards: whether each rank keeps a part of the student.
+        teacher_itemsize: bytes of a weight of the teacher.
     """
     own, its, *more = (
         sum(numel(source, name) for name in source.weights.names()) if source is not None else 0
@@ -299,7 +300,7 @@ def of_teaching(
     seconds = (6 * learning + 2 * its) * tokens / rates(device)[2] if tokens else 0.0
     written = own * student.dtype.itemsize
     return Estimate(
-        memory_bytes=PROGRAM_BYTES + _bytes_of_training(learning, shards) + 4 * its,
+        memory_bytes=PROGRAM_BYTES + _bytes_of_training(learning, shards) + teacher_itemsize * its,
         disk_bytes=3 * 12 * learning + 2 * written,
         seconds=seconds,
         artifact_bytes=written,

@@ -154,6 +154,8 @@ class Training(Strict):
         checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
         held_back: share of the examples that only this loss sees.
         shard: under torchrun, each rank keeps a part of every weight, gradient and moment in place of all (sharding.py).
+        teacher_dtype: what a teacher that reads tokens is opened in, "float32" or "stored", as its weights are on disk: half the
+            memory of one in bfloat16, whose logits have three digits.
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -167,6 +169,7 @@ class Training(Strict):
     checks: int = Field(default=10, ge=1)
     held_back: float = Field(default=0.1, gt=0, lt=1)
     shard: bool = False
+    teacher_dtype: Literal["float32", "stored"] = "float32"
 
     def seen(self, examples: int) -> int:
         """Examples that pass through the network in all."""
@@ -197,6 +200,8 @@ class Recipe(Strict):
             raise CompressLabError(
                 "'training' belongs to a recipe with a method that trains, such as lsq, or that prunes; this one has none"
             )
+        if self.training is not None and self.training.teacher_dtype != "float32" and not self.teaching:
+            raise CompressLabError("'training.teacher_dtype' belongs to a recipe for teaching; this one has no teacher")
         if self.training is None and trains:
             object.__setattr__(self, "training", Training())  # written down as it will run, like every other default
         return self

@@ -101,7 +101,7 @@ def train(job: Job, lesson: Lesson) -> Recovered:
 
     Raises:
         CompressLabError: examples without labels; a training too short for its schedule; a layer of which nothing is left; a
-            divergence before the first check.
+            divergence before all zeros are there.
     """
     trained = {layer: pruner.method for layer, pruner in job.pruners.items() if isinstance(pruner, Ungated)}
     if trained:
@@ -121,7 +121,7 @@ def _after_pruning(source: Source, pruners: Mapping[str, Pruner], lesson: Lesson
     note = record.notice
     if record.best_loss < before:
         source = models.retrained(source, model)
-    else:
+    elif record.best_step:
         note = "; ".join(part for part in (note, _no_better(record, before)) if part)
         record = dataclasses.replace(record, notice=note)
     settled: dict[str, Pruner] = {
@@ -144,8 +144,8 @@ def in_training(source: Source, methods: Mapping[str, TrainedPruner], lesson: Le
         methods: of every layer that is pruned; layers whose methods are equal share one threshold where the method has one.
 
     Raises:
-        CompressLabError: a training too short for its schedule; a layer of which nothing is left; a divergence before the first
-            check.
+        CompressLabError: a training too short for its schedule; a layer of which nothing is left; a divergence before all
+            zeros are there.
     """
     model = models.materialise(source).to(lesson.device)
     training, held_back = split(lesson.examples, lesson.settings.held_back, lesson.seed)

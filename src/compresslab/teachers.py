@@ -28,6 +28,7 @@ from compresslab.damage import whole_model
 from compresslab.distill.mutual import ADAPTIVE, MEAN
 from compresslab.distill.mutual import log_weights as by_name
 from compresslab.errors import CompressLabError
+from compresslab.models import Source
 from compresslab.pairing import Losses, Pair
 
 
@@ -47,20 +48,24 @@ class Translated(nn.Module):
 
     def __init__(self, network: nn.Module, student: Any, teacher: Any) -> None:
         super().__init__()
-        self.network, self._student, self._teacher = network, student, teacher
+        self.network, self.student_tokens, self.teacher_tokens = network, student, teacher
+
+    def own_tokens(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The texts of rows of the student's token ids, in tokens of the teacher's."""
+        texts = [self.student_tokens.decode(row.tolist(), clean_up_tokenization_spaces=False) for row in rows]
+        own = [torch.tensor(self.teacher_tokens(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        if not all(len(ids) for ids in own):
+            raise CompressLabError(
+                "the teacher's tokenizer makes nothing of a text of the student's: take longer windows"
+            )
+        return own
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Said:
         """Logits [examples, the student's positions, the teacher's tokens], sorted from the largest to the smallest, for the
         order of the teacher's tokens means nothing to a student with others."""
         counts = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(1).tolist()
-        rows = [ids[:count].tolist() for ids, count in zip(input_ids, counts, strict=True)]
-        texts = [self._student.decode(row, clean_up_tokenization_spaces=False) for row in rows]
-        own = [torch.tensor(self._teacher(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        if not all(len(ids) for ids in own):
-            raise CompressLabError(
-                "the teacher's tokenizer makes nothing of a text of the student's: take longer windows"
-            )
+        own = self.own_tokens([ids[:count] for ids, count in zip(input_ids, counts, strict=True)])
         batch = nn.utils.rnn.pad_sequence(own, batch_first=True).to(input_ids.device)
         lengths = torch.tensor([len(ids) for ids in own], device=input_ids.device)
         mask = (torch.arange(batch.shape[1], device=input_ids.device) < lengths[:, None]).long()
@@ -112,11 +117,23 @@ def log_weights(log_probs: Tensor, weights: str | Sequence[float]) -> Tensor:
     return (numbers / numbers.sum()).log().view(-1, *[1] * (log_probs.dim() - 1))
 
 
-def network_of(pair: Pair, losses: Losses, where: torch.device) -> nn.Module:
+def dtype_of(source: Source, asked: str) -> torch.dtype:
+    """What a teacher is opened in by `training.teacher_dtype`. CompressLabError where it cannot be."""
+    if asked == "float32":
+        return torch.float32
+    if source.reads_images:
+        raise CompressLabError(
+            f"teacher_dtype={asked} is for teachers that read tokens, and '{source.name}' reads pictures, which come in float32: "
+            "leave it out"
+        )
+    return source.dtype
+
+
+def network_of(pair: Pair, losses: Losses, where: torch.device, dtype: str = "float32") -> nn.Module:
     """The teacher of a pair at work: a network as it is, translated, or an ensemble of such."""
     found = []
     for source in (pair.teacher, *pair.others):
-        network = whole_model(source, where, torch.float32)
+        network = whole_model(source, where, dtype_of(source, dtype))
         one = dataclasses.replace(pair, teacher=source)
         if losses.cross_tokenizers and one.has_other_tokens:
             if pair.others:

@@ -1,10 +1,10 @@
-"""Teaching: what a student is told of a batch by its teacher, and what can be said beforehand of the two.
+"""Teaching: what a student is told of a batch by its teacher.
 
     batch -> student, up to its head ----------------------------+
           -> teacher, up to its head; or its cache, by token ids -+-> fused head and losses (distill/fused.py) -> a number
 
 Student and teacher read the same batch, so their rows cannot be out of order; a cache is asked by what the rows hold.
-Networks whose logits are not just what a linear head makes (a cap or a scale after it), classifiers, and losses that judge
+Networks that do something to their logits behind a linear head, other than a cap or a scale, classifiers, and losses that judge
 all rows together take their logits whole."""
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ from torch import Tensor, nn
 from compresslab import models
 from compresslab.contract import LogitLoss, TopK
 from compresslab.data.labelled import Example
-from compresslab.distill.fused import Teacher, TeacherHead, head_loss, logit_loss
-from compresslab.distill.hard_labels import HardLabels
+from compresslab.distill.fused import After, Teacher, TeacherHead, head_loss, logit_loss
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
 from compresslab.features import FeatureTerms
-from compresslab.heads import head_input, head_of, is_plain
+from compresslab.heads import after_head, head_input, head_of
 from compresslab.training import IGNORED_LABEL, collate
-
-MUCH_LEFT_OUT = 0.25  # of a teacher's mass
-KNOWS_NOTHING = 0.98  # of the entropy of labels: whoever knows how frequent they are has all of it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,14 +33,14 @@ class Lesson:
     Attributes:
         teacher: None where no loss asks for one.
         features: losses on hidden states, at work, where there are any.
-        plain_student, plain_teacher: whether their logits are what a linear head makes of hidden states.
+        after_student, after_teacher: what is done to what their linear heads make; None where logits are taken whole.
     """
 
     losses: Sequence[LogitLoss]
     teacher: nn.Module | TeacherCache | None
     features: FeatureTerms | None
-    plain_student: bool
-    plain_teacher: bool
+    after_student: After | None
+    after_teacher: After | None
 
     @classmethod
     def of(
@@ -54,13 +50,14 @@ class Lesson:
         """With what one example tells of the networks. CompressLabError if they do not fit each other."""
         batch = _on(student, collate([example]))
         by_row = models.is_language_model(student) and all(loss.in_rows for loss in losses)
-        plain = [
-            by_row and isinstance(network, nn.Module) and is_plain(network, _inputs(batch))
+        own, its = (
+            after_head(network, _inputs(batch)) if by_row and isinstance(network, nn.Module) else None
             for network in (student, teacher)
-        ]
-        lesson = cls(
-            losses=losses, teacher=teacher, features=features, plain_student=plain[0], plain_teacher=all(plain)
         )
+        lesson = cls(
+            losses=losses, teacher=teacher, features=features, after_student=own,
+            after_teacher=None if own is None else its,
+        )  # fmt: skip
         with torch.no_grad():
             lesson(student, batch)  # so that what does not fit is told before the first step
         return lesson
@@ -86,11 +83,12 @@ class Lesson:
             counted = labels[:, 1:] != IGNORED_LABEL
             labels = labels[:, 1:][counted]
         try:
-            if self.plain_student:
+            if self.after_student is not None:
                 hidden, head = head_input(network, inputs)[:, :-1][counted], head_of(network)
                 assert isinstance(head, nn.Linear)
-                return head_loss(hidden, head, self._told(inputs, counted), labels, self.losses)
-            return logit_loss(_logits(network, inputs, counted), self._told(inputs, counted), labels, self.losses)
+                told = self._told(inputs, counted)
+                return head_loss(hidden, head, told, labels, self.losses, after=self.after_student)
+            return logit_loss(whole_logits(network, inputs, counted), self._told(inputs, counted), labels, self.losses)
         except ValueError as error:  # what a loss cannot be had from
             raise CompressLabError(str(error)) from None
 
@@ -104,16 +102,17 @@ class Lesson:
             return TopK(ids=found.ids.to(where), log_probs=found.log_probs.to(where), temperature=found.temperature)
         if self.teacher is None or not any(loss.needs_teacher for loss in self.losses):
             return None
-        if self.plain_teacher:
-            return hidden_rows(self.teacher, inputs, counted)
-        return _logits(self.teacher, inputs, counted)
+        if self.after_teacher is not None:
+            return hidden_rows(self.teacher, inputs, counted, self.after_teacher)
+        return whole_logits(self.teacher, inputs, counted)
 
 
-def hidden_rows(teacher: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor | None) -> TeacherHead:
+def hidden_rows(teacher: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor | None, after: After) -> TeacherHead:
     """What the head of a language model would read of the rows that count."""
     head = head_of(teacher)
     assert isinstance(head, nn.Linear)
-    return TeacherHead(hidden=head_input(teacher, inputs)[:, :-1][counted], weight=head.weight, bias=head.bias)
+    hidden = head_input(teacher, inputs)[:, :-1][counted]
+    return TeacherHead(hidden=hidden, weight=head.weight, bias=head.bias, after=after)
 
 
 def rows_of(inputs: Mapping[str, Tensor], counted: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -123,7 +122,7 @@ def rows_of(inputs: Mapping[str, Tensor], counted: Tensor) -> list[tuple[Tensor,
     return [(ids[:n], row[: n - 1]) for ids, row, n in zip(inputs["input_ids"], counted, lengths, strict=True)]
 
 
-def _logits(network: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor | None) -> Tensor:
+def whole_logits(network: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor | None) -> Tensor:
     logits: Tensor = network(**inputs).logits
     return logits if counted is None else logits[:, :-1][counted]
 
@@ -143,58 +142,3 @@ def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _on(network: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next(network.parameters()).device
     return {key: value.to(device) for key, value in batch.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What can be said beforehand
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def cross_entropy(network: nn.Module, examples: Sequence[Example], batch: int) -> float:
-    """Nats per label, as the network stands."""
-    lesson = Lesson.of((HardLabels(),), network, None, examples[0])
-    total, count = 0.0, 0
-    for start in range(0, len(examples), batch):
-        part = _on(network, collate(examples[start : start + batch]))
-        labels = part["labels"][:, 1:] if models.is_language_model(network) else part["labels"]
-        rows = int((labels != IGNORED_LABEL).sum())
-        total += rows * float(lesson(network, part))
-        count += rows
-    return total / max(count, 1)
-
-
-def entropy_of_labels(examples: Sequence[Example], is_language_model: bool) -> float:
-    """Nats that are left to who knows nothing but how frequent each label is."""
-    rows = [
-        example["labels"].reshape(-1)[1:] if is_language_model else example["labels"].reshape(1) for example in examples
-    ]
-    labels = torch.cat(rows)
-    _, counts = labels[labels != IGNORED_LABEL].unique(return_counts=True)
-    share = counts.double() / counts.sum()
-    return float(-(share * share.log()).sum())
-
-
-def doubts(teacher: float, student: float | None, chance: float, rest: float = 0.0) -> list[str]:
-    """What a user should know of a teacher, from cross-entropies in nats; the student's None where it has not been asked.
-
-    Args:
-        rest: the share of the teacher's mass that a cache left out.
-    """
-    found = []
-    if rest > MUCH_LEFT_OUT:
-        found.append(
-            f"the cache leaves out {100 * rest:.0f} % of the teacher's mass: lower the temperature, raise --k, or take the "
-            "teacher itself"
-        )
-    if teacher > KNOWS_NOTHING * chance:
-        found.append(
-            f"the teacher knows no more than how frequent each label is ({teacher:.3f} nats, {chance:.3f} by frequency alone): "
-            "was its head ever trained?"
-        )
-    if student is not None and teacher > student:
-        found.append(
-            f"the teacher is worse than the student on the examples held back ({teacher:.3f} and {student:.3f} nats): it has "
-            "little to teach"
-        )
-    return found

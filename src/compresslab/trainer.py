@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from compresslab.sharding import Spread, keep_whole_states_, put_, whole
 from compresslab.training import KEPT, Loss, nothing, own_loss
 
 WEIGHTS = "model.safetensors"
+START = "start.safetensors"  # of a training's folder, until there is a checkpoint to go back to
 OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {}, "sgd": {"optim": "sgd", "optim_args": "momentum=0.9"}}
 WRITTEN = (WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")  # of a whole checkpoint
 
@@ -59,6 +60,9 @@ def run_(
         raise CompressLabError(
             "zeros that a training keeps are kept in whole weights, of which no rank has any: leave training.shard out"
         )
+    if team.leads and not best_from and not any(folder.glob("checkpoint-*")):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(model.state_dict(), folder / START)
     together = None if team.is_alone else _Together(model, loss or own_loss)
     trainer = _Trainer(
         model=together or model,
@@ -85,7 +89,7 @@ def run_(
         trainer.train(resume_from_checkpoint=checkpoint)
         notice = ""
     except _NotFinite as stop:
-        notice = _back_to_best_(trainer, stop, settings)
+        notice = _back_to_best_(trainer, stop, settings, folder / START)
     finally:
         transformers_logging.set_verbosity(verbosity)
         model.eval()
@@ -187,6 +191,7 @@ class _Trainer(transformers.Trainer):
     loss: Loss | None = None
     best_from: float = 0.0
     team: ranks.Ranks = ranks.ALONE
+    began_well: bool = False  # whether any step of this process had a loss that is a number
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -203,6 +208,7 @@ class _Trainer(transformers.Trainer):
         found = super().training_step(*arguments, **more)
         if not self.team.earliest(float(torch.isfinite(found))):  # on any rank
             raise _NotFinite(f"the loss of step {self.state.global_step + 1} is {float(found)}")
+        self.began_well = True
         return found
 
     def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **more: Any) -> tuple[Any, None, None]:
@@ -247,7 +253,11 @@ class _Trainer(transformers.Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+        _write(tensors, folder / WEIGHTS)
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
 
 
 class _Steps(transformers.TrainerCallback):
@@ -262,13 +272,16 @@ class _Steps(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == state.max_steps:
-            control.should_evaluate = control.should_save = True
+            control.should_log = control.should_evaluate = control.should_save = True
         if state.global_step == self.keep_step:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step == self.keep_step and args.should_save:
-            _keep(Path(args.output_dir), self.keep_step)
+        if args.should_save:
+            if state.global_step == self.keep_step:
+                _keep(Path(args.output_dir), self.keep_step)
+            if state.best_model_checkpoint is not None:
+                (Path(args.output_dir) / START).unlink(missing_ok=True)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -311,12 +324,13 @@ def go_on_from(kept: Path, folder: Path, change: Callable[[dict[str, Tensor]], d
     half.rename(made)
 
 
-def _back_to_best_(trainer: _Trainer, stop: _NotFinite, settings: Training) -> str:
-    """Give the network the values of its best checkpoint; what to tell of it."""
+def _back_to_best_(trainer: _Trainer, stop: _NotFinite, settings: Training, start: Path) -> str:
+    """Give the network the values of its best checkpoint, or those it began with; what to tell of it."""
     best = trainer.state.best_model_checkpoint
     advice = f"lower the learning rate ({settings.learning_rate:g}) or raise warmup ({settings.warmup:g})"
-    if best is None:
+    if best is None and not (trainer.began_well and start.exists()):
         raise CompressLabError(f"the training diverged: {stop}, before any check of it; {advice}") from None
     assert isinstance(trainer.model, nn.Module)
-    trainer.model.load_state_dict(load_file(Path(best) / WEIGHTS))
-    return f"the training diverged: {stop}; the network is that of step {best.rpartition('-')[2]}; {advice}"
+    trainer.model.load_state_dict(load_file(start if best is None else Path(best) / WEIGHTS))
+    which = "as it was before the training" if best is None else f"that of step {best.rpartition('-')[2]}"
+    return f"the training diverged: {stop}; the network is {which}; {advice}"

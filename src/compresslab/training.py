@@ -7,12 +7,13 @@ accelerate, by which several ranks share out every batch (`torchrun`).
 - The same bits every time, on one processor: batches and dropout depend on the seed alone.
 - Killed and called again with the same folder, it goes on from its last checkpoint, with the same bits.
 - A share of the examples is held back (or given), and the network that leaves is the one with the lowest loss on them.
-- A loss that is not a finite number ends the training: at the best checkpoint, and the record says so; or, where there is none
-  yet, with an error.
+- A loss that is not a finite number ends the training: at the best checkpoint, or where there is none yet with the network as it
+  was before, and the record says so. It is an error where nothing is known to be good: at the first step, or before `best_from`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,19 +37,22 @@ class Record:
 
     Attributes:
         losses: (step, loss on the examples held back) of every check.
-        best_step: whose network it was that left.
+        training_losses: (step, mean loss of the steps since the check before) of every check.
+        best_step: whose network it was that left; 0 for the one that came, where the training diverged before its first check.
         notice: anything out of the ordinary that the report must tell, else "".
     """
 
     steps: int
     examples: int
     losses: tuple[tuple[int, float], ...]
+    training_losses: tuple[tuple[int, float], ...]
     best_step: int
     notice: str = ""
 
     @property
     def best_loss(self) -> float:
-        return dict(self.losses)[self.best_step]
+        """Of the network that left; infinite where no check was of it."""
+        return dict(self.losses).get(self.best_step, math.inf)
 
 
 def nothing() -> None:
@@ -85,7 +89,8 @@ def train_(
         device: the CPU unless it is named.
 
     Raises:
-        CompressLabError: too few examples; no labels where they are needed; a loss that is not finite before the first check.
+        CompressLabError: too few examples; no labels where they are needed; a loss that is not finite at the first step, or
+            before `best_from`.
     """
     if held_back is None:
         examples, held_back = split(examples, settings.held_back, seed)
@@ -98,11 +103,15 @@ def train_(
         seed=seed, loss=loss, collate=collate, on_step=on_step, after_step=after_step, best_from=best_from,
         keep_step=keep_step, device=device or torch.device("cpu"),
     )  # fmt: skip
-    losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
-    best = int(str(state.best_model_checkpoint).rpartition("-")[2])
-    return Record(
-        steps=state.global_step, examples=len(examples), losses=tuple(losses.items()), best_step=best, notice=notice
+    losses, training = (
+        {int(entry["step"]): float(entry[name]) for entry in state.log_history if name in entry}
+        for name in ("eval_loss", "loss")
     )
+    best = 0 if state.best_model_checkpoint is None else int(state.best_model_checkpoint.rpartition("-")[2])
+    return Record(
+        steps=state.global_step, examples=len(examples), losses=tuple(losses.items()),
+        training_losses=tuple(training.items()), best_step=best, notice=notice,
+    )  # fmt: skip
 
 
 def own_loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:

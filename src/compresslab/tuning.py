@@ -165,11 +165,13 @@ def tune(
     )
     if record.best_loss < before:
         source, layers, said = *_after(source, solved, changes, method), record.notice
-    else:
+    elif record.best_step:
         layers, said = (
             dict(solved),
             f"scales and norms not trained: {record.best_loss:.4g} nats per token where it had {before:.4g}",
         )
+    else:
+        layers, said = dict(solved), record.notice
     both = {name: "; ".join(note for note in ((notes or {}).get(name, ""), said) if note) for name in layers}
     return Tuned(
         source=source, layers={name: Trained(weight, None, both[name]) for name, weight in layers.items()},

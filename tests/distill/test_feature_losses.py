@@ -549,6 +549,26 @@ def test_batches_that_differ_are_said() -> None:
             terms.loss()
 
 
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_a_teacher_that_was_shown_the_same_examples_in_another_order_is_said(kind: str) -> None:
+    teacher, student = network(kind), network(kind, seed=1)
+    batch = padded() if kind == "bert" else {"pixel_values": random(4, 3, 8, 8, seed=1).float()}
+    turned, copied = (
+        {key: change(value) for key, value in batch.items()} for change in (lambda x: x.flip(0), torch.clone)
+    )
+    terms = FeatureTerms(student, teacher, [Hints()], batch, examples=10)
+    words = f"the teacher was not shown the student's {next(iter(batch))}: .*in the same order"
+    with terms.at_work(student):
+        student(**batch), teacher(**copied)
+        assert terms.loss().isfinite()
+        student(**batch), teacher(**turned)
+        with pytest.raises(CompressLabError, match=words):
+            terms.loss()
+        student(*batch.values()), teacher(**turned)  # what has no name at the call has one in the network
+        with pytest.raises(CompressLabError, match=words):
+            terms.loss()
+
+
 @pytest.mark.parametrize(
     ("cls", "settings", "words"),
     [

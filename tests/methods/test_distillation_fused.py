@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -12,7 +13,7 @@ from compresslab.contract import LogitLoss, TopK
 from compresslab.distill import fused
 from compresslab.distill.dist import DIST
 from compresslab.distill.dkd import DKD
-from compresslab.distill.fused import TeacherHead, head_loss, logit_loss
+from compresslab.distill.fused import After, TeacherHead, head_loss, logit_loss
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.jensen_shannon import JensenShannon
 from compresslab.distill.reverse_kl import ReverseKL
@@ -82,6 +83,36 @@ def test_every_loss_is_the_same_in_chunks(losses: Sequence[LogitLoss], chunk_byt
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(*(torch.autograd.grad(x, case.inputs()) for x in (found, whole)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@CHUNKS
+@pytest.mark.parametrize(
+    ("own", "its"),
+    [(After(cap=3.0), After(cap=2.0)), (After(scale=0.2), After(scale=3.0)), (After(scale=0.5, cap=4.0), After())],
+    ids=["caps", "scales", "both"],
+)
+def test_what_is_done_behind_the_head_is_done_in_chunks(own: After, its: After, chunk_bytes: int) -> None:
+    case = Case()
+    teacher = dataclasses.replace(case.teacher, after=its)
+    found = head_loss(case.hidden, case.head, teacher, case.labels, MIXED, after=own, chunk_bytes=chunk_bytes)
+
+    def by_torch(z: Tensor, after: After) -> Tensor:
+        z = z * after.scale
+        return z if after.cap is None else after.cap * torch.tanh(z / after.cap)
+
+    logits, theirs = by_torch(case.head(case.hidden), own), by_torch(case.their_logits(), its)
+    wanted = softmax_losses(logits, theirs, case.labels)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(x, case.inputs()) for x in (found, wanted))
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    for loss in (ReverseKL(), TotalVariation(), JensenShannon()):  # what they leave of the logits is looked at again
+        both = (
+            head_loss(case.hidden, case.head, teacher, case.labels, (loss,), after=own, chunk_bytes=chunk_bytes),
+            logit_loss(by_torch(case.head(case.hidden), own), theirs, case.labels, (loss,)),
+        )
+        for ours, reference in zip(*(torch.autograd.grad(x, case.inputs()) for x in both), strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_goes_on_through_what_made_the_rows_and_the_head() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compresslab.cli.compressing import announce_fetch, bars
-from compresslab.cli.console import Device, Json, Seed, app, out_console, settings_of
+from compresslab.cli.console import Device, Json, Seed, app, out_console, settings_of, warn
 
 
 @app.command()
@@ -30,7 +30,9 @@ def distill_answers(
     timeout: Annotated[float, typer.Option(help="Seconds until an answer must be there.")] = 120.0,
     price_in: Annotated[float, typer.Option(help="Of a million tokens of questions.")] = 0.0,
     price_out: Annotated[float, typer.Option(help="Of a million tokens of answers.")] = 0.0,
-    most_cost: Annotated[float | None, typer.Option(help="What may be spent on one call of this command.")] = None,
+    most_cost: Annotated[
+        float | None, typer.Option(help="What may be spent in all, with what is kept beside OUT.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A recipe whose losses are at temperature 1.")] = "distill-answers",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
     longest: Annotated[int, typer.Option(help="Tokens of question and answer together.")] = 512,
@@ -64,14 +66,16 @@ def distill_answers(
             box, student, recipe, None, out=out, settings=settings_of(set_ or [], None, None), seed=seed, device=device,
             force=force, progress=progress,
         )  # fmt: skip
+    warn((report.data or {})["training"]["notice"])
     if as_json:
         print(report.model_dump_json(indent=1))  # noqa: T201
         return
     told = box.told
     out_console.print(
         f"{told['asked']} answers asked for, {told['from_cache']} kept from before; {told['prompt_tokens']} + "
-        f"{told['answer_tokens']} tokens, cost {told['cost']:.4f}; {told['repeated']} requests repeated; "
-        f"{told['cut']} answers cut, {told['empty']} empty",
+        f"{told['answer_tokens']} tokens, cost {told['cost']:.4f} and {told['paid_before']:.4f} before; {told['repeated']} "
+        f"requests repeated; {told['cut']} answers cut, {told['empty']} empty; log-probabilities in "
+        f"{told['rows_with_log_probabilities']} of {told['rows_with_log_probabilities'] + told['rows_of_one_token']} rows",
         highlight=False,
     )
     out_console.print(render.to_terminal(report))

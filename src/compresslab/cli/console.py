@@ -44,6 +44,12 @@ def write_text(path: Path, text: str) -> None:
     out_console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
+def warn(notice: str) -> None:
+    """What a user should know, if there is anything."""
+    if notice:
+        error_console.print(f"[bold yellow]warning:[/] {escape(notice)}", highlight=False, soft_wrap=True)
+
+
 def settings_of(pairs: list[str], samples: int | None, sequence_length: int | None) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for pair in pairs:

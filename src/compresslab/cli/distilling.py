@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from compresslab.cli.compressing import announce_fetch, bars
-from compresslab.cli.console import Device, Json, Seed, app, error_console, escape, out_console, settings_of
+from compresslab.cli.console import Device, Json, Seed, app, out_console, settings_of, warn
 from compresslab.errors import CompressLabError
 
 Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, or a name from `compresslab models`.")]
@@ -81,9 +81,8 @@ def distill(
             ensemble=_loud(ensemble), settings=settings, seed=seed, device=device,
             force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
-    notice = (report.data or {})["training"]["notice"]
-    if notice and os.environ.get("RANK", "0") == "0":
-        error_console.print(f"[bold yellow]warning:[/] {escape(notice)}", highlight=False, soft_wrap=True)
+    if os.environ.get("RANK", "0") == "0":
+        warn((report.data or {})["training"]["notice"])
     if as_json:
         print(report.model_dump_json(indent=1))  # noqa: T201
     elif not quiet:
@@ -108,8 +107,8 @@ def teach_cache(
     as_json: Json = False,
 ) -> None:
     """Ask a teacher once what it says of a recipe's text, for `compresslab distill --cache`."""
-    from compresslab import caching
-    from compresslab.distill.teacher_cache import record_bytes
+    from compresslab import caching, doubting
+    from compresslab.distill.teacher_cache import token_bytes
     from compresslab.report.render import human
 
     settings = settings_of(set_ or [], samples, sequence_length)
@@ -132,16 +131,15 @@ def teach_cache(
     facts: dict[str, Any] = {
         "folder": str(kept.folder),
         "rows": rows,
-        "bytes": rows * record_bytes(k),
+        "bytes": rows * token_bytes(k),
         "left_out": rest,
     }
+    warn("; ".join(doubting.of_cache(kept)))
     if as_json:
         print(json.dumps(facts, indent=1))  # noqa: T201
         return
     size = human(facts["bytes"], "bytes")
-    said = (
-        f"{rows:,} tokens, {record_bytes(k)} bytes each, {size}; {100 * rest:.2f} % of the teacher's mass is left out"
-    )
+    said = f"{rows:,} tokens, {token_bytes(k)} bytes each, {size}; {100 * rest:.2f} % of the teacher's mass is left out"
     out_console.print(said, highlight=False)
     out_console.print(f"cache     {kept.folder}", highlight=False, soft_wrap=True)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compresslab.cli.compressing import announce_fetch, bars
-from compresslab.cli.console import Device, Json, Seed, app, out_console, settings_of
+from compresslab.cli.console import Device, Json, Seed, app, out_console, settings_of, warn
 from compresslab.errors import CompressLabError, unknown
 
 
@@ -58,15 +58,18 @@ def distill_stages(
             evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     artifact, report = found[-1]
+    for number, (_, one) in enumerate(found, start=1):
+        notice = (one.data or {})["training"]["notice"]
+        warn(f"stage {number}: {notice}" if notice else "")
     if as_json:
         print(report.model_dump_json(indent=1))  # noqa: T201
         return
     for number, (_, one) in enumerate(found, start=1):
         trained = (one.data or {})["training"]
+        best = min(trained["losses"], key=float, default="none that was taken")
         out_console.print(
-            f"stage {number}: {one.title}; loss {trained['loss_before']} to {min(trained['losses'], key=float)}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"stage {number}: {one.title}; loss {trained['loss_before']} to {best}", highlight=False, soft_wrap=True
+        )
     out_console.print(render.to_terminal(report))
     out_console.print(f"\nartifact  {artifact.folder}", highlight=False, soft_wrap=True)
 

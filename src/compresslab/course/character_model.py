@@ -6,7 +6,7 @@ topics of the interpreter's own manual (`pydoc_data`, so no network) -> characte
 trained for some seconds. It is kept in the cache folder by seed and settings, so a second lab does not train it again.
 
 The manual is split by topic: the last fifth of the topics, in an order that depends on nothing, is the test text.
-Oracle: the perplexity of a model that knows only how often each character occurs (tests/course/test_character_model.py).
+Oracle: the perplexity of a model that knows only how often each character occurs (tests/course/test_lab_3_3.py).
 """
 
 from __future__ import annotations

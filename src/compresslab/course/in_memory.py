@@ -5,7 +5,7 @@ the codes stand for, and the bytes that its tensors take on disk, scales and zer
 other number.
 
 Inputs of layers are rounded as the runtime rounds them. Training with rounding goes through aware.train, as in the pipeline.
-Oracle: tests/course/test_in_memory.py holds it against an artifact that pipeline.compress wrote and transformers opened.
+Oracle: tests/course/test_lab_3_3.py holds it against an artifact that pipeline.compress wrote and transformers opened.
 """
 
 from __future__ import annotations

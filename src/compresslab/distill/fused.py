@@ -18,6 +18,9 @@ Vocabularies of different size (two of one family, padded to other multiples). T
 never with 0, which would be a likely token. Where the teacher has more tokens than the student that would make each loss
 infinite, for no student can say what it lacks; so there the teacher is cut to what both have, and its softmax is over that.
 
+What some networks do to each logit behind the head, y = c tanh(s z / c) with a scale s and a cap c (Gemma 2, arXiv 2408.00118,
+section 2; Granite and Cohere scale alone), is done to the rows of a chunk, and dL/dz = dL/dy s (1 - (y / c)^2).
+
 Cost. Per row 2 V d multiplications forward and 4 V d for the gradients, as the plain way, and 2 V d' for a live teacher.
 Memory: the gradient of W, which the plain way has too, and some buffers of CHUNK_BYTES.
 
@@ -42,6 +45,34 @@ CHUNK_BYTES = 64_000_000  # of logits for one product: smaller ones read and wri
 BLOCK_BYTES = 4_000_000  # of logits for the passes of a softmax and its gradient on a CPU: they stay in its caches
 
 
+@dataclass(frozen=True, kw_only=True)
+class After:
+    """What is done to each logit behind a head.
+
+    Attributes:
+        scale: by which it is multiplied.
+        cap: below which it then stays, c tanh(z / c); None for no cap.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def of_(self, logits: Tensor) -> Tensor:
+        """Logits as they leave the network, in place."""
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def through_(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """The gradient in what the head makes, in place, from the one in `logits` as they left the network."""
+        if self.cap is not None:
+            slope.mul_(1 - (logits / self.cap).square_())
+        return slope if self.scale == 1 else slope.mul_(self.scale)
+
+
+PLAIN = After()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TeacherHead:
     """A teacher's logits before they are computed.
@@ -50,11 +81,17 @@ class TeacherHead:
         hidden: what its head reads, [rows, width].
         weight: [classes, width].
         bias: [classes] or None.
+        after: what is done behind it.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    after: After = PLAIN
+
+    def logits(self) -> Tensor:
+        """[rows, classes]."""
+        return self.after.of_(nn.functional.linear(self.hidden, self.weight, self.bias))
 
 
 Teacher = Tensor | TopK | TeacherHead | None
@@ -62,7 +99,7 @@ Teacher = Tensor | TopK | TeacherHead | None
 
 def head_loss(
     hidden: Tensor, head: nn.Linear, teacher: Teacher, labels: Tensor | None, losses: Sequence[LogitLoss],
-    *, chunk_bytes: int = CHUNK_BYTES,
+    *, after: After = PLAIN, chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:  # fmt: skip
     """The weighted sum of losses on the logits of a head, as the mean over rows; differentiable in hidden and the head.
 
@@ -70,6 +107,7 @@ def head_loss(
         hidden: [rows, width], only rows that count.
         teacher: of the same rows.
         labels: int64 [rows].
+        after: what is done to the student's logits behind the head.
 
     Raises:
         ValueError: a loss that judges all rows of a batch together, or that cannot be had from such a teacher.
@@ -83,7 +121,7 @@ def head_loss(
         return (hidden.sum() + head.weight.sum()) * 0
     rows = max(1, chunk_bytes // (4 * head.weight.shape[0]))
     found: Tensor = _HeadLoss.apply(
-        hidden, head.weight, head.bias, teacher, labels, losses, rows, torch.is_grad_enabled()
+        hidden, head.weight, head.bias, teacher, labels, losses, after, rows, torch.is_grad_enabled()
     )
     return found / len(hidden)
 
@@ -112,7 +150,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, labels: Tensor | None,
-        losses: Sequence[LogitLoss], rows: int, learns: bool,
+        losses: Sequence[LogitLoss], after: After, rows: int, learns: bool,
     ) -> Tensor:  # fmt: skip
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(x) if x is not None and learns and needed else None
@@ -123,10 +161,11 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = buffers.logits("student", hidden[part], weight, bias)
-            of_teacher = _part(teacher, part)
+            of_teacher = part_of(teacher, part)
             if isinstance(of_teacher, TeacherHead):
-                of_teacher = buffers.logits("teacher", of_teacher.hidden, of_teacher.weight, of_teacher.bias)
-            total += _to_gradient_(logits, of_teacher, None if labels is None else labels[part], losses)
+                head = of_teacher
+                of_teacher = head.after.of_(buffers.logits("teacher", head.hidden, head.weight, head.bias))
+            total += _to_gradient_(logits, of_teacher, None if labels is None else labels[part], losses, after)
             if of_hidden is not None:
                 torch.mm(logits, weight, out=of_hidden[part])
             if of_weight is not None:
@@ -142,7 +181,7 @@ class _HeadLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of a fused head were used up: they are multiplied in place, once")
         gradients = [None if g is None else g.mul_(above[0]) for g in ctx.gradients]
         ctx.gradients = None
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 class _Buffers:
@@ -160,17 +199,17 @@ class _Buffers:
 
 
 def _to_gradient_(
-    logits: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, losses: Sequence[LogitLoss]
+    logits: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, losses: Sequence[LogitLoss], after: After
 ) -> Tensor:
-    """The summed losses of some rows, whose logits are replaced by the gradient."""
+    """The summed losses of some rows, whose logits as the head makes them are replaced by the gradient."""
     rows = len(logits) if logits.is_cuda else max(1, BLOCK_BYTES // (4 * logits.shape[1]))
     total = _wide(logits.new_zeros(()))
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
-        wide = _wide(logits[part])
-        value, slope = _rows(wide, _part(teacher, part), None if labels is None else labels[part], losses)
+        wide = after.of_(_wide(logits[part]))
+        value, slope = _rows(wide, part_of(teacher, part), None if labels is None else labels[part], losses)
         total += value
-        logits[part] = slope
+        logits[part] = after.through_(slope, wide)
     return total
 
 
@@ -196,7 +235,7 @@ def _fitted(teacher: Teacher, logits: Tensor) -> Tensor | TopK | None:
     """The teacher's logits with as many classes as the student has; see the head of this file."""
     classes = logits.shape[1]
     if isinstance(teacher, TeacherHead):
-        teacher = nn.functional.linear(teacher.hidden, teacher.weight, teacher.bias)
+        teacher = teacher.logits()
     if isinstance(teacher, Tensor):
         teacher = teacher[:, :classes].to(logits.dtype)
         missing = classes - teacher.shape[1]
@@ -209,7 +248,8 @@ def _fitted(teacher: Teacher, logits: Tensor) -> Tensor | TopK | None:
     return teacher
 
 
-def _part(teacher: Teacher, part: slice) -> Teacher:
+def part_of(teacher: Teacher, part: slice) -> Teacher:
+    """Some of its rows."""
     if isinstance(teacher, TeacherHead):
         return dataclasses.replace(teacher, hidden=teacher.hidden[part])
     if isinstance(teacher, TopK):

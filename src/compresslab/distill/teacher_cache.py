@@ -7,6 +7,7 @@ only 25 % at temperature 2, which lifts the many: soften what comes from a cache
 Format. A folder:
 
     rows.bin       one record a token, nothing else; mapped, so that a cache larger than memory can be trained from
+    nats.bin       for each record what the teacher took for the token that came, in nats: a float16, NaN where that is not known
     index.npy      one entry an example: (digest of its token ids and of which of them count, its first row, its rows)
     manifest.json  what it was made of: teacher, data, tokenizer, k, temperature, hashes; and how much was left out
 
@@ -24,7 +25,7 @@ token ids.
 
 Cost. One forward of the teacher. Written batch by batch: a kill loses one batch, and the same bytes come out.
 
-Oracle. tests/test_teacher_cache.py: records unpacked bit by bit in Python; losses and trained students against a live teacher.
+Oracle. tests/test_distilling.py: records unpacked bit by bit in Python; losses and trained students against a live teacher.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -46,13 +47,18 @@ from compresslab.errors import CompressLabError
 
 SPAN = 24.0  # nats: what is less likely than exp(-24) counts as that
 MOST_TOKENS = 2**18
-ROWS, INDEX, MANIFEST, PROGRESS = "rows.bin", "index.npy", "manifest.json", "progress.json"
+ROWS, NATS, INDEX, MANIFEST, PROGRESS = "rows.bin", "nats.bin", "index.npy", "manifest.json", "progress.json"
 ENTRY = np.dtype([("digest", "S16"), ("first", "<i8"), ("rows", "<i8")])
 
 
 def record_bytes(k: int) -> int:
-    """Of one token."""
+    """Of what is said of one token."""
     return 3 * k + k // 4
+
+
+def token_bytes(k: int) -> int:
+    """Of one token in all: its record, and the nats of the token that came."""
+    return record_bytes(k) + 2
 
 
 def check_k(k: int, vocabulary: int) -> None:
@@ -108,21 +114,32 @@ class Writer:
         self.partial = out.parent / f"{out.name}.partial"
         self.partial.mkdir(parents=True, exist_ok=True)
         self.entries: list[tuple[bytes, int, int]] = []
-        self.rest, self.nats = 0.0, 0.0
+        self.rest, self.nats, self.known = 0.0, 0.0, 0
         self._resume(force)
-        self._file = (self.partial / ROWS).open("r+b" if (self.partial / ROWS).exists() else "w+b")
-        self._file.truncate(self.rows * record_bytes(k))  # what a kill left of a batch that was not finished
-        self._file.seek(0, os.SEEK_END)
+        self._files = [self._opened(name, width) for name, width in ((ROWS, record_bytes(k)), (NATS, 2))]
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        for file in self._files:
+            file.close()
+
+    def _opened(self, name: str, width: int) -> BinaryIO:
+        path = self.partial / name
+        file = path.open("r+b" if path.exists() else "w+b")
+        file.truncate(self.rows * width)  # what a kill left of a batch that was not finished
+        file.seek(0, os.SEEK_END)
+        return file
 
     @property
     def rows(self) -> int:
         return sum(rows for *_, rows in self.entries)
+
+    @property
+    def cross_entropy(self) -> float | None:
+        """The mean of the nats that are known."""
+        return self.nats / self.known if self.known else None
 
     def _resume(self, force: bool) -> None:
         path = self.partial / PROGRESS
@@ -137,16 +154,22 @@ class Writer:
             )
         if not changed:
             self.entries = [(name.encode(), first, rows) for name, first, rows in found["entries"]]
-            self.rest, self.nats = found["rest"], found["nats"]
+            self.rest, self.nats, self.known = found["rest"], found["nats"], found["known"]
 
-    def add(self, examples: Sequence[tuple[bytes, int]], ids: Tensor, log_probs: Tensor, nats: float = 0.0) -> None:
-        """The rows of some examples, each named by its digest and how many of the rows are its own; `nats` are added up."""
-        assert sum(rows for _, rows in examples) == len(ids)
+    def add(self, examples: Sequence[tuple[bytes, int]], ids: Tensor, log_probs: Tensor, nats: Tensor) -> None:
+        """The rows of some examples, each named by its digest and how many of the rows are its own.
+
+        Args:
+            nats: float [rows], of the token that came; NaN where the teacher's are not known.
+        """
+        assert sum(rows for _, rows in examples) == len(ids) == len(nats)
         first = self.rows
+        values = nats.double().cpu()
         try:
-            self._file.write(packed(ids, log_probs).tobytes())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            for file, content in zip(self._files, (packed(ids, log_probs), values.numpy().astype("<f2")), strict=True):
+                file.write(content.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise CompressLabError(
                 f"cannot write {self.partial / ROWS} ({error.strerror}): free some disk and run again"
@@ -155,22 +178,25 @@ class Writer:
             self.entries.append((name, first, rows))
             first += rows
         self.rest += float((1 - log_probs.double().exp().sum(1)).clamp(min=0).sum())
-        self.nats += nats
+        self.nats += float(values.nansum())
+        self.known += int((~values.isnan()).sum())
         state = {
             "key": self.key,
             "rest": self.rest,
             "nats": self.nats,
+            "known": self.known,
             "entries": [(n.decode(), f, r) for n, f, r in self.entries],
         }
         _replace(self.partial / PROGRESS, json.dumps(state).encode())
 
     def publish(self, facts: Mapping[str, Any]) -> TeacherCache:
         """Write index and manifest, and move the folder to its place. `facts` are told and not compared."""
-        self._file.close()
+        self.__exit__()
         np.save(self.partial / INDEX, np.array(self.entries, dtype=ENTRY))
         manifest = {
-            "key": self.key, "rows": self.rows, "rest_mean": self.rest / max(self.rows, 1), "facts": dict(facts),
-            "sha256": {name: _sha256(self.partial / name) for name in (ROWS, INDEX)},
+            "key": self.key, "rows": self.rows, "rest_mean": self.rest / max(self.rows, 1),
+            "facts": {"cross_entropy": self.cross_entropy} | dict(facts),
+            "sha256": {name: _sha256(self.partial / name) for name in (ROWS, NATS, INDEX)},
         }  # fmt: skip
         _replace(self.partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         (self.partial / PROGRESS).unlink(missing_ok=True)
@@ -189,6 +215,7 @@ class TeacherCache:
     folder: Path
     manifest: dict[str, Any]
     records: np.ndarray
+    labels: np.ndarray
     places: dict[bytes, tuple[int, int]]
 
     @classmethod
@@ -197,19 +224,20 @@ class TeacherCache:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             index = np.load(folder / INDEX)
-            size = (folder / ROWS).stat().st_size
+            sizes = [(folder / name).stat().st_size for name in (ROWS, NATS)]
         except (OSError, ValueError):
             raise CompressLabError(
                 f"{folder} is no teacher cache: make one with 'compresslab teach-cache TEACHER --out {folder.name}'"
             ) from None
-        width = record_bytes(manifest["key"]["k"])
-        if size != manifest["rows"] * width or _sha256(folder / INDEX) != manifest["sha256"][INDEX]:
+        rows, width = manifest["rows"], record_bytes(manifest["key"]["k"])
+        if sizes != [rows * width, rows * 2] or _sha256(folder / INDEX) != manifest["sha256"][INDEX]:
             raise CompressLabError(f"{folder} is not what was written: make the cache again")
-        records = (
-            np.memmap(folder / ROWS, np.uint8, "r", shape=(manifest["rows"], width)) if size else np.empty((0, width))
+        records, labels = (
+            np.memmap(folder / name, kind, "r", shape=shape) if rows else np.empty(shape)
+            for name, kind, shape in ((ROWS, "u1", (rows, width)), (NATS, "<f2", (rows,)))
         )
         places = {bytes(entry["digest"]): (int(entry["first"]), int(entry["rows"])) for entry in index}
-        return cls(folder, manifest, records, places)
+        return cls(folder, manifest, records, labels, places)
 
     @property
     def k(self) -> int:
@@ -230,11 +258,12 @@ class TeacherCache:
             )
 
     def verify(self) -> None:
-        """CompressLabError if a byte of the records differs from what was written."""
-        if _sha256(self.folder / ROWS) != self.manifest["sha256"][ROWS]:
-            raise CompressLabError(
-                f"{self.folder / ROWS} is not what was written (sha256 differs): make the cache again"
-            )
+        """CompressLabError if a byte of what the teacher said differs from what was written."""
+        for name in (ROWS, NATS):
+            if _sha256(self.folder / name) != self.manifest["sha256"][name]:
+                raise CompressLabError(
+                    f"{self.folder / name} is not what was written (sha256 differs): make the cache again"
+                )
 
     def rows(self, examples: Iterable[tuple[Tensor, Tensor]]) -> TopK:
         """What the teacher said of some examples, one after the other; each as `digest` takes it.
@@ -242,22 +271,32 @@ class TeacherCache:
         Raises:
             CompressLabError: for an example that the cache does not have.
         """
-        found = []
-        for ids, counted in examples:
-            place = self.places.get(digest(ids, counted))
-            if place is None:
-                raise CompressLabError(
-                    f"the cache {self.folder} has nothing of an example that begins with the tokens {ids[:8].tolist()}: it was "
-                    "made of other data"
-                )
-            found.append(self.records[place[0] : place[0] + place[1]])
-        numbers, log_probs = unpacked(np.concatenate(found), self.k)
+        found = np.concatenate([self.records[self._place(ids, counted)] for ids, counted in examples])
+        numbers, log_probs = unpacked(found, self.k)
         return TopK(ids=numbers, log_probs=log_probs, temperature=self.temperature)
+
+    def nats(self, examples: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Of the same rows: what the teacher took for the token that came, float32; NaN where that is not known."""
+        found = np.concatenate([self.labels[self._place(ids, counted)] for ids, counted in examples])
+        return torch.from_numpy(found.astype(np.float32))
+
+    def _place(self, ids: Tensor, counted: Tensor) -> slice:
+        found = self.places.get(digest(ids, counted))
+        if found is None:
+            raise CompressLabError(
+                f"the cache {self.folder} has nothing of an example that begins with the tokens {ids[:8].tolist()}: it was made "
+                "of other data"
+            )
+        return slice(found[0], found[0] + found[1])
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys under which two mappings have different things."""
-    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    """The keys under which two mappings have different things; what has a hash is known by it, wherever it lies."""
+    return sorted(key for key in {*one, *other} if _identity(one.get(key)) != _identity(other.get(key)))
+
+
+def _identity(value: Any) -> Any:
+    return value["sha256"] if isinstance(value, Mapping) and "sha256" in value else value
 
 
 def _said(value: Any) -> str:

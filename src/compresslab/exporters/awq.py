@@ -8,7 +8,7 @@ For a layer of `out` x `in` weights in groups of g, u = code + 8:
 
 A symmetric grid has the zero point 8.
 
-Source: AutoAWQ's packer, vLLM's auto_awq.py for the config. Oracles: tests/oracles/awq_layout.py, which decodes one bit at a
+Source: AutoAWQ's packer, vLLM's auto_awq.py for the config. Oracles: tests/oracles/word_layouts.py, which decodes one bit at a
 time, and auto-round's packer, byte for byte.
 """
 

@@ -12,7 +12,7 @@ For a layer of `out` x `in` weights in b bits, groups of g, u = code + 2^(b-1) t
 A symmetric grid has the zero point 2^(b-1). A zero point of 0 has no v1 form that all readers take alike (less one it wraps), so
 asymmetric artifacts are v2 unless told otherwise. Layers on other grids, or left in float, are named in `dynamic`.
 
-Source: AutoGPTQ's and GPTQModel's packers, vLLM's auto_gptq.py for the config. Oracles: tests/oracles/gptq_layout.py, which
+Source: AutoGPTQ's and GPTQModel's packers, vLLM's auto_gptq.py for the config. Oracles: tests/oracles/word_layouts.py, which
 decodes one bit at a time, and auto-round's packer, byte for byte.
 """
 

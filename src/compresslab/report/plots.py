@@ -152,12 +152,12 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def labels(wanted: Sequence[tuple[float, float, str]], width: float, height: float) -> list[Markup]:
-    """Texts beside their points, each in the first free place; one that finds none is left out."""
+    """Texts beside their points, each in the first free place; one that finds none is left out. A point may have no text."""
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in wanted]  # no label over a point that has one
     made: list[Markup] = []
     places = [(11.0, 4.0, 0.0), (-11.0, 4.0, 1.0), (0.0, 19.0, 0.5), (0.0, -11.0, 0.5)]
     places += [(dx, dy + shift, side) for shift in (14.0, -14.0, 28.0, -28.0) for dx, dy, side in places[:2]]
-    for x, y, text in wanted:
+    for x, y, text in (one for one in wanted if one[2]):
         wide = 7.6 * len(text)
         for dx, dy, side in places:
             left, base = x + dx - side * wide, y + dy

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compresslab import data, models, teaching
+from compresslab import data, doubting, models
 from compresslab.answers import answered
 from compresslab.contract import LogitLoss
 from compresslab.course import in_memory
@@ -103,7 +103,7 @@ def taught(
 
     def row(network: nn.Module) -> dict[str, float]:
         losses, tokens = perplexity(network, test, batch_size=4).parts.sum(axis=0)
-        said = teaching.cross_entropy(network, unheard.labelled.train, settings.batch)
+        said = doubting.cross_entropy(network, unheard.labelled.train, settings.batch)
         size = float(in_memory.float_bytes(network))
         return {"perplexity": math.exp(losses / tokens), "answers_perplexity": math.exp(said), "bytes": size}
 
