@@ -52,7 +52,7 @@ ROWS: list[tuple[str, ...]] = [
     ("layerwise", "streamed", "tracing", "channel_rules", "coupling", "replaying", "smoothing", "rewriting", "aware"),
     ("cutting", "channels"),
     ("pruning", "removing", "recovering", "students", "features", "endpoint", "answers", "growing"),
-    ("artifact", "measure", "preflight", "budget", "damage", "scoring"),
+    ("artifact", "measure", "preflight", "budget", "damage", "scoring", "zero_cost"),
     ("rotating", "mixed", "narrowing", "specialising", "tuning", "exporters"),
     ("foretelling", "once_for_all"),
     ("stages",),

@@ -5,7 +5,8 @@ Paper. Cai et al., "Once for All: Train One Network and Specialize it for Effici
     space -> every block that a shape may run, timed on this machine -> a predictor of any shape's time (search/latency.py)
       -> ShapeCosts: multiply-accumulates by arithmetic, time by the predictor
     supernet -> ShapeJudge: a shape taken out as a plain network, and its loss on examples
-      -> search/evolution.py, whose widths are the genes here -> specialised
+      -> search/evolution.py (or another search), whose widths are the genes here -> specialised
+    ShapeGuess: a zero-cost proxy of a shape's network before any training; may choose which shapes are judged (zero_cost.py)
 
 The line through two whole networks that corrects a table (search/latency.py) stands for the stem and the head too: all shapes
 have the same. A gene of a block that is not run says nothing; a shape is judged with those at their smallest, and once.
@@ -29,13 +30,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from compresslab import zero_cost
 from compresslab.architectures.inverted_residuals import InvertedResidual, InvertedResidualsForImageClassification
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.measure import layers as timing
 from compresslab.search import latency
-from compresslab.search.evolution import Found, evolved
+from compresslab.search.evolution import Found
 from compresslab.search.latency import LatencyTable, Predictor
+from compresslab.search.searchers import searched
 from compresslab.search.widths import Costs, Limit
 from compresslab.supernet import Shape, ShapeSpace, Supernet
 from compresslab.training import collate
@@ -185,16 +188,42 @@ class ShapeJudge:
         return float(torch.stack(losses).sum()) / sum(len(batch["labels"]) for batch in self.batches)
 
 
+class ShapeGuess:
+    """A zero-cost proxy of a shape: the score of its network as it is drawn by the seed, on one batch."""
+
+    def __init__(self, space: ShapeSpace, proxy: str, examples: Sequence[Example], seed: int = 0) -> None:
+        """Args: proxy: a row of zero_cost.PROXIES; examples: the batch, with "pixel_values" and "labels"."""
+        self.space, self.proxy, self.seed, self.batch = space, proxy, seed, collate(examples)
+        self.known: dict[Shape, float] = {}
+
+    def __call__(self, shape: Shape) -> float:
+        """CompressLabError if the proxy cannot score such networks."""
+        shape = without_silent(self.space, shape)
+        if shape not in self.known:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                network = InvertedResidualsForImageClassification(self.space.config(shape))
+            try:
+                self.known[shape] = zero_cost.score(
+                    self.proxy, network, self.batch["pixel_values"], self.batch["labels"]
+                )
+            except ValueError as error:
+                raise CompressLabError(f"proxy {self.proxy}: {error}") from None
+        return self.known[shape]
+
+
 def specialised(
     space: ShapeSpace, costs: Costs, limit: Limit, judge: Callable[[Shape], float], *, seed: int = 0, size: int = 16,
-    generations: int = 6,
+    generations: int = 6, search_by: str = "evolution", guess: Callable[[Shape], float] | None = None, proposals: int = 4,
 ) -> tuple[Shape, Found]:  # fmt: skip
     """The shape for one device, and what the search came to.
 
     Args:
         costs, limit: of the device: a share of the largest network's multiply-accumulates or measured time.
         judge: the damage of a shape, such as a ShapeJudge.
-        size, generations: of the evolution.
+        size, generations: of the evolution, or what as many evaluations come to.
+        search_by: one of searchers.SEARCHERS.
+        guess: such as a ShapeGuess; chooses each shape that is judged among `proposals` of them.
 
     Raises:
         CompressLabError: if no shape is within the limit, naming what the smallest takes.
@@ -204,5 +233,8 @@ def specialised(
         raise CompressLabError(
             f"{limit.frac:.3g} of the largest network's {limit.of} cannot be reached: the smallest shape takes {least:.3g} of it"
         )
-    found = evolved(space.genes, costs, limit, judge, seed=seed, size=size, generations=generations)
+    found = searched(
+        search_by, space.genes, costs, limit, judge, seed=seed, size=size, generations=generations, guess=guess,
+        proposals=proposals,
+    )  # fmt: skip
     return without_silent(space, found.best.widths), found

@@ -24,7 +24,9 @@ def specialise(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Such as epochs=10, image_size=16, widths=[16,32,64]; repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Such as epochs=10, widths=[16,32,64], search_by=bayesian, or proxy=naswot (guesses what to judge); repeatable.",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Pictures to learn from; all by default.")] = None,
