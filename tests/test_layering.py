@@ -53,7 +53,7 @@ ROWS: list[tuple[str, ...]] = [
     ("cutting", "channels"),
     ("pruning", "removing", "recovering", "students", "features", "endpoint", "answers", "growing"),
     ("artifact", "measure", "preflight", "budget", "damage", "scoring", "zero_cost"),
-    ("rotating", "mixed", "narrowing", "specialising", "tuning", "exporters"),
+    ("rotating", "mixed", "narrowing", "specialising", "thinning", "tuning", "exporters"),
     ("foretelling", "once_for_all"),
     ("stages",),
     ("questions", "learning"),

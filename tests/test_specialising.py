@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +101,23 @@ def test_a_shape_is_judged_as_the_network_that_is_taken_out_and_once(monkeypatch
     assert judge((1, 3, 5, 1, 3, 2, 1, 3, 3, 5)) == found
 
 
-@pytest.mark.parametrize("limit", [Limit(frac=0.6, of="macs"), Limit(frac=0.5, of="latency", batch=4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_are_those_of_the_file_that_is_saved(seed: int, tmp_path: Path) -> None:
+    shape, costs = SPACE.drawn(random.Random(seed)) if seed else SPACE.largest, ShapeCosts(SPACE)
+    plain(shape).save_pretrained(tmp_path)
+    found = (tmp_path / "model.safetensors").stat().st_size
+    assert (
+        found <= costs.bytes(shape) < found + 8000
+    )  # offsets in the header are taken to be long, and blocks to be there
+    assert costs.bytes(SPACE.largest) - costs.bytes(shape) == sum(
+        tensor.nbytes for tensor in plain(SPACE.largest).state_dict().values()
+    ) - sum(tensor.nbytes for tensor in plain(shape).state_dict().values())
+    assert costs.bytes_frac(SPACE.largest) == 1
+
+
+@pytest.mark.parametrize(
+    "limit", [Limit(frac=0.6, of="macs"), Limit(frac=0.75, of="bytes"), Limit(frac=0.5, of="latency", batch=4)]
+)
 def test_the_search_finds_the_best_shape_that_fits(limit: Limit, sized: list[str]) -> None:
     """Every network of the space written down; the damage is one that every gene matters to."""
     costs = ShapeCosts(SPACE, {4: specialising.measured_predictor(SPACE, 4)})

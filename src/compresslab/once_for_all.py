@@ -1,6 +1,6 @@
 """Once for all, from pictures to folders: a supernet is trained, and each device's limit takes a plain network out of it.
 
-    compresslab specialise PICTURES --out FOLDER --limit 0.5macs --limit 3ms@8
+    compresslab specialise PICTURES --out FOLDER --limit 0.5macs --limit 3ms@8 --limit 0.2MB
 
     pictures, small -> those to learn from, those that shapes are judged by, those that accuracy is measured on
       -> progressive shrinking (supernet.py), noted in FOLDER/supernet
@@ -134,7 +134,7 @@ def specialise(
 
     Args:
         source: a folder or .parquet of pictures with classes.
-        limits: as `compress --budget` has them: "0.5macs" of the largest network's, or "3ms/forward@8".
+        limits: as `compress --budget` has them: "0.5macs" of the largest network's, "0.2MB", or "3ms/forward@8".
 
     Returns:
         A row for each limit, and one for the largest network.
@@ -157,6 +157,8 @@ def specialise(
     for text, budget in wanted.items():
         say(f"search within {text}")
         limit = Limit(frac=budget.amount, of="macs")
+        if budget.unit == "MB":
+            limit = Limit(frac=1e6 * budget.amount / costs.bytes(space.largest), of="bytes")
         if budget.unit == "ms/forward":
             costs.predictors[budget.batch] = _predictor(space, budget.batch, notes)
             limit = Limit(
@@ -181,8 +183,10 @@ def _spread(examples: Sequence[Example]) -> Sequence[Example]:
 
 def _budget(text: str) -> Budget:
     found = parse_budget(text)
-    if found.unit not in ("macs", "ms/forward") or found.tokens is not None:
-        raise CompressLabError(f"limit '{text}': give a share of the operations or a latency, such as 0.5macs or 3ms@8")
+    if found.unit not in ("macs", "MB", "ms/forward") or found.tokens is not None:
+        raise CompressLabError(
+            f"limit '{text}': give a share of the operations or a latency or megabytes, such as 0.5macs, 3ms@8 or 0.2MB"
+        )
     return found
 
 

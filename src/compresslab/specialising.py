@@ -3,7 +3,7 @@
 Paper. Cai et al., "Once for All: Train One Network and Specialize it for Efficient Deployment", arXiv 1908.09791, section 3.4.
 
     space -> every block that a shape may run, timed on this machine -> a predictor of any shape's time (search/latency.py)
-      -> ShapeCosts: multiply-accumulates by arithmetic, time by the predictor
+      -> ShapeCosts: multiply-accumulates and bytes by arithmetic, time by the predictor
     supernet -> ShapeJudge: a shape taken out as a plain network, and its loss on examples
       -> search/evolution.py (or another search), whose widths are the genes here -> specialised
     ShapeGuess: a zero-cost proxy of a shape's network before any training; may choose which shapes are judged (zero_cost.py)
@@ -26,12 +26,14 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from compresslab import zero_cost
 from compresslab.architectures.inverted_residuals import InvertedResidual, InvertedResidualsForImageClassification
+from compresslab.budget import FILE_BYTES, entry_bytes
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.measure import layers as timing
@@ -113,6 +115,25 @@ class ShapeCosts:
 
     def macs_frac(self, shape: Shape) -> float:
         return self.macs(shape) / self.macs(self.space.largest)
+
+    def bytes(self, shape: Shape) -> int:
+        """Of the weight file, at most: float32, and a header as long as the largest network's."""
+        space, blocks = self.space, blocks_of(self.space, shape)
+        weights = 9 * space.num_channels * space.stem_channels + blocks[-1].out * space.head_channels
+        weights += (space.head_channels + 1) * space.num_labels
+        weights += sum(block.inside * (block.width + block.kernel**2 + block.out) for block in blocks)
+        norms = [space.stem_channels, space.head_channels]
+        norms += [channels for block in blocks for channels in (block.inside, block.inside, block.out)]
+        return 4 * weights + sum(4 * 4 * channels + 8 for channels in norms) + self._header_bytes
+
+    @cached_property
+    def _header_bytes(self) -> int:
+        with torch.device("meta"):
+            tensors = InvertedResidualsForImageClassification(self.space.config(self.space.largest)).state_dict()
+        return FILE_BYTES + sum(entry_bytes(name, tensor.shape) for name, tensor in tensors.items())
+
+    def bytes_frac(self, shape: Shape) -> float:
+        return self.bytes(shape) / self.bytes(self.space.largest)
 
     def latency_ms(self, shape: Shape, batch: int) -> float:
         if batch not in self.predictors:
