@@ -471,16 +471,8 @@ def share_out(
         same = uniform(choices.space, costs, limit)
         shared = allocated(choices.space, damages, costs, limit)
         found = searched(
-            search_by,
-            choices.space,
-            costs,
-            limit,
-            told,
-            seed=seed,
-            size=SIZE,
-            generations=GENERATIONS,
-            start=(same, shared),
-        )
+            search_by, choices.space, costs, limit, told, seed=seed, size=SIZE, generations=GENERATIONS, start=(same, shared)
+        )  # fmt: skip
         if limit.of != "latency":
             return _Tried(found=found, same=same, limit=limit)
         measured = measured_ms(stored, choices, found.best.widths, inputs)
@@ -496,7 +488,7 @@ def share_out(
         costs.predictors[budget.batch] = best.predictor
     settings = {f"{step.method}.widths": choices.named(best.found.best.widths), f"{step.method}.macs_frac": None}
     found = _described(best, costs, budget, told(best.same), search_by)
-    return recipe.override(settings), found.model_copy(update={"notice": _notice(best, len(tries), budget, least)})
+    return recipe.override(settings), found.model_copy(update={"notice": _notice(best, budget, least)})
 
 
 def _amount(costs: NetworkCosts, budget: Budget, widths: Widths) -> float:
@@ -532,7 +524,7 @@ def _corrected(
         better = latency.corrected(predictor.table, predictor.layers, whole, chosen)
         if (
             better.ms(narrow[0]) > budget.amount
-        ):  # which was measured to be fast enough: the line is of use above `chosen` only
+        ):  # but it was measured to be fast enough: another line holds below `chosen`
             better = latency.corrected(predictor.table, predictor.layers, chosen, narrow)
     except CompressLabError:  # of two networks the narrower one was slower
         return None
@@ -555,12 +547,12 @@ def _over(tried: _Tried, budget: Budget) -> float:
     return tried.measured / budget.amount - 1
 
 
-def _notice(best: _Tried, searches: int, budget: Budget, least: float) -> str:
+def _notice(best: _Tried, budget: Budget, least: float) -> str:
     if best.measured is None or _over(best, budget) <= CLOSE:
         return ""
     return (
-        f"a budget of {budget} was not met: the closest of {searches} searches takes {best.measured:.4g}{budget.unit} as "
-        f"measured (the narrowest network there is takes {least:.4g}): give more time, or measure on a quieter machine"
+        f"a budget of {budget} was not met: the closest that was found takes {best.measured:.4g}{budget.unit} as measured, and "
+        f"the narrowest network {least:.4g}; give more time, or measure on a quieter machine"
     )
 
 

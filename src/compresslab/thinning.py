@@ -10,6 +10,10 @@
 The sparsities go no further from the mean than SPREAD: damages are measured one layer at a time and added up, which holds while
 they are small. Layers for which the recipe has `layers` already keep those settings.
 
+Source. Frantar and Alistarh, "SPDY: Accurate Pruning with Speedup Guarantees", arXiv 2201.13096: one sparsity for each layer, by
+errors of layers pruned alone and dynamic programming. Here the damage is the one that bits are shared out by (damage.py), the
+budget is one of weights, and the solver an integer programme.
+
 OWL (prune/owl.py) shares out zeros by outliers, block by block, and measures no damage. Cost. LEVELS solves of every layer.
 Oracle: tests/test_thinning.py writes down every choice for a small network.
 """

@@ -104,7 +104,7 @@ def score(name: str, network: nn.Module, x: Tensor, y: Tensor) -> float:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
         if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment] - or what a layer made would be gone before it is looked at
+            module.inplace = False  # type: ignore[assignment]  # or what a layer made would be gone before it is looked at
     with torch.enable_grad():
         return PROXIES[name].score(copied, x, y)
 
