@@ -42,7 +42,7 @@ from compresslab.supernet import Shape, ShapeSpace, Supernet
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = ShapeSpace(
-    widths=(8, 16), strides=(1, 2), depths=(1, 2, 3), expansions=(1, 2, 4), kernels=(3, 5), stem_channels=8, head_channels=32,
+    widths=(8, 16), strides=(2, 2), depths=(1, 2, 3), expansions=(1, 2, 4), kernels=(3, 5), stem_channels=8, head_channels=32,
     num_channels=1, image_size=digits.SIDE, num_labels=digits.CLASSES,
 )  # fmt: skip
 HALF = Limit(frac=0.5, of="macs")

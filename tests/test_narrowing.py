@@ -362,7 +362,7 @@ def test_a_latency_by_the_command_line(
     )
     found = json.loads(said)["search"]
     assert code == 0 and found["unit"] == "ms/forward" and found["budget"].endswith("ms/forward@3x7")
-    assert found["measured"] <= target and found["notice"] == "" and found["by"] == "evolution"
+    assert found["measured"] <= target + 1e-3 and found["notice"] == "" and found["by"] == "evolution"
     cut = models.load(out)
     assert timing.time_network_ms(cut, {}, repeats=1) == pytest.approx(found["measured"])
     code, _, why = run_cli(

@@ -143,21 +143,22 @@ class Stored:
     """What lies on disk of a network.
 
     Attributes:
-        itemsizes: bytes of a number, by tensor.
-        other_bytes: of the files beside the numbers, at most.
+        itemsizes: bytes of a number, by tensor that may be cut.
+        other_bytes: of the files beside them, at most.
     """
 
     itemsizes: Mapping[str, int]
     other_bytes: int
 
     @classmethod
-    def of(cls, calibration: Pass) -> Stored:
+    def of(cls, calibration: Pass, coupling: Coupling) -> Stored:
         weights, units = calibration.source.weights, calibration.plan.units
         names = [name for unit in units for name in unit.tensors]
-        headers = sum(entry_bytes(name, weights.shape(name)) for name in names)
+        others = sum(weights.get(name).nbytes for name in names if name not in coupling.shapes)
+        headers = sum(entry_bytes(name, weights.shape(name)) for name in names) + FILE_BYTES * len(units)
         return cls(
-            itemsizes={name: weights.get(name).itemsize for name in names},
-            other_bytes=headers + FILE_BYTES * len(units),
+            itemsizes={name: weights.get(name).itemsize for name in names if name in coupling.shapes},
+            other_bytes=others + headers,
         )
 
 
@@ -441,7 +442,7 @@ def share_out(
         name=source.name,
     )
     some = _first(batches, EXAMPLES)
-    costs = NetworkCosts(choices, stored=Stored.of(calibration))
+    costs = NetworkCosts(choices, stored=Stored.of(calibration, choices.coupling))
     stored, inputs = model, dict[str, Tensor]()
     if budget.unit == "ms/forward":
         stored = model if source.dtype == torch.float32 else copy.deepcopy(model).to(source.dtype)
