@@ -1,6 +1,6 @@
 """Whether zero-cost proxies know which networks learn well: their rank correlation with what was learned, beside the controls.
 
-    python benchmarks/zero_cost.py            # a few minutes on one thread
+    python benchmarks/zero_cost.py            # a few minutes on one thread; a run that was killed goes on
 
 Networks of one space of inverted residuals, on scikit-learn's digits, moved and noised:
 
@@ -20,7 +20,6 @@ import argparse
 import json
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from compresslab.architectures.inverted_residuals import InvertedResidualsForIma
 from compresslab.course import digits
 from compresslab.measure import environment
 from compresslab.recipe import Training
-from compresslab.search.evolution import evolved
+from compresslab.search.evolution import Journal, evolved
 from compresslab.search.widths import Limit, fitted
 from compresslab.specialising import ShapeCosts, ShapeGuess, ShapeJudge, without_silent
 from compresslab.supernet import Shape, ShapeSpace, Supernet
@@ -56,42 +55,42 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--networks", type=int, default=20, help="of each of the two kinds")
     arguments.add_argument("--searches", type=int, default=3, help="seeds of the evolution")
+    arguments.add_argument(
+        "--work", type=Path, default=Path("zero-cost-work"), help="of the supernet, and of what is known"
+    )
     arguments.add_argument("--out", type=Path, default=ROOT / "results" / "zero-cost.json")
     options = arguments.parse_args()
     torch.set_num_threads(1)
-    started = time.perf_counter()
-    costs = ShapeCosts(SPACE)
+    started, costs = time.perf_counter(), ShapeCosts(SPACE)
     shown = digits.pictures("train", ALONE.pictures).examples()
     tested, judged = digits.pictures("test", TESTED), digits.pictures("transfer", JUDGED).examples()
     batch = shown[:BATCH]
 
-    net = trained_supernet(shown)
+    net = trained_supernet(shown, options.work / "supernet")
     said(started, "the supernet is trained")
     kinds: dict[str, Any] = {}
     for kind in ("any", "half"):
         shapes = drawn(costs, kind, options.networks)
         scores = {name: [ShapeGuess(SPACE, name, batch)(shape) for shape in shapes] for name in zero_cost.PROXIES}
         said(started, f"{kind}: {len(shapes)} networks are scored")
-        accuracies: dict[str, list[float]] = {
-            "alone": [trained_alone(shape, tested) for shape in shapes],
-            "in the supernet": [digits.accuracy(net.taken(shape, shown[:RENEWED]), tested) for shape in shapes],
-        }
+        rows = [trained(shape, net, shown, tested, options.work / "accuracies.jsonl") for shape in shapes]
         said(started, f"{kind}: and trained")
+        accuracies = {how: [row[how] for row in rows] for how in rows[0]}
         kinds[kind] = {
             "networks": len(shapes),
             "macs_frac": spread([costs.macs_frac(shape) for shape in shapes]),
             "accuracy": {how: spread(values) for how, values in accuracies.items()},
             "rank_correlation": {
-                name: {how: correlation(mine, values) for how, values in accuracies.items()}
-                for name, mine in scores.items()
+                name: {how: correlation(mine, values) for how, values in accuracies.items()} for name, mine in scores.items()
             },
             "rank_correlation_of_alone_and_in_the_supernet": correlation(*accuracies.values()),
-        }
-    judge = ShapeJudge(net, shown[:RENEWED], judged)
-    found = {
-        str(name): searched(costs, judge, None if name is None else ShapeGuess(SPACE, name, batch), options.searches)
-        for name in (None, *zero_cost.PROXIES)
-    }
+        }  # fmt: skip
+    judge = Journal(options.work / "judged.jsonl", "half", ShapeJudge(net, shown[:RENEWED], judged))
+    found = {}
+    for proxy in (None, *zero_cost.PROXIES):
+        guess = None if proxy is None else ShapeGuess(SPACE, proxy, batch)
+        found[str(proxy)] = searched(costs, judge, guess, options.searches)
+        said(started, f"searched with {proxy}")
     result = {
         "benchmark": "zero-cost",
         "task": "digits of 8 x 8 pixels, moved and noised",
@@ -102,7 +101,6 @@ def main() -> None:
         },
         "kinds": kinds,
         "loss_of_the_best_shape_found": found,
-        "seconds": time.perf_counter() - started,
         "environment": environment.describe(torch.device("cpu")),
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -128,23 +126,33 @@ def drawn(costs: ShapeCosts, kind: str, count: int) -> list[Shape]:
     return list(found)
 
 
-def trained_supernet(shown: Sequence[dict[str, Any]]) -> Supernet:
+def trained_supernet(shown: Sequence[dict[str, Any]], folder: Path) -> Supernet:
     torch.manual_seed(0)
     net = Supernet(SPACE)
     settings = {
-        phase: Training(steps=steps, batch=64, learning_rate=4e-3, checks=1, held_back=0.02)
-        for phase, steps in PHASES.items()
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        supernet.trained_(net, shown, settings, Path(folder), seed=0)
+        phase: Training(steps=steps, batch=64, learning_rate=4e-3, checks=2, held_back=0.02) for phase, steps in PHASES.items()
+    }  # fmt: skip
+    supernet.trained_(net, shown, settings, folder, seed=0)
     return net.eval().requires_grad_(False)
 
 
-def trained_alone(shape: Shape, tested: digits.Pictures) -> float:
-    torch.manual_seed(0)
-    network = InvertedResidualsForImageClassification(SPACE.config(shape))
-    digits.train_(network, 0, ALONE)
-    return digits.accuracy(network, tested)
+def trained(
+    shape: Shape, net: Supernet, shown: Sequence[dict[str, Any]], tested: digits.Pictures, notes: Path
+) -> dict[str, float]:
+    """Accuracies of a shape, from the notes if it is there."""
+    lines = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
+    known = {tuple(told): row for told, row in map(json.loads, lines)}
+    if shape not in known:
+        torch.manual_seed(0)
+        network = InvertedResidualsForImageClassification(SPACE.config(shape))
+        digits.train_(network, 0, ALONE)
+        taken = net.taken(shape, shown[:RENEWED])
+        known[shape] = {
+            "alone": digits.accuracy(network, tested), "in the supernet": digits.accuracy(taken, tested)
+        }  # fmt: skip
+        with notes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([shape, known[shape]]) + "\n")
+    return known[shape]
 
 
 def correlation(scores: Sequence[float], accuracies: Sequence[float]) -> dict[str, float]:
@@ -163,7 +171,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"least": min(values), "median": statistics.median(values), "most": max(values)}
 
 
-def searched(costs: ShapeCosts, judge: ShapeJudge, guess: ShapeGuess | None, seeds: int) -> dict[str, Any]:
+def searched(costs: ShapeCosts, judge: Journal, guess: ShapeGuess | None, seeds: int) -> dict[str, Any]:
     found = [evolved(SPACE.genes, costs, HALF, judge, seed=seed, guess=guess, **SEARCH) for seed in range(seeds)]
     losses = [one.best.damage for one in found]
     return {"mean": statistics.mean(losses), "each": losses, "evaluations": [len(one.judged) for one in found]}
