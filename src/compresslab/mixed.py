@@ -68,8 +68,7 @@ def survey_of(
         calibration = dataclasses.replace(calibration, source=smoothed(calibration, smoothers, solvers, activations))
     layout, books = _layout(solvers, widths, calibration, step, activations), books_of(budget, calibration)
     name, damage = damage_of(sensitivity, calibration, recipe.name)
-    survey = Survey(calibration, step, widths, layout, damage, books)
-    options = options_by_layer(calibration, calibration.plan.layers, survey.options_of, on_layer)
+    options = Survey(calibration, step, widths, layout, damage, books).options(on_layer)
     return Surveyed(options=options, books=books, sensitivity=name)
 
 
@@ -202,7 +201,7 @@ def _layout(
 
 
 class Survey:
-    """The options of a planned layer: every width, and as it is."""
+    """The options of every planned layer: every width, and as it is."""
 
     def __init__(
         self, calibration: Pass, step: Step, widths: Mapping[str, Solver], layout: Layout, damage: Damage, books: Books
@@ -211,7 +210,10 @@ class Survey:
         self.damage, self.books = damage, books
         self.skeleton = calibration.source.skeleton()
 
-    def options_of(self, name: str, gram: Statistic | None) -> list[Option]:
+    def options(self, on_layer: Callable[[str], None] = lambda name: None) -> dict[str, list[Option]]:
+        return options_by_layer(self.calibration, self.calibration.plan.layers, self._options_of, on_layer)
+
+    def _options_of(self, name: str, gram: Statistic | None) -> list[Option]:
         module = self.skeleton.get_submodule(name)
         stored = read_weight(self.calibration.source, name, module)
         weight = stored.to(self.calibration.device, torch.float32).contiguous()
