@@ -48,13 +48,15 @@ HALF = Limit(frac=0.5, of="macs")
 ALONE = digits.Training(pictures=1400, epochs=4, learning_rate=1e-2)
 PHASES = {"largest": 160, "kernels": 60, "depths": 60, "expansions": 60}
 BATCH, TESTED, JUDGED, RENEWED, RESAMPLED = 64, 2000, 400, 192, 2000
+KINDS = ("any", "half")
 SEARCH = {"size": 6, "generations": 2}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--networks", type=int, default=20, help="of each of the two kinds")
-    arguments.add_argument("--searches", type=int, default=3, help="seeds of the evolution")
+    arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    arguments.add_argument("--searches", type=int, default=3, help="seeds of the evolution; 0 for none")
     arguments.add_argument(
         "--work", type=Path, default=Path("zero-cost-work"), help="of the supernet, and of what is known"
     )
@@ -69,7 +71,7 @@ def main() -> None:
     net = trained_supernet(shown, options.work / "supernet")
     said(started, "the supernet is trained")
     kinds: dict[str, Any] = {}
-    for kind in ("any", "half"):
+    for kind in options.kinds:
         shapes = drawn(costs, kind, options.networks)
         scores = {name: [ShapeGuess(SPACE, name, batch)(shape) for shape in shapes] for name in zero_cost.PROXIES}
         said(started, f"{kind}: {len(shapes)} networks are scored")
@@ -87,7 +89,7 @@ def main() -> None:
         }  # fmt: skip
     judge = Journal(options.work / "judged.jsonl", "half", ShapeJudge(net, shown[:RENEWED], judged))
     found = {}
-    for proxy in (None, *zero_cost.PROXIES):
+    for proxy in (None, *zero_cost.PROXIES) if options.searches else ():
         guess = None if proxy is None else ShapeGuess(SPACE, proxy, batch)
         found[str(proxy)] = searched(costs, judge, guess, options.searches)
         said(started, f"searched with {proxy}")
