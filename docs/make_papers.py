@@ -7,10 +7,11 @@ from pathlib import Path
 from compresslab.activations.static import CALIBRATORS
 from compresslab.methods import METHODS
 from compresslab.numerics.formats import FORMATS
+from compresslab.zero_cost import PROXIES
 
 HEAD = """# Methods and their papers
 
-Made by `python docs/make_papers.py` from the tables of methods and of the calibrators of `static`; do not edit. The figure is the paper's own or that of the
+Made by `python docs/make_papers.py` from the tables of methods, of the calibrators of `static` and of the proxies of `specialise`; do not edit. The figure is the paper's own or that of the
 source in brackets; what our implementation reaches is in [results/](../results).
 
 | method | file | paper | figure it is known for |
@@ -33,7 +34,9 @@ def text() -> str:
 
 def method_rows() -> list[str]:
     rows = []
-    for name, cls in (METHODS | {f"static: {name}": cls for name, cls in CALIBRATORS.items()}).items():
+    more = {f"static: {name}": cls for name, cls in CALIBRATORS.items()}
+    more |= {f"specialise: proxy={name}": proxy for name, proxy in PROXIES.items() if proxy.paper is not None}
+    for name, cls in (METHODS | more).items():
         paper = cls.paper
         link = f", [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else ""
         file = cls.__module__.removeprefix("compresslab.").replace(".", "/") + ".py"

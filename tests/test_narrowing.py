@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 
 import tiny
 from compresslab import foretelling, models, narrowing, pipeline
+from compresslab import recipe as recipes
 from compresslab.architectures import ResNetCifarConfig, ResNetCifarForImageClassification
 from compresslab.batch_norms import renew_batch_norms_
 from compresslab.budget import parse_budget
@@ -22,9 +27,12 @@ from compresslab.errors import CompressLabError
 from compresslab.measure import layers as timing
 from compresslab.prune.group_magnitude import GroupMagnitude
 from compresslab.recipe import Recipe, parse
+from compresslab.report.schema import read_report
 from compresslab.search import latency
+from compresslab.search.evolution import Found, Judged
 from compresslab.search.latency import LatencyTable
 from compresslab.search.widths import Limit, dense, drawn, narrowest, uniform
+from tiny import run_cli
 
 PICTURE = {"pixel_values": torch.zeros(2, 1, 8, 8)}
 
@@ -177,6 +185,13 @@ def test_a_group_alone_is_judged_at_every_width() -> None:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def unopened(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No fresh process but in one test, the first of the whole runs."""
+    with nullcontext() if "repeats" in request.node.name else tiny.unmeasured():
+        yield
+
+
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(narrowing, "SIZE", 4)
@@ -301,6 +316,143 @@ def test_a_dry_run_foretells_what_the_search_judges_and_times(
     )  # fmt: skip
     alone, bred = foretelling.judged(choices.space)
     assert alone < judged.count("a configuration") <= alone + bred
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_bytes_are_those_of_the_files_of_the_network_that_was_cut(tmp_path: Path, few: None, kind: str) -> None:
+    """Heads and tied embeddings, too: none is counted that is not on disk."""
+    text, model = tiny.write_text(tmp_path / "words.txt"), tiny.save(kind, tmp_path / "model")
+    whole = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e6
+    ask = {"out": tmp_path / "out", "measure": False, "device": "cpu"}
+    artifact, report = pipeline.compress(model, recipe_of(), str(text), budget=f"{0.9 * whole:.4f}MB", **ask)  # type: ignore[arg-type]
+    found = sum(path.stat().st_size for path in artifact.folder.glob("*.safetensors")) / 1e6
+    assert report.search is not None and report.search.unit == "MB" and report.recipe["steps"][0]["widths"]
+    assert found <= report.search.chosen[0] <= 0.9 * whole
+    assert found == pytest.approx(
+        report.search.chosen[0], abs=0.004
+    )  # of headers, in which offsets are taken to be long
+    ask["out"] = tmp_path / "no"
+    with pytest.raises(CompressLabError, match=r"cannot be met: the least possible is .*MB"):
+        pipeline.compress(model, recipe_of(), str(text), budget="0.001MB", **ask)  # type: ignore[arg-type]
+    with pytest.raises(CompressLabError, match="leaves the network as it is"):
+        pipeline.compress(model, recipe_of(), str(text), budget="9MB", **ask)  # type: ignore[arg-type]
+
+
+def test_megabytes_are_those_of_bits_where_a_recipe_rounds() -> None:
+    channels, budget = recipe_of(), parse_budget("80MB")
+    both = parse({"name": "both", "version": 1, "steps": [{"method": "group-magnitude"}, {"method": "rtn"}]}, "test")
+    assert narrowing.meets(channels, budget) and not narrowing.meets(both, budget)
+    assert not narrowing.meets(recipes.read("w4a16-rtn"), budget) and not narrowing.meets(
+        channels, parse_budget("3bits")
+    )
+    assert narrowing.meets(both, parse_budget("0.5macs"))
+
+
+def test_a_latency_by_the_command_line(
+    tmp_path: Path, few: None, by_size: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMPRESSLAB_HOME", str(tmp_path / "home"))
+    text, model, out = tiny.write_text(tmp_path / "words.txt"), tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    recipe = tmp_path / "narrow.yaml"
+    recipe.write_text(recipe_of().to_yaml())
+    target = 0.9 * timing.time_network_ms(models.load(model), {}, repeats=1) / 1.1
+    asked = ["compress", str(model), "--recipe", str(recipe), "--data", str(text), "--device", "cpu", "--no-measure"]
+    code, said, _ = run_cli(
+        monkeypatch, capsys, *asked, "--out", str(out), "--latency", f"{target:.3f}ms@3x7", "--json"
+    )
+    found = json.loads(said)["search"]
+    assert code == 0 and found["unit"] == "ms/forward" and found["budget"].endswith("ms/forward@3x7")
+    assert found["measured"] <= target + 1e-3 and found["notice"] == "" and found["by"] == "evolution"
+    cut = models.load(out)
+    assert timing.time_network_ms(cut, {}, repeats=1) == pytest.approx(found["measured"])
+    code, _, why = run_cli(
+        monkeypatch, capsys, *asked, "--out", str(tmp_path / "no"), "--latency", "5ms", "--budget", "1MB"
+    )
+    assert code == 2 and "--latency and --budget are both budgets: give one" in why
+
+
+def test_a_latency_that_no_search_came_to_is_said_everywhere(
+    tmp_path: Path, few: None, by_size: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine that was quick when the table was taken and is busy when what was chosen is measured."""
+    monkeypatch.setenv("COMPRESSLAB_HOME", str(tmp_path / "home"))
+    text, model, out = tiny.write_text(tmp_path / "words.txt"), tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    recipe = tmp_path / "narrow.yaml"
+    recipe.write_text(recipe_of().to_yaml())
+    target = 0.9 * timing.time_network_ms(models.load(model), {}, repeats=1)
+    quick, slower = narrowing.measured_ms, iter([1.08, 1.05, 1.06])
+    calls: list[float] = []
+
+    def busy(model: nn.Module, choices: narrowing.Choices, widths: tuple[int, ...], inputs: dict[str, Tensor]) -> float:
+        if widths in (dense(choices.space), narrowest(choices.space)):
+            return quick(model, choices, widths, inputs)
+        calls.append(target * next(slower))
+        return calls[-1]
+
+    monkeypatch.setattr(narrowing, "measured_ms", busy)
+    asked = ["compress", str(model), "--recipe", str(recipe), "--data", str(text), "--device", "cpu", "--no-measure"]
+    code, said, _ = run_cli(monkeypatch, capsys, *asked, "--out", str(out), "--latency", f"{target:.3f}ms")
+    report = read_report(out)
+    assert code == 0 and report.search is not None
+    assert len(calls) == narrowing.SEARCHES and report.search.measured == min(calls)  # the closest
+    wanted = f"was not met: the closest that was found takes {min(calls):.4g}ms/forward as measured"
+    for told in (said, (out / "README.md").read_text(), (out / "report.html").read_text()):
+        assert wanted in " ".join(told.split())
+
+
+def test_what_is_measured_within_the_budget_is_taken_and_the_least_harmful_of_it() -> None:
+    def tried(measured: float, damage: float) -> narrowing._Tried:
+        one = Judged(widths=(1,), damage=damage)
+        found = Found(best=one, judged=(one,), generations=())
+        return narrowing._Tried(found=found, same=(1,), limit=Limit(frac=0.5, of="latency"), measured=measured)
+
+    budget = parse_budget("10ms/forward")
+    tries = [tried(12, 0.1), tried(10.2, 0.4), tried(9, 0.3), tried(8, 0.6)]
+    assert narrowing._best(tries, budget) is tries[2] and narrowing._notice(tries[2], budget, 5.0) == ""
+    assert narrowing._best(tries[:1], budget) is tries[0]
+    assert "takes 12ms/forward as measured, and the narrowest network 5;" in narrowing._notice(tries[0], budget, 5.0)
+
+
+def test_a_correction_keeps_within_reach_what_was_measured_to_be() -> None:
+    """Time stands still down to a third of the width and then falls: the line through what was chosen passes over the target."""
+    table = LatencyTable(conditions=timing.conditions(1), ms={f"wide {w}": float(w) for w in range(1, 9)})
+    predictor = latency.Predictor(table=table, layers=lambda widths: [f"wide {widths[0]}"])
+    one = Judged(widths=(4,), damage=1.0)
+    found = Found(best=one, judged=(one,), generations=())
+    tried = narrowing._Tried(
+        found=found, same=(4,), limit=Limit(frac=0.5, of="latency"), predictor=predictor, measured=7.5
+    )
+    anchors, budget = (((8,), 8.0), ((1,), 1.0)), parse_budget("4ms/forward")
+    better = narrowing._corrected(tried, anchors, budget)
+    assert better is not None and better.ms((4,)) == pytest.approx(7.5) and better.ms((1,)) == pytest.approx(1)
+    nothing = dataclasses.replace(tried, measured=8.5)  # slower than the whole network: nothing to be learned from that
+    assert narrowing._corrected(nothing, anchors, budget) is None
+    right = dataclasses.replace(tried, measured=4.05)
+    assert narrowing._corrected(right, anchors, budget) is None
+
+
+@pytest.mark.parametrize("by", ["drawn", "bayesian"])
+def test_channels_are_searched_for_by_what_is_named(tmp_path: Path, few: None, by: str) -> None:
+    if by == "bayesian":
+        pytest.importorskip("optuna")
+    text, model = tiny.write_text(tmp_path / "words.txt"), tiny.save("llama", tmp_path / "model")
+    ask = {"measure": False, "device": "cpu", "budget": "0.8macs", "search_by": by}
+    _, report = pipeline.compress(model, recipe_of(), str(text), out=tmp_path / "out", **ask)  # type: ignore[arg-type]
+    assert report.search is not None and report.search.by == by and report.search.chosen[0] <= 0.8
+    assert report.search.chosen[1] <= report.search.uniform["the same share of every group"][1]
+
+
+def test_a_search_that_is_not_to_be_had_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = {"out": tmp_path / "out", "device": "cpu"}
+    with pytest.raises(CompressLabError, match="unknown search 'evolving': did you mean 'evolution'"):
+        pipeline.compress(tiny.make("llama"), recipe_of(), "wiki", budget="0.8macs", search_by="evolving", **ask)  # type: ignore[arg-type]
+    with pytest.raises(CompressLabError, match="drawn searches for channels under a budget of them"):
+        pipeline.compress(tiny.make("llama"), "w4a16-rtn", "wiki", budget="3bits", search_by="drawn", **ask)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(CompressLabError, match="needs optuna"):
+        pipeline.compress(tiny.make("llama"), recipe_of(), "wiki", budget="0.8macs", search_by="bayesian", **ask)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 
 import tiny
-from compresslab import data, models, once_for_all, specialising
+from compresslab import data, models, once_for_all, specialising, zero_cost
+from compresslab.budget import parse_budget
 from compresslab.errors import CompressLabError
 from compresslab.measure import counts
 from compresslab.measure import layers as timing
@@ -80,6 +82,19 @@ def test_a_network_for_each_limit_opens_and_is_what_was_said(
         *changes,
     )  # fmt: skip
     assert code == 0 and json.loads(said) == rows
+    # With a proxy, and as another search: what is judged may differ, and the supernet is the same.
+    monkeypatch.undo()
+    guessed: list[str] = []
+    score = zero_cost.score
+    monkeypatch.setattr(zero_cost, "score", lambda name, *given: guessed.append(name) or score(name, *given))
+    space = dataclasses.replace(settings.space, num_labels=2)
+    most = specialising.ShapeCosts(space).bytes(space.largest) - 300
+    size = str(parse_budget(f"{most / 1e6:.6f}MB"))
+    for limit, more in (("0.8macs", {"proxy": "naswot", "proposals": 3}), (size, {"search_by": "drawn"})):
+        rows = once_for_all.specialise(pictures, [limit], out=out, settings=once_for_all.settings_from(SMALL | more))
+        assert rows[limit]["macs_frac"] <= (0.8 if limit == "0.8macs" else 0.99)
+    assert (out / size / "model.safetensors").stat().st_size <= most
+    assert guessed and set(guessed) == {"naswot"}
     with pytest.raises(CompressLabError, match="holds a supernet of other pictures, settings or seed"):
         once_for_all.specialise(pictures, ["0.8macs"], out=out, settings=settings, seed=1)
 
@@ -92,6 +107,9 @@ def test_a_network_for_each_limit_opens_and_is_what_was_said(
         ({"kernels": [3, 4]}, "0.5macs", "kernels are odd"),
         ({}, "3bits", "limit '3bits': give a share of the operations or a latency"),
         ({}, "3ms/forward@2x8", "give a share of the operations or a latency"),
+        ({"proxy": "naswott"}, "0.5macs", "unknown proxy 'naswott': did you mean 'naswot'"),
+        ({"search_by": "evolutions"}, "0.5macs", "unknown search 'evolutions': did you mean 'evolution'"),
+        ({"search_by": "drawn", "proxy": "snip"}, "0.5macs", "drawn breeds none: leave one of the two out"),
         ({}, "0.01macs", "cannot be reached: the smallest shape takes"),
     ],
 )

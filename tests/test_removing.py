@@ -272,6 +272,19 @@ def test_what_cannot_be_cut_is_said_before_any_work() -> None:
         removing.removed(llama, [BlockInfluence(layer_frac=0.9)])
 
 
+def test_heads_that_do_not_divide_are_named() -> None:
+    """Three heads of keys for four of queries: no group of heads could leave as one."""
+    source = models.find(tiny.make("llama"))
+    source.config.num_key_value_heads = 3
+    wanted = (
+        r"block model.layers.0 of .* has heads that cannot be told apart: the 3 heads that have keys do not divide the 32 "
+        r"channels of model.layers.0.self_attn.o_proj; leave heads out"
+    )
+    with pytest.raises(CompressLabError, match=wanted):
+        groups.groups_of(source, "heads")
+    assert groups.groups_of(source, "neurons")
+
+
 def test_a_dead_layer_is_named() -> None:
     model = tiny.make("llama")
     with torch.no_grad():

@@ -409,6 +409,22 @@ def test_recipes_that_cannot_be(compress: Compress, tmp_path: Path, steps: list[
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow"])
+def test_a_head_that_is_the_embedding_stays_whole_and_tied(compress: Compress, tmp_path: Path, method: str) -> None:
+    """Also where nothing is ignored, so that one threshold for all layers might reach it."""
+    folder = tiny.save("llama-tied", tmp_path / "model")
+    before = models.load(folder)
+    step = {"method": method, "sparsity": 0.5, "scope": "global", "rounds": 2}
+    artifact, report = compress(step, given=folder, ignore=[])
+    after = models.load(artifact.folder)
+    head, embedding = after.get_output_embeddings().weight, after.get_input_embeddings().weight
+    assert head is embedding and torch.equal(head, before.get_input_embeddings().weight)
+    assert "shares its weight with model.embed_tokens" in report.skipped["lm_head"]
+    assert not any("embed" in layer.name or "lm_head" in layer.name for layer in report.layers)
+    assert share_of_zeros(report) == pytest.approx(0.5, abs=1e-3)
+    assert "lm_head.weight" not in load_file(artifact.folder / "model.safetensors")
+
+
 def test_a_threshold_that_empties_a_layer(compress: Compress, tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     small = "model.layers.0.self_attn.k_proj"

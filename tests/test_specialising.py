@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from compresslab import specialising
+from compresslab import specialising, zero_cost
 from compresslab.architectures.inverted_residuals import InvertedResidualsForImageClassification
 from compresslab.errors import CompressLabError
 from compresslab.measure import counts
 from compresslab.measure import layers as timing
 from compresslab.search.latency import LatencyTable
 from compresslab.search.widths import Limit
-from compresslab.specialising import ShapeCosts, ShapeJudge
+from compresslab.specialising import ShapeCosts, ShapeGuess, ShapeJudge
 from compresslab.supernet import Shape, ShapeSpace, Supernet
 
 SPACE = ShapeSpace(
@@ -100,7 +101,23 @@ def test_a_shape_is_judged_as_the_network_that_is_taken_out_and_once(monkeypatch
     assert judge((1, 3, 5, 1, 3, 2, 1, 3, 3, 5)) == found
 
 
-@pytest.mark.parametrize("limit", [Limit(frac=0.6, of="macs"), Limit(frac=0.5, of="latency", batch=4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_are_those_of_the_file_that_is_saved(seed: int, tmp_path: Path) -> None:
+    shape, costs = SPACE.drawn(random.Random(seed)) if seed else SPACE.largest, ShapeCosts(SPACE)
+    plain(shape).save_pretrained(tmp_path)
+    found = (tmp_path / "model.safetensors").stat().st_size
+    assert (
+        found <= costs.bytes(shape) < found + 8000
+    )  # offsets in the header are taken to be long, and blocks to be there
+    assert costs.bytes(SPACE.largest) - costs.bytes(shape) == sum(
+        tensor.nbytes for tensor in plain(SPACE.largest).state_dict().values()
+    ) - sum(tensor.nbytes for tensor in plain(shape).state_dict().values())
+    assert costs.bytes_frac(SPACE.largest) == 1
+
+
+@pytest.mark.parametrize(
+    "limit", [Limit(frac=0.6, of="macs"), Limit(frac=0.75, of="bytes"), Limit(frac=0.5, of="latency", batch=4)]
+)
 def test_the_search_finds_the_best_shape_that_fits(limit: Limit, sized: list[str]) -> None:
     """Every network of the space written down; the damage is one that every gene matters to."""
     costs = ShapeCosts(SPACE, {4: specialising.measured_predictor(SPACE, 4)})
@@ -114,3 +131,39 @@ def test_the_search_finds_the_best_shape_that_fits(limit: Limit, sized: list[str
     assert limit.fits(costs, best) and damage(best) == found.best.damage == min(map(damage, every))
     with pytest.raises(CompressLabError, match="0.001 of the largest network's macs cannot be reached"):
         specialising.specialised(SPACE, costs, Limit(frac=0.001, of="macs"), damage)
+
+
+def test_a_guess_is_the_score_of_the_network_before_training_and_of_silent_genes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, shape = examples(12), (1, 3, 5, 3, 5, 2, 1, 3, 3, 5)
+    torch.manual_seed(7)
+    state, guess = torch.get_rng_state(), ShapeGuess(SPACE, "snip", seen, seed=3)
+    found = guess(shape)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    network = InvertedResidualsForImageClassification(SPACE.config(shape))
+    pixels, labels = (torch.stack([one[key] for one in seen]) for key in ("pixel_values", "labels"))
+    assert found == zero_cost.score("snip", network, pixels, labels)
+    assert guess((1, 3, 5, 1, 3, 2, 1, 3, 3, 5)) == found != guess(SPACE.largest)
+
+    def refused(*given: object) -> float:
+        raise ValueError("it has no ReLU")
+
+    monkeypatch.setattr(zero_cost, "score", refused)
+    with pytest.raises(CompressLabError, match="proxy naswot: it has no ReLU"):
+        ShapeGuess(SPACE, "naswot", seen)(shape)
+
+
+@pytest.mark.parametrize("asked", [{"search_by": "drawn"}, {"guess": lambda shape: 0.0 + sum(shape), "proposals": 3}])
+def test_a_shape_may_be_searched_for_otherwise(asked: dict[str, Any]) -> None:
+    judged: list[Shape] = []
+
+    def damage(shape: Shape) -> float:
+        judged.append(shape)
+        return -float(sum(shape))
+
+    costs, limit = ShapeCosts(SPACE), Limit(frac=0.6, of="macs")
+    best, found = specialising.specialised(SPACE, costs, limit, damage, seed=1, size=5, generations=3, **asked)
+    assert limit.fits(costs, best) and len(judged) == len(found.judged) <= 5 + 3 * 4
+    assert found.best.damage == min(map(damage, list(judged)))

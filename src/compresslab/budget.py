@@ -4,7 +4,11 @@
     80MB       10^6 bytes of all weight files together
     20ms       one step of decoding on this machine, on the kernels that the report measures (deploy/torch_packed.py)
 
-Two more are for recipes that take out channels, and are kept by narrowing.py:
+One is for recipes that prune, and is kept by thinning.py:
+
+    0.5nonzero    of the weights of the layers that the recipe would prune
+
+Two more are for recipes that take out channels, and are kept by narrowing.py; so is 80MB where such a recipe rounds nothing:
 
     0.5macs    of the multiply-accumulates that the whole network takes
     5ms/forward         one example through the network on this machine, in the dtype that it is stored in
@@ -43,7 +47,7 @@ TIMED_PASSES = 9
 PROMPT_TOKENS = 32  # before the timed steps, as in measure/speed.py
 STEPS = 24
 
-Unit = Literal["bits", "MB", "ms", "macs", "ms/forward"]
+Unit = Literal["bits", "MB", "ms", "nonzero", "macs", "ms/forward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """A budget from "3.5bits", "80MB", "20ms", "0.5macs", "5ms/forward" or "5ms/forward@8x128".
+    """A budget from "3.5bits", "80MB", "20ms", "0.5nonzero", "0.5macs", "5ms/forward" or "5ms/forward@8x128".
 
     >>> str(parse_budget("3.50 bits"))
     '3.5bits'
@@ -77,6 +81,7 @@ def parse_budget(text: str) -> Budget:
         "bit": "bits",
         "mb": "MB",
         "ms": "ms",
+        "nonzero": "nonzero",
         "macs": "macs",
         "ms/forward": "ms/forward",
     }
@@ -85,7 +90,8 @@ def parse_budget(text: str) -> Budget:
     if found is None or found[2].lower() not in units or float(found[1]) == 0:
         raise CompressLabError(
             f"budget '{text}': give average bits per weight, megabytes of weight files, or milliseconds per decoded token, "
-            "such as 3.5bits, 80MB or 20ms; where channels are taken out, a share of the multiply-accumulates such as 0.5macs"
+            "such as 3.5bits, 80MB or 20ms; where weights are set to zero, the share that stays such as 0.5nonzero; where "
+            "channels are taken out, a share of the multiply-accumulates such as 0.5macs"
         )
     return Budget(
         amount=float(found[1]),
@@ -148,11 +154,11 @@ class Megabytes:
         weights, plan = calibration.source.weights, calibration.plan
         planned = {f"{name}.weight" for name in plan.layers}
         others = [(name, weights.get(name)) for unit in plan.units for name in unit.tensors if name not in planned]
-        self.other_bytes = sum(tensor.nbytes + _entry_bytes(name, tensor) for name, tensor in others)
+        self.other_bytes = sum(tensor.nbytes + entry_bytes(name, tensor.shape) for name, tensor in others)
         self.other_bytes += FILE_BYTES * len(plan.units)
 
     def cost(self, name: str, tensors: Mapping[str, Tensor], solved: QuantWeight | None) -> float:
-        return sum(tensor.nbytes + _entry_bytes(f"{name}.{suffix}", tensor) for suffix, tensor in tensors.items())
+        return sum(tensor.nbytes + entry_bytes(f"{name}.{suffix}", tensor.shape) for suffix, tensor in tensors.items())
 
     def amount(self, cost: float) -> float:
         return (cost + self.other_bytes) / 1e6
@@ -161,9 +167,9 @@ class Megabytes:
         return budget.amount * 1e6 - self.other_bytes
 
 
-def _entry_bytes(name: str, tensor: Tensor) -> int:
+def entry_bytes(name: str, shape: Sequence[int]) -> int:
     """What a safetensors header takes for one tensor, at most: offsets are taken to be long."""
-    entry = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [10**12, 10**12]}
+    entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**12, 10**12]}
     return len(json.dumps({name: entry}, separators=(",", ":")))
 
 
@@ -244,7 +250,7 @@ def _decoding_step_ms(source: Source) -> float:
 
 
 def check(folder: Path, budget: Budget, source: Source, layers: Sequence[str]) -> None:
-    """That a finished folder keeps to its budget, by its files; milliseconds are in its report.
+    """That a finished folder keeps to its budget, by its files; milliseconds and shares of operations are in its report.
 
     Args:
         layers: those that the budget in bits is about.
@@ -253,7 +259,7 @@ def check(folder: Path, budget: Budget, source: Source, layers: Sequence[str]) -
         CompressLabError: if it does not.
     """
     files = size.weight_files(folder)
-    if budget.unit == "ms":
+    if budget.unit not in ("bits", "MB"):
         return
     if budget.unit == "MB":
         found = sum(path.stat().st_size for path in files) / 1e6

@@ -68,13 +68,19 @@ def groups_of(source: Source, kind: str) -> list[Group]:
     """Every group of "neurons" or "heads" of a network, a block each, in order.
 
     Raises:
-        CompressLabError: a block in which none, or more than one, is found.
+        CompressLabError: a block in which none, or more than one, is found, or one whose heads do not divide its channels.
     """
     skeleton = source.skeleton()
     layers, found = linear_layers(skeleton), []
     for block in blocks(skeleton):
         mine = [name for name in layers if name.startswith(block + ".")]
-        here = [group for name in mine if (group := _group(source, skeleton, kind, block, name, layers)) is not None]
+        read = [_group(source, kind, block, name, layers) for name in mine]
+        here = [group for group in read if isinstance(group, Group)]
+        if not here and (why := next((said for said in read if isinstance(said, str)), None)) is not None:
+            raise CompressLabError(
+                f"block {block} of {source.name} ({source.architecture}) has {kind} that cannot be told apart: {why}; leave "
+                f"{kind} out of this recipe"
+            )
         if len(here) != 1:
             known = ", ".join(reader for _, reader in (FEED_FORWARDS if kind == "neurons" else ATTENTIONS))
             raise CompressLabError(
@@ -91,18 +97,17 @@ def groups_of(source: Source, kind: str) -> list[Group]:
     return found
 
 
-def _group(
-    source: Source, skeleton: nn.Module, kind: str, block: str, reader: str, layers: Mapping[str, nn.Module]
-) -> Group | None:
-    """The group that this layer reads, if it is a declared reader whose declared producers stand beside it."""
+def _group(source: Source, kind: str, block: str, reader: str, layers: Mapping[str, nn.Module]) -> Group | str | None:
+    """The group that this layer reads, if it is a declared reader with its declared producers beside it; or why not."""
     for makers, role in FEED_FORWARDS if kind == "neurons" else ATTENTIONS:
         stem = reader.removesuffix(role)
         named = [stem + maker for maker in makers]
         if reader != stem and stem.endswith(".") and all(name in layers for name in named):
             columns, made = inputs_of(layers[reader]), [outputs_of(layers[name]) for name in named]
             count = columns if kind == "neurons" else key_heads(source.config)
-            if columns % count or any(rows % count for rows in made):
-                return None
+            for name, channels in ((reader, columns), *zip(named, made, strict=True)):
+                if channels % count:
+                    return f"the {count} heads that have keys do not divide the {channels} channels of {name}"
             rows = {name: rows // count for name, rows in zip(named, made, strict=True)}
             return Group(kind=kind, block=block, count=count, reader=reader, width=columns // count, rows=rows)
     return None

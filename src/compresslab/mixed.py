@@ -108,7 +108,10 @@ def share_out(
             f"a budget of {budget} leaves no layer to round: the model takes {_rounded_up(books.amount(chosen.cost))}"
             f"{budget.unit} without codes (compresslab export --to safetensors-bf16 writes one of 16 bits)"
         )
-    return filled(recipe, chosen), _describe(found, chosen, budget)
+    uniform = {label: label for label in (*map(str, WIDTHS), *HALVES, FLOAT)}
+    return filled(recipe, chosen), search_of(
+        found.options, chosen, budget, sensitivity=found.sensitivity, uniform=uniform, amount=books.amount
+    )
 
 
 def filled(recipe: Recipe, chosen: Allocation) -> Recipe:
@@ -122,26 +125,53 @@ def filled(recipe: Recipe, chosen: Allocation) -> Recipe:
     return recipe.override({"layers": step.layers | differing})
 
 
-def _describe(surveyed: Surveyed, chosen: Allocation, budget: Budget) -> Search:
-    """The search as the report shows it: every point (amount of the budget's unit, damage)."""
-    options = surveyed.options
+def search_of(
+    options: Mapping[str, Sequence[Option]], chosen: Allocation, budget: Budget, *, sensitivity: str,
+    uniform: Mapping[str, str], amount: Callable[[float], float],
+) -> Search:  # fmt: skip
+    """The search as the report shows it: every point (amount of the budget's unit, damage).
+
+    Args:
+        uniform: what is said of the same choice everywhere, and the name of that option.
+        amount: what costs of all layers together come to in the budget's unit.
+    """
 
     def point(allocation: Allocation) -> tuple[float, float]:
-        return surveyed.books.amount(allocation.cost), allocation.damage
+        return amount(allocation.cost), allocation.damage
 
-    uniform = {}
-    for label in (*map(str, WIDTHS), *HALVES, FLOAT):
+    found = {}
+    for said, label in uniform.items():
         same = {layer: option for layer, mine in options.items() for option in mine if option.name == label}
         if len(same) == len(options):
-            uniform[label] = point(Allocation(chosen=same))
+            found[said] = point(Allocation(chosen=same))
     return Search(
         budget=str(budget),
         unit=budget.unit,
-        sensitivity=surveyed.sensitivity,
+        sensitivity=sensitivity,
         chosen=point(chosen),
         front=tuple(point(allocation) for allocation in front(options)),
-        uniform=uniform,
+        uniform=found,
     )
+
+
+def options_by_layer(
+    calibration: Pass, layers: Sequence[str], options_of: Callable[[str, Statistic | None], list[Option]],
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[Option]]:  # fmt: skip
+    """What each of these layers may become, gathered as the calibration batches pass; without them, from the weights alone."""
+    found: dict[str, list[Option]] = {}
+
+    def visit(name: str, gram: Statistic | None) -> None:
+        if name in layers:
+            found[name] = options_of(name, gram)
+            on_layer(name)
+
+    if calibration.batches is not None:
+        layerwise.survey(calibration, visit)
+    for name in layers:  # without data, or no token reached it
+        if name not in found:
+            visit(name, None)
+    return found
 
 
 def _solvers_by_width(step: Step) -> dict[str, Solver]:
@@ -171,7 +201,7 @@ def _layout(
 
 
 class Survey:
-    """The options of every planned layer, gathered layer by layer as the calibration batches pass."""
+    """The options of every planned layer: every width, and as it is."""
 
     def __init__(
         self, calibration: Pass, step: Step, widths: Mapping[str, Solver], layout: Layout, damage: Damage, books: Books
@@ -181,18 +211,7 @@ class Survey:
         self.skeleton = calibration.source.skeleton()
 
     def options(self, on_layer: Callable[[str], None] = lambda name: None) -> dict[str, list[Option]]:
-        found: dict[str, list[Option]] = {}
-
-        def visit(name: str, gram: Statistic | None) -> None:
-            found[name] = self._options_of(name, gram)
-            on_layer(name)
-
-        if self.calibration.batches is not None:
-            layerwise.survey(self.calibration, visit)
-        for name in self.calibration.plan.layers:  # without data, or no token reached it
-            if name not in found:
-                visit(name, None)
-        return found
+        return options_by_layer(self.calibration, self.calibration.plan.layers, self._options_of, on_layer)
 
     def _options_of(self, name: str, gram: Statistic | None) -> list[Option]:
         module = self.skeleton.get_submodule(name)

@@ -1,14 +1,18 @@
-"""Narrowing: how many channels every coupled group keeps, chosen under a budget of multiplications or of measured time.
+"""Narrowing: how many channels every coupled group keeps, chosen under a budget of multiplications, bytes or measured time.
 
     compresslab compress MODEL --recipe prune-channels-25 --budget 0.5macs
+    compresslab compress MODEL --recipe prune-channels-25 --budget 30MB        # of weight files; of a recipe that does not round
     compresslab compress MODEL --recipe prune-channels-25 --latency 5ms        # @8 or @8x128: eight at a time, of 128 tokens
     compresslab compress MODEL --recipe prune-channels-25 --latency 5ms --dry-run
+    compresslab compress MODEL --recipe prune-channels-25 --budget 0.5macs --search-by bayesian
 
     coupling.py: the groups -> the method's importances: which units stay at each width -> the widths offered (search/widths.py)
-      -> Costs: multiply-accumulates by arithmetic, time by a table of layers measured on this machine (search/latency.py)
+      -> Costs: multiply-accumulates and bytes by arithmetic, time by a table of layers measured here (search/latency.py)
       -> Judge: a configuration cut in memory, and what that does on calibration batches
-      -> each group cut alone, their exact allocation, and an evolution that starts from it and from the uniform configuration
-      -> of a latency: what was chosen is cut and measured; where the table was wrong there, corrected by that, and searched again
+      -> each group cut alone, their exact allocation, and an evolution (or another of search/searchers.py) that starts from it
+         and from the uniform configuration
+      -> of a latency: what was chosen is cut and measured; where the table was wrong there, corrected by that, and searched
+         again; the best of those that were measured within the budget, or else the fastest, and the report says that it is over
       -> the recipe with its `widths` filled in
 
 From there on nothing is special about such a run, and the recipe in its report repeats it without a search. What is judged is
@@ -36,7 +40,7 @@ from torch import Tensor, nn
 
 from compresslab import models
 from compresslab.batch_norms import renew_batch_norms_
-from compresslab.budget import Budget
+from compresslab.budget import FILE_BYTES, Budget, entry_bytes
 from compresslab.channels import groups_taken_from, importances
 from compresslab.contract import ChannelRemover, Ranked
 from compresslab.coupling import Coupling
@@ -47,14 +51,14 @@ from compresslab.prune.channels import largest
 from compresslab.recipe import Recipe
 from compresslab.report.schema import Search
 from compresslab.search import latency
-from compresslab.search.evolution import Found, Journal, Judged, evolved
+from compresslab.search.evolution import Found, Journal, Judged
 from compresslab.search.latency import LatencyTable, Predictor
+from compresslab.search.searchers import searched
 from compresslab.search.widths import Limit, Space, Widths, allocated, dense, narrowest, offered, uniform
 from compresslab.solving import Pass
 from compresslab.wheels import cache_home
 
 Batches = Sequence[Mapping[str, Tensor]]
-UNITS = ("macs", "ms/forward")  # of budgets that are met so
 LAYERS_MOST = 4096  # in one latency table
 EXAMPLES = 32  # that a configuration is judged on
 SIZE, GENERATIONS = 12, 5  # of the evolution
@@ -134,15 +138,42 @@ class Shapes:
         return sorted({group for tensor in tensors for _, group, _ in self.cuts.get(tensor, ())})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What lies on disk of a network.
+
+    Attributes:
+        itemsizes: bytes of a number, by tensor that may be cut.
+        other_bytes: of the files beside them, at most.
+    """
+
+    itemsizes: Mapping[str, int]
+    other_bytes: int
+
+    @classmethod
+    def of(cls, calibration: Pass, coupling: Coupling) -> Stored:
+        weights, units = calibration.source.weights, calibration.plan.units
+        names = [name for unit in units for name in unit.tensors]
+        others = sum(weights.get(name).nbytes for name in names if name not in coupling.shapes)
+        headers = sum(entry_bytes(name, weights.shape(name)) for name in names) + FILE_BYTES * len(units)
+        return cls(
+            itemsizes={name: weights.get(name).itemsize for name in names if name in coupling.shapes},
+            other_bytes=others + headers,
+        )
+
+
 class NetworkCosts:
     """search/widths.py's Costs of one network.
 
     Attributes:
         predictors: of its latency, by the batch that they were measured at.
+        stored: what its bytes are counted by.
     """
 
-    def __init__(self, choices: Choices, predictors: Mapping[int, Predictor] | None = None) -> None:
-        self.shapes, self.predictors = Shapes(choices), dict(predictors or {})
+    def __init__(
+        self, choices: Choices, predictors: Mapping[int, Predictor] | None = None, stored: Stored | None = None
+    ) -> None:
+        self.shapes, self.predictors, self.stored = Shapes(choices), dict(predictors or {}), stored
         self._owners = _owners(choices)
         self.work = choices.coupling.work
         self.dense = dense(choices.space)
@@ -160,6 +191,17 @@ class NetworkCosts:
 
     def macs_frac(self, widths: Widths) -> float:
         return self.macs(widths) / self.macs(self.dense)
+
+    def bytes(self, widths: Widths) -> int:
+        """Of the weight files, at most."""
+        assert self.stored is not None, "nothing is known of its files"
+        numbers = (
+            torch.Size(self.shapes.of(name, widths)).numel() * size for name, size in self.stored.itemsizes.items()
+        )
+        return sum(numbers) + self.stored.other_bytes
+
+    def bytes_frac(self, widths: Widths) -> float:
+        return self.bytes(widths) / self.bytes(self.dense)
 
     def latency_ms(self, widths: Widths, batch: int) -> float:
         if batch not in self.predictors:
@@ -330,6 +372,12 @@ def alone(space: Space, judge: Callable[[Widths], float]) -> list[dict[int, floa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def meets(recipe: Recipe, budget: Budget) -> bool:
+    """Whether channels are chosen to keep to this budget, and not the bits of layers."""
+    only_removes = bool(recipe.removing) and recipe.rounding is None
+    return budget.unit in ("macs", "ms/forward") or (budget.unit == "MB" and only_removes)
+
+
 def check(recipe: Recipe, budget: Budget) -> None:
     """CompressLabError unless the recipe takes out channels in one step whose widths can be chosen."""
     steps = [step for step in recipe.removing if isinstance(step.build(), ChannelRemover)]
@@ -349,18 +397,30 @@ def check(recipe: Recipe, budget: Budget) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tried:
+    """What one search came to, and of a latency what was measured of it, in ms."""
+
+    found: Found
+    same: Widths
+    limit: Limit
+    predictor: Predictor | None = None
+    measured: float | None = None
+
+
 def share_out(
     calibration: Pass, recipe: Recipe, budget: Budget, batches: Batches | None, *, seed: int = 0, journal: Path | None = None,
-    on_judged: Callable[[str], None] = lambda what: None,
+    search_by: str = "evolution", on_judged: Callable[[str], None] = lambda what: None,
 ) -> tuple[Recipe, Search]:  # fmt: skip
     """The recipe with the `widths` that do least damage within the budget.
 
     Args:
         batches: examples to judge by, with their labels where there are any.
         journal: the folder in which the search notes what it has measured; a run that was killed goes on from there.
+        search_by: one of searchers.SEARCHERS.
 
     Returns:
-        The recipe, and what else was found for how much.
+        The recipe, and what else was found for how much. A latency that no search came to has a `notice` there.
 
     Raises:
         CompressLabError: a budget that nothing meets, naming the closest, or a recipe without channels to choose.
@@ -382,23 +442,19 @@ def share_out(
         name=source.name,
     )
     some = _first(batches, EXAMPLES)
-    costs, limit = NetworkCosts(choices), Limit(frac=budget.amount, of="macs")
+    costs = NetworkCosts(choices, stored=Stored.of(calibration, choices.coupling))
     stored, inputs = model, dict[str, Tensor]()
     if budget.unit == "ms/forward":
         stored = model if source.dtype == torch.float32 else copy.deepcopy(model).to(source.dtype)
         inputs = full_batch(some[0], budget, source.dtype)
         costs.predictors[budget.batch] = _table_of_this_machine(stored, choices, inputs)
-        whole = costs.latency_ms(costs.dense, budget.batch)
-        limit = Limit(frac=budget.amount / whole, of="latency", batch=budget.batch)
-    scale = budget.amount / limit.frac
-    if limit.frac >= 1:
+    least, whole = (_amount(costs, budget, widths) for widths in (narrowest(choices.space), costs.dense))
+    if budget.amount >= whole:
         raise CompressLabError(
-            f"a budget of {budget} leaves the network as it is: it takes {scale:.3g} {budget.unit} whole"
+            f"a budget of {budget} leaves the network as it is: it takes {whole:.3g} {budget.unit} whole"
         )
-    if (least := limit.taken(costs, narrowest(choices.space))) > limit.frac:
-        raise CompressLabError(
-            f"a budget of {budget} cannot be met: the least possible is {least * scale:.4g}{budget.unit}"
-        )
+    if least > budget.amount:
+        raise CompressLabError(f"a budget of {budget} cannot be met: the least possible is {least:.4g}{budget.unit}")
     judge: Callable[[Widths], float] = Judge(model, choices, some, renew=some if recipe.training else None)
     if journal is not None:
         key = _key(recipe, budget, choices, some, seed)
@@ -409,27 +465,96 @@ def share_out(
         on_judged("a configuration")
         return judge(widths)
 
-    damages, measured = alone(choices.space, told), None
-    for _ in range(SEARCHES):
+    damages = alone(choices.space, told)
+
+    def tried() -> _Tried:
+        limit = _limit(costs, budget)
         same = uniform(choices.space, costs, limit)
         shared = allocated(choices.space, damages, costs, limit)
-        found = evolved(
-            choices.space, costs, limit, told, seed=seed, size=SIZE, generations=GENERATIONS, start=(same, shared)
-        )
-        if limit.of == "macs":
-            break
-        widths, predictor = found.best.widths, costs.predictors[budget.batch]
-        measured = measured_ms(stored, choices, widths, inputs)
-        if abs(measured - predictor.ms(widths)) <= CLOSE * measured:
-            break
-        costs.predictors[budget.batch] = latency.corrected(
-            predictor.table, predictor.layers, (costs.dense, predictor.ms(costs.dense)), (widths, measured)
-        )
-        if limit.taken(costs, narrowest(choices.space)) > limit.frac:
-            break  # nothing is as fast as asked for after all; the report says what this takes
-    chosen = choices.named(found.best.widths)
-    settings = {f"{step.method}.widths": chosen, f"{step.method}.macs_frac": None}
-    return recipe.override(settings), _described(found, costs, limit, scale, same, told(same), budget, measured)
+        found = searched(
+            search_by, choices.space, costs, limit, told, seed=seed, size=SIZE, generations=GENERATIONS, start=(same, shared)
+        )  # fmt: skip
+        if limit.of != "latency":
+            return _Tried(found=found, same=same, limit=limit)
+        measured = measured_ms(stored, choices, found.best.widths, inputs)
+        return _Tried(found=found, same=same, limit=limit, predictor=costs.predictors[budget.batch], measured=measured)
+
+    tries = [tried()]
+    anchors = (costs.dense, whole), (narrowest(choices.space), least)
+    while len(tries) < SEARCHES and (better := _corrected(tries[-1], anchors, budget)) is not None:
+        costs.predictors[budget.batch] = better
+        tries.append(tried())
+    best = _best(tries, budget)
+    if best.predictor is not None:
+        costs.predictors[budget.batch] = best.predictor
+    settings = {f"{step.method}.widths": choices.named(best.found.best.widths), f"{step.method}.macs_frac": None}
+    found = _described(best, costs, budget, told(best.same), search_by)
+    return recipe.override(settings), found.model_copy(update={"notice": _notice(best, budget, least)})
+
+
+def _amount(costs: NetworkCosts, budget: Budget, widths: Widths) -> float:
+    """What a configuration takes, in the unit of the budget."""
+    if budget.unit == "ms/forward":
+        return costs.latency_ms(widths, budget.batch)
+    return costs.bytes(widths) / 1e6 if budget.unit == "MB" else costs.macs_frac(widths)
+
+
+def _limit(costs: NetworkCosts, budget: Budget) -> Limit:
+    """The budget as a share of what the whole network takes."""
+    frac = budget.amount / _amount(costs, budget, costs.dense)
+    if budget.unit == "ms/forward":
+        return Limit(frac=frac, of="latency", batch=budget.batch)
+    return Limit(frac=frac, of="bytes" if budget.unit == "MB" else "macs")
+
+
+def _corrected(
+    tried: _Tried, anchors: tuple[tuple[Widths, float], tuple[Widths, float]], budget: Budget
+) -> Predictor | None:
+    """A predictor that is right for what was chosen and measured; None where it was right already, or cannot be mended.
+
+    Args:
+        anchors: the whole network and the narrowest, as they were measured.
+    """
+    predictor, widths = tried.predictor, tried.found.best.widths
+    if predictor is None or tried.measured is None:
+        return None
+    if abs(tried.measured - predictor.ms(widths)) <= CLOSE * tried.measured:
+        return None
+    whole, narrow, chosen = *anchors, (widths, tried.measured)
+    try:
+        better = latency.corrected(predictor.table, predictor.layers, whole, chosen)
+        if (
+            better.ms(narrow[0]) > budget.amount
+        ):  # but it was measured to be fast enough: another line holds below `chosen`
+            better = latency.corrected(predictor.table, predictor.layers, chosen, narrow)
+    except CompressLabError:  # of two networks the narrower one was slower
+        return None
+    return better
+
+
+def _best(tries: Sequence[_Tried], budget: Budget) -> _Tried:
+    """Of those that were measured within the budget the least harmful, else the fastest."""
+    if tries[-1].measured is None:
+        return tries[-1]
+    within = [one for one in tries if _over(one, budget) <= CLOSE]
+    if within:
+        return min(within, key=lambda one: one.found.best.damage)
+    return min(tries, key=lambda one: _over(one, budget))
+
+
+def _over(tried: _Tried, budget: Budget) -> float:
+    """By what share the measured latency is over the budget."""
+    assert tried.measured is not None
+    return tried.measured / budget.amount - 1
+
+
+def _notice(best: _Tried, budget: Budget, least: float) -> str:
+    if best.measured is None or _over(best, budget) <= CLOSE:
+        return ""
+    return (
+        f"a budget of {budget} was not met: the closest that was found takes {best.measured:.4g}{budget.unit} as measured, and "
+        f"the narrowest network {least:.4g}; give more time, or measure on a quieter machine"
+    )
 
 
 def full_batch(batch: Mapping[str, Tensor], budget: Budget, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -487,18 +612,21 @@ def _key(recipe: Recipe, budget: Budget, choices: Choices, batches: Batches, see
     return digest.hexdigest()[:16]
 
 
-def _described(
-    found: Found, costs: NetworkCosts, limit: Limit, scale: float, same: Widths, damage: float, budget: Budget,
-    measured: float | None,
-) -> Search:  # fmt: skip
-    """The search as the report shows it: the configurations that none of those judged beats."""
+def _described(tried: _Tried, costs: NetworkCosts, budget: Budget, damage: float, search_by: str) -> Search:
+    """The search as the report shows it: the configurations that none of those judged beats.
+
+    Args:
+        damage: of the same share of every group.
+    """
+    scale = budget.amount / tried.limit.frac
 
     def point(one: Judged) -> tuple[float, float]:
-        return limit.taken(costs, one.widths) * scale, one.damage
+        return tried.limit.taken(costs, one.widths) * scale, one.damage
 
-    points = sorted({point(one) for one in found.judged})
+    points = sorted({point(one) for one in tried.found.judged})
     front = [p for i, p in enumerate(points) if all(q[1] > p[1] for q in points[:i])]
     return Search(
-        budget=str(budget), unit=budget.unit, sensitivity="narrowed", chosen=point(found.best), front=tuple(front),
-        uniform={"the same share of every group": point(Judged(widths=same, damage=damage))}, measured=measured,
+        budget=str(budget), unit=budget.unit, sensitivity="narrowed", chosen=point(tried.found.best), front=tuple(front),
+        uniform={"the same share of every group": point(Judged(widths=tried.same, damage=damage))}, measured=tried.measured,
+        by=search_by,
     )  # fmt: skip

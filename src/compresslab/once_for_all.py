@@ -1,6 +1,6 @@
 """Once for all, from pictures to folders: a supernet is trained, and each device's limit takes a plain network out of it.
 
-    compresslab specialise PICTURES --out FOLDER --limit 0.5macs --limit 3ms@8
+    compresslab specialise PICTURES --out FOLDER --limit 0.5macs --limit 3ms@8 --limit 0.2MB
 
     pictures, small -> those to learn from, those that shapes are judged by, those that accuracy is measured on
       -> progressive shrinking (supernet.py), noted in FOLDER/supernet
@@ -27,7 +27,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from compresslab import data, models, specialising, supernet
+from compresslab import data, models, specialising, supernet, zero_cost
 from compresslab.architectures.inverted_residuals import InvertedResidualsForImageClassification
 from compresslab.artifact import atomic_write
 from compresslab.budget import Budget, parse_budget
@@ -35,14 +35,15 @@ from compresslab.data.labelled import Example, examples_sha256
 from compresslab.errors import CompressLabError, unknown
 from compresslab.measure import layers as timing
 from compresslab.recipe import Training
-from compresslab.search import latency
+from compresslab.search import latency, searchers
 from compresslab.search.evolution import Journal
 from compresslab.search.widths import Limit
-from compresslab.specialising import ShapeCosts, ShapeJudge
+from compresslab.specialising import ShapeCosts, ShapeGuess, ShapeJudge
 from compresslab.supernet import Shape, ShapeSpace, Supernet
 from compresslab.training import collate
 
 RENEWED = 512  # pictures that batch norms are counted on
+GUESSED = 64  # that a proxy scores a shape on
 ROWS, PROCESSOR = "specialised.json", "preprocessor_config.json"
 
 
@@ -51,7 +52,8 @@ class Settings:
     """What `--set` can change: these, and the fields of ShapeSpace and Training.
 
     Attributes:
-        size, generations: of the evolution.
+        size, generations: of the evolution, or of another search by its name (search_by).
+        proxy: a zero-cost proxy (zero_cost.py) that chooses each shape to be judged among `proposals`; None for no such guess.
         samples: pictures to learn from; None for all of the calibration split.
     """
 
@@ -59,16 +61,23 @@ class Settings:
     training: Training
     size: int = 16
     generations: int = 6
+    search_by: str = "evolution"
+    proxy: str | None = None
+    proposals: int = 4
     samples: int | None = None
 
 
 def settings_from(given: Mapping[str, Any]) -> Settings:
     """CompressLabError for a name that there is not, or a value that it cannot have."""
     of_space = {f.name for f in dataclasses.fields(ShapeSpace)} - {"num_labels", "num_channels"}
-    of_search, of_training = ("size", "generations", "samples"), set(Training.model_fields)
+    of_search = ("size", "generations", "search_by", "proxy", "proposals", "samples")
+    of_training = set(Training.model_fields)
     for name in given:
         if name not in of_space | of_training | set(of_search):
             raise unknown("setting", name, sorted(of_space | of_training | set(of_search)))
+    searchers.check(given.get("search_by", "evolution"), guesses=given.get("proxy") is not None)
+    if given.get("proxy") not in (None, *zero_cost.PROXIES):
+        raise unknown("proxy", str(given["proxy"]), zero_cost.PROXIES)
     shape: dict[str, Any] = {"widths": (16, 32, 64), "strides": (1, 2, 2), "depths": (1, 2), "expansions": (1, 2, 4)}
     shape |= {"kernels": (3, 5)} | {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in of_space
@@ -125,7 +134,7 @@ def specialise(
 
     Args:
         source: a folder or .parquet of pictures with classes.
-        limits: as `compress --budget` has them: "0.5macs" of the largest network's, or "3ms/forward@8".
+        limits: as `compress --budget` has them: "0.5macs" of the largest network's, "0.2MB", or "3ms/forward@8".
 
     Returns:
         A row for each limit, and one for the largest network.
@@ -142,19 +151,23 @@ def specialise(
     net = _trained(space, found.shown, settings.training, notes, seed, say)
     renew = found.shown[:RENEWED]
     judge = Journal(notes / "shapes.jsonl", key, ShapeJudge(net, renew, found.judged))
+    guess = None if settings.proxy is None else ShapeGuess(space, settings.proxy, _spread(found.shown), seed)
     costs, rows = ShapeCosts(space), dict[str, dict[str, Any]]()
     rows["largest"] = _row(space.largest, net.taken(space.largest, renew), found, costs)
     for text, budget in wanted.items():
         say(f"search within {text}")
         limit = Limit(frac=budget.amount, of="macs")
+        if budget.unit == "MB":
+            limit = Limit(frac=1e6 * budget.amount / costs.bytes(space.largest), of="bytes")
         if budget.unit == "ms/forward":
             costs.predictors[budget.batch] = _predictor(space, budget.batch, notes)
             limit = Limit(
                 frac=budget.amount / costs.latency_ms(space.largest, budget.batch), of="latency", batch=budget.batch
             )
         best, _ = specialising.specialised(
-            space, costs, limit, judge, seed=seed, size=settings.size, generations=settings.generations
-        )
+            space, costs, limit, judge, seed=seed, size=settings.size, generations=settings.generations,
+            search_by=settings.search_by, guess=guess, proposals=settings.proposals,
+        )  # fmt: skip
         network = net.taken(best, renew)
         folder = out / str(budget).replace("/forward", "")
         _save(network, folder, out, found.names)
@@ -163,10 +176,17 @@ def specialise(
     return rows
 
 
+def _spread(examples: Sequence[Example]) -> Sequence[Example]:
+    """Some from the whole length, as folders come class by class."""
+    return examples[:: max(len(examples) // GUESSED, 1)][:GUESSED]
+
+
 def _budget(text: str) -> Budget:
     found = parse_budget(text)
-    if found.unit not in ("macs", "ms/forward") or found.tokens is not None:
-        raise CompressLabError(f"limit '{text}': give a share of the operations or a latency, such as 0.5macs or 3ms@8")
+    if found.unit not in ("macs", "MB", "ms/forward") or found.tokens is not None:
+        raise CompressLabError(
+            f"limit '{text}': give a share of the operations or a latency or megabytes, such as 0.5macs, 3ms@8 or 0.2MB"
+        )
     return found
 
 

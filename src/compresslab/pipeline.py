@@ -36,6 +36,7 @@ from compresslab import (
     ranks,
     recovering,
     solving,
+    thinning,
     tuning,
 )
 from compresslab import budget as budgets
@@ -59,6 +60,7 @@ from compresslab.report import render
 from compresslab.report.schema import Layer, Parity, Report, Search
 from compresslab.rotating import said_of
 from compresslab.scoring import scored
+from compresslab.search import searchers
 from compresslab.smoothing import smoothed
 from compresslab.stages import LayerMethods, Stages, planned, stages_of
 from compresslab.training import Record
@@ -82,6 +84,7 @@ def compress(
     settings: dict[str, Any] | None = None,
     budget: str | None = None,
     sensitivity: str | None = None,
+    search_by: str = "evolution",
     seed: int = 0,
     device: str = "auto",
     memory: str | None = None,
@@ -101,9 +104,11 @@ def compress(
         out: the folder to make. A run that was killed goes on where it stopped when it is called again.
         settings: overrides of the recipe's settings, as `--set` gives them.
         budget: "3.5bits" per weight, "80MB" of weight files or "20ms" per decoded token: choose the bits of every layer to
-            stay within it. "0.5macs", "5ms/forward" or "5ms/forward@8x128" (8 examples of 128 tokens at a time): choose how many
-            channels stay of every group, by narrowing.py.
-        sensitivity: what to choose them by, a row of damage.SENSITIVITIES; None for the best that the model has.
+            stay within it. "0.5nonzero" of the weights: choose how sparse every layer becomes, by thinning.py. "0.5macs",
+            "5ms/forward" or "5ms/forward@8x128" (8 examples of 128 tokens at a time): choose how many channels stay of every
+            group, by narrowing.py; so does "80MB" for a recipe that takes out channels and does not round.
+        sensitivity: what to choose bits or zeros by, a row of damage.SENSITIVITIES; None for the best that the model has.
+        search_by: what to choose channels by: "evolution", "bayesian" (Optuna) or "drawn", the control.
         memory: "4GB": what the solving may have in memory. Calibration batches wait on disk for each other as far as they must
             for that; the bits are the same.
         measure: measure size, speed and quality before and after; otherwise only size and parity.
@@ -115,12 +120,12 @@ def compress(
         CompressLabError: whatever the user can mend, before any file is written where possible.
     """
     progress, out, clock, where, team = progress or Progress(), Path(out), Clock(), pick_device(device), ranks.started()
-    wanted, narrow = _budgets(budget)
 
     with clock("read"), team.leader_first():
         check_output(out, force)
         chosen = recipe_of(recipe, settings)
-        stages = _stages(chosen, wanted is not None, team, data, narrow)
+        wanted, narrow = _budgets(budget, chosen, search_by)
+        stages = _judging(_stages(chosen, wanted, narrow), narrow, team, data)
         given = models.find(model)
         check_output(out, force, given.folder)
         source = stages.transformed(given)
@@ -140,17 +145,14 @@ def compress(
     source, removal, (plan, methods, layout), chosen, search = _taken_out(
         passing(source, plan), stages, chosen, (plan, methods, layout), progress, clock,
         None if narrow is None else partial(
-            narrowing.share_out, budget=narrow, batches=material.seen, seed=seed, journal=out.parent / f"{out.name}.partial"
+            narrowing.share_out, budget=narrow, batches=material.seen, seed=seed, journal=out.parent / f"{out.name}.partial",
+            search_by=search_by,
         ),
     )  # fmt: skip
     eligible = plan.layers
     if wanted is not None:
         with clock("share out"):
-            progress.stage("survey", len(eligible))
-            chosen, search = mixed.share_out(
-                passing(source, plan), chosen, methods.solvers, wanted, sensitivity=sensitivity,
-                smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
-            )  # fmt: skip
+            chosen, search = _shared_out(passing(source, plan), chosen, methods, stages, wanted, sensitivity, progress)
             plan, methods, layout = planned(source, chosen)
 
     if not team.leads:
@@ -169,8 +171,8 @@ def compress(
             in_float = [record.name for record in writer.records() if record.activation_bits is None]
             config = layout.config(list(plan.skipped), in_float) | kv_cache.scheme_config(stages.cache, source.config)
             folder = writer.assemble(source, config)
-            if wanted is not None:
-                budgets.check(folder, wanted, source, eligible)
+            if (kept := wanted or narrow) is not None:
+                budgets.check(folder, kept, source, eligible)
         with clock("measure"), as_folder(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
             before, after = measured(
@@ -201,27 +203,58 @@ def compress(
         return team.told((writer.publish(folder), report))
 
 
-def _budgets(text: str | None) -> tuple[budgets.Budget | None, budgets.Budget | None]:
-    """A budget as that of bits, or else as that of channels."""
+def _budgets(
+    text: str | None, recipe: Recipe, search_by: str = "evolution"
+) -> tuple[budgets.Budget | None, budgets.Budget | None]:
+    """A budget as that of bits, or else as that of channels. CompressLabError for a search that is not to be had."""
+    searchers.check(search_by)
     found = None if text is None else budgets.parse_budget(text)
-    return (None, found) if found is not None and found.unit in narrowing.UNITS else (found, None)
+    if found is not None and narrowing.meets(recipe, found):
+        return None, found
+    if search_by != "evolution":
+        raise CompressLabError(
+            f"{search_by} searches for channels under a budget of them: give one such as 0.5macs, or leave it out"
+        )
+    return found, None
 
 
-def _stages(
-    recipe: Recipe, has_budget: bool, team: ranks.Ranks, data: Any = None, narrow: budgets.Budget | None = None
-) -> Stages:
-    """The recipe's stages. CompressLabError, too, for those that several processes cannot share, and for a budget of channels
-    without channels or data.
-    """
-    stages = stages_of(recipe, has_budget)
+def _stages(recipe: Recipe, wanted: budgets.Budget | None, narrow: budgets.Budget | None) -> Stages:
+    """The recipe's stages. CompressLabError, too, for a budget of channels or zeros that the recipe cannot meet."""
+    thins = wanted is not None and wanted.unit == thinning.UNIT
+    stages = stages_of(recipe, has_budget=wanted is not None and not thins)
     if narrow is not None:
         narrowing.check(recipe, narrow)
-        if data is None:
-            raise CompressLabError(f"a budget of {narrow} judges networks on data: name some with --data")
-        if not team.is_alone:
-            raise CompressLabError(f"a budget of {narrow} is searched by one process: start it without torchrun")
-        stages = dataclasses.replace(stages, narrows=True)
-    return stages
+    if wanted is not None and thins:
+        thinning.check(recipe, wanted)
+    return dataclasses.replace(stages, judges=thins)
+
+
+def _judging(stages: Stages, narrow: budgets.Budget | None, team: ranks.Ranks, data: Any) -> Stages:
+    """The stages with what a budget is shared out by. CompressLabError for one of channels without data, or in several
+    processes.
+    """
+    if narrow is None:
+        return dataclasses.replace(stages, judges=stages.judges and data is not None)
+    if data is None:
+        raise CompressLabError(f"a budget of {narrow} judges networks on data: name some with --data")
+    if not team.is_alone:
+        raise CompressLabError(f"a budget of {narrow} is searched by one process: start it without torchrun")
+    return dataclasses.replace(stages, judges=True)
+
+
+def _shared_out(
+    calibration: solving.Pass, recipe: Recipe, methods: LayerMethods, stages: Stages, wanted: budgets.Budget,
+    sensitivity: str | None, progress: Progress,
+) -> tuple[Recipe, Search]:  # fmt: skip
+    """The recipe with the bits or the zeros of every layer chosen, and what they were chosen from."""
+    progress.stage("survey", len(calibration.plan.layers))
+    share_out = partial(mixed.share_out, calibration, recipe)
+    if wanted.unit == thinning.UNIT:
+        share_out = partial(thinning.share_out, calibration, recipe, methods.pruners)
+    return share_out(
+        methods.solvers, wanted, sensitivity=sensitivity, smoothers=stages.smoothers, activations=methods.activations,
+        on_layer=progress.step,
+    )  # fmt: skip
 
 
 def _followed(
@@ -244,6 +277,7 @@ def plan_only(
     settings: dict[str, Any] | None = None,
     budget: str | None = None,
     sensitivity: str | None = None,
+    search_by: str = "evolution",
     device: str = "auto",
     memory: str | None = None,
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
@@ -251,11 +285,9 @@ def plan_only(
     but for a budget of channels, whose search is foretold from forwards of the network.
     """
     chosen = recipe_of(recipe, settings)
-    wanted, narrow = _budgets(budget)
+    wanted, narrow = _budgets(budget, chosen, search_by)
     has_budget = wanted is not None
-    stages = stages_of(chosen, has_budget=has_budget)
-    if narrow is not None:
-        narrowing.check(chosen, narrow)
+    stages = _stages(chosen, wanted, narrow)
     source = stages.transformed(models.find(model))
     plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length

@@ -3,9 +3,10 @@
 Paper. Cai et al., "Once for All: Train One Network and Specialize it for Efficient Deployment", arXiv 1908.09791, section 3.4.
 
     space -> every block that a shape may run, timed on this machine -> a predictor of any shape's time (search/latency.py)
-      -> ShapeCosts: multiply-accumulates by arithmetic, time by the predictor
+      -> ShapeCosts: multiply-accumulates and bytes by arithmetic, time by the predictor
     supernet -> ShapeJudge: a shape taken out as a plain network, and its loss on examples
-      -> search/evolution.py, whose widths are the genes here -> specialised
+      -> search/evolution.py (or another search), whose widths are the genes here -> specialised
+    ShapeGuess: a zero-cost proxy of a shape's network before any training; may choose which shapes are judged (zero_cost.py)
 
 The line through two whole networks that corrects a table (search/latency.py) stands for the stem and the head too: all shapes
 have the same. A gene of a block that is not run says nothing; a shape is judged with those at their smallest, and once.
@@ -25,17 +26,21 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
+from compresslab import zero_cost
 from compresslab.architectures.inverted_residuals import InvertedResidual, InvertedResidualsForImageClassification
+from compresslab.budget import FILE_BYTES, entry_bytes
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.measure import layers as timing
 from compresslab.search import latency
-from compresslab.search.evolution import Found, evolved
+from compresslab.search.evolution import Found
 from compresslab.search.latency import LatencyTable, Predictor
+from compresslab.search.searchers import searched
 from compresslab.search.widths import Costs, Limit
 from compresslab.supernet import Shape, ShapeSpace, Supernet
 from compresslab.training import collate
@@ -111,6 +116,25 @@ class ShapeCosts:
     def macs_frac(self, shape: Shape) -> float:
         return self.macs(shape) / self.macs(self.space.largest)
 
+    def bytes(self, shape: Shape) -> int:
+        """Of the weight file, at most: float32, and a header as long as the largest network's."""
+        space, blocks = self.space, blocks_of(self.space, shape)
+        weights = 9 * space.num_channels * space.stem_channels + blocks[-1].out * space.head_channels
+        weights += (space.head_channels + 1) * space.num_labels
+        weights += sum(block.inside * (block.width + block.kernel**2 + block.out) for block in blocks)
+        norms = [space.stem_channels, space.head_channels]
+        norms += [channels for block in blocks for channels in (block.inside, block.inside, block.out)]
+        return 4 * weights + sum(4 * 4 * channels + 8 for channels in norms) + self._header_bytes
+
+    @cached_property
+    def _header_bytes(self) -> int:
+        with torch.device("meta"):
+            tensors = InvertedResidualsForImageClassification(self.space.config(self.space.largest)).state_dict()
+        return FILE_BYTES + sum(entry_bytes(name, tensor.shape) for name, tensor in tensors.items())
+
+    def bytes_frac(self, shape: Shape) -> float:
+        return self.bytes(shape) / self.bytes(self.space.largest)
+
     def latency_ms(self, shape: Shape, batch: int) -> float:
         if batch not in self.predictors:
             raise CompressLabError(
@@ -185,16 +209,42 @@ class ShapeJudge:
         return float(torch.stack(losses).sum()) / sum(len(batch["labels"]) for batch in self.batches)
 
 
+class ShapeGuess:
+    """A zero-cost proxy of a shape: the score of its network as it is drawn by the seed, on one batch."""
+
+    def __init__(self, space: ShapeSpace, proxy: str, examples: Sequence[Example], seed: int = 0) -> None:
+        """Args: proxy: a row of zero_cost.PROXIES; examples: the batch, with "pixel_values" and "labels"."""
+        self.space, self.proxy, self.seed, self.batch = space, proxy, seed, collate(examples)
+        self.known: dict[Shape, float] = {}
+
+    def __call__(self, shape: Shape) -> float:
+        """CompressLabError if the proxy cannot score such networks."""
+        shape = without_silent(self.space, shape)
+        if shape not in self.known:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                network = InvertedResidualsForImageClassification(self.space.config(shape))
+            try:
+                self.known[shape] = zero_cost.score(
+                    self.proxy, network, self.batch["pixel_values"], self.batch["labels"]
+                )
+            except ValueError as error:
+                raise CompressLabError(f"proxy {self.proxy}: {error}") from None
+        return self.known[shape]
+
+
 def specialised(
     space: ShapeSpace, costs: Costs, limit: Limit, judge: Callable[[Shape], float], *, seed: int = 0, size: int = 16,
-    generations: int = 6,
+    generations: int = 6, search_by: str = "evolution", guess: Callable[[Shape], float] | None = None, proposals: int = 4,
 ) -> tuple[Shape, Found]:  # fmt: skip
     """The shape for one device, and what the search came to.
 
     Args:
         costs, limit: of the device: a share of the largest network's multiply-accumulates or measured time.
         judge: the damage of a shape, such as a ShapeJudge.
-        size, generations: of the evolution.
+        size, generations: of the evolution, or what as many evaluations come to.
+        search_by: one of searchers.SEARCHERS.
+        guess: such as a ShapeGuess; chooses each shape that is judged among `proposals` of them.
 
     Raises:
         CompressLabError: if no shape is within the limit, naming what the smallest takes.
@@ -204,5 +254,8 @@ def specialised(
         raise CompressLabError(
             f"{limit.frac:.3g} of the largest network's {limit.of} cannot be reached: the smallest shape takes {least:.3g} of it"
         )
-    found = evolved(space.genes, costs, limit, judge, seed=seed, size=size, generations=generations)
+    found = searched(
+        search_by, space.genes, costs, limit, judge, seed=seed, size=size, generations=generations, guess=guess,
+        proposals=proposals,
+    )  # fmt: skip
     return without_silent(space, found.best.widths), found

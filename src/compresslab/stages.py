@@ -67,7 +67,7 @@ class Stages:
     """The methods of a recipe, by what they do; `name` is the solver's, or the pruner's where nothing is rounded.
 
     Attributes:
-        narrows: whether a budget chooses how many channels stay, which is judged on data.
+        judges: whether a budget of channels or zeros is shared out by what data say.
         recovers: whether the network is trained after neurons, heads or blocks were taken out, or with the zeros of a pruner.
     """
 
@@ -85,7 +85,7 @@ class Stages:
     correctors: tuple[Corrector, ...]
     tuner: Tuner | None
     recovers: bool
-    narrows: bool = False
+    judges: bool = False
 
     @property
     def trains(self) -> bool:
@@ -103,7 +103,7 @@ class Stages:
     @property
     def passes_need_data(self) -> bool:
         """Whether anything walks through the network block by block on calibration data."""
-        return self.narrows or self.solving_needs_data or any(needs_data(method) for method in self.removers)
+        return self.judges or self.solving_needs_data or any(needs_data(method) for method in self.removers)
 
     @property
     def scorer(self) -> NetworkPruner | None:
@@ -228,7 +228,8 @@ def _check_pruning(recipe: Recipe, methods: list[Any], has_budget: bool) -> None
         raise CompressLabError(f"{' and '.join(allocating)} both say how sparse each layer shall be: leave one out")
     if has_budget:
         raise CompressLabError(
-            f"a budget shares out bits by what rounding whole weights does: leave it out, or leave out {pruning.method}"
+            f"a budget of bits is shared out by what rounding whole weights does: leave it out, leave out {pruning.method}, or "
+            "share out its zeros by one such as 0.5nonzero"
         )
     undo = [m for m in methods if isinstance(m, aware.Untrained | Refiner | Tuner)]
     if undo:

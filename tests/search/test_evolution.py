@@ -108,6 +108,32 @@ def test_it_starts_from_what_it_is_given() -> None:
     assert found.best.damage <= damage(found.judged[0].widths) <= damage(given)
 
 
+def test_a_guess_chooses_what_is_judged() -> None:
+    """A guess that knows all finds the best in fewer evaluations; one that has it wrong is overruled by what is measured."""
+    best = oracle.least_damage(SPACE, damage, lambda w: HALF.fits(CHAIN, w))
+    asked: list[Widths] = []
+
+    def judge(widths: Widths) -> float:
+        asked.append(widths)
+        return damage(widths)
+
+    few = {"seed": 0, "size": 4, "generations": 2}
+    knowing = evolved(SPACE, CHAIN, HALF, judge, guess=lambda w: -damage(w), proposals=12, **few)  # type: ignore[arg-type]
+    assert knowing.best.damage == best and len(asked) == len(set(asked)) <= 4 + 2 * 3
+    blind = evolved(SPACE, CHAIN, HALF, damage, **few)  # type: ignore[arg-type]
+    wrong = evolved(SPACE, CHAIN, HALF, damage, guess=damage, proposals=12, **few)  # type: ignore[arg-type]
+    assert knowing.best.damage <= blind.best.damage <= wrong.best.damage
+    assert wrong.best.damage == min(one.damage for one in wrong.judged)
+
+
+def test_what_a_search_starts_from_is_judged_whatever_the_guess_says() -> None:
+    given = (8, 4, 16, 4)
+    found = evolved(SPACE, CHAIN, HALF, damage, seed=0, size=3, generations=0, start=(given,), guess=lambda w: -sum(w))
+    assert len(found.judged) == 3 and all(HALF.fits(CHAIN, one.widths) for one in found.judged)
+    plain = evolved(SPACE, CHAIN, HALF, damage, seed=0, size=3, generations=0, start=(given,))
+    assert found.judged[0] == plain.judged[0]
+
+
 class Killed(Exception):
     pass
 

@@ -34,8 +34,8 @@ def compress(
     budget: Annotated[
         str | None,
         typer.Option(
-            metavar="3.5bits|80MB|20ms|0.5macs",
-            help="Choose each layer's bits to keep to this (per weight, in all, per decoded token), or how many channels stay.",
+            metavar="3.5bits|80MB|20ms|0.5nonzero|0.5macs",
+            help="Choose each layer's bits to keep to this (per weight, in all, per token), or its zeros, or what channels stay.",
         ),
     ] = None,
     latency: Annotated[
@@ -48,9 +48,12 @@ def compress(
     sensitivity: Annotated[
         str | None,
         typer.Option(
-            help="What to choose them by: fisher (the default for language models), gram, hessian, kl, leave-one-out."
+            help="What to choose bits or zeros by: fisher (the default for language models), gram, hessian, kl, leave-one-out."
         ),
     ] = None,
+    search_by: Annotated[
+        str, typer.Option(help="What to choose channels by: evolution, bayesian (needs optuna), drawn (the control).")
+    ] = "evolution",
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None,
     ignore: Annotated[
@@ -92,8 +95,9 @@ def compress(
     if dry_run:
         wanted = None if budget is None else budgets.parse_budget(budget)
         plan, estimate, chosen = pipeline.plan_only(
-            model, recipe, settings=settings, budget=budget, sensitivity=sensitivity, device=device, memory=memory
-        )
+            model, recipe, settings=settings, budget=budget, sensitivity=sensitivity, search_by=search_by, device=device,
+            memory=memory,
+        )  # fmt: skip
         _show_plan(plan, estimate, chosen, wanted, as_json)
         pipeline.preflight.check(estimate, out)
         return
@@ -101,8 +105,8 @@ def compress(
         announce_fetch(model)
     with bars(silent=quiet or as_json) as progress:
         artifact, report = pipeline.compress(
-            model, recipe, data, out=out, settings=settings, budget=budget, sensitivity=sensitivity, seed=seed, device=device,
-            memory=memory, force=force, measure=measure, evaluation_windows=windows, progress=progress,
+            model, recipe, data, out=out, settings=settings, budget=budget, sensitivity=sensitivity, search_by=search_by,
+            seed=seed, device=device, memory=memory, force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     if as_json:
         print(report.model_dump_json(indent=1))  # noqa: T201

@@ -19,12 +19,16 @@ def specialise(
     out: Annotated[Path, typer.Option(help="A folder; the same command goes on where it was killed.")],
     limit: Annotated[
         list[str],
-        typer.Option(metavar="0.5macs|3ms|3ms@8", help="What a network may take; repeatable, a network for each."),
+        typer.Option(
+            metavar="0.5macs|3ms|3ms@8|0.2MB", help="What a network may take; repeatable, a network for each."
+        ),
     ],
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Such as epochs=10, image_size=16, widths=[16,32,64]; repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Such as epochs=10, widths=[16,32,64], search_by=bayesian, or proxy=naswot (guesses what to judge); repeatable.",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Pictures to learn from; all by default.")] = None,
@@ -36,7 +40,7 @@ def specialise(
 
     given = settings_of(set_ or [], None, None) | ({} if samples is None else {"samples": samples})
     found = once_for_all.specialise(
-        pictures, [text if text.rstrip().endswith("macs") else latency_budget(text) for text in limit], out=out,
+        pictures, [latency_budget(text) if "ms" in text.lower() else text for text in limit], out=out,
         settings=once_for_all.settings_from(given), seed=seed,
         say=lambda what: None if as_json else error_console.print(what, highlight=False),
     )  # fmt: skip

@@ -22,6 +22,7 @@ UNITS = {
     "bits": "bits per weight",
     "MB": "MB of weight files",
     "ms": "ms per decoded token",
+    "nonzero": "share of the weights that are not zero",
     "macs": "share of the multiply-accumulates",
     "ms/forward": "ms for one forward",
 }

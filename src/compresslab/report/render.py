@@ -73,7 +73,8 @@ def to_terminal(report: Report) -> RenderableType:
         parts += [Text(), layers]
     elif report.layers:
         parts += [Text(), Text(f"all {len(report.layers)} layers are exact")]
-    told = [f"{note}: {listed(names)}" for note, names in notes(report)]
+    told = [plain(report.search.notice)] if report.search and report.search.notice else []
+    told += [f"{note}: {listed(names)}" for note, names in notes(report)]
     if report.skipped:
         told.append(f"left in float: {listed([plain(name) for name in report.skipped])}")
     if report.parity.max_abs_difference != 0 or not report.parity.tensors:

@@ -99,6 +99,8 @@ class Search(Frozen):
     measured: float | None = (
         None  # of "ms/forward": what the chosen network was measured at, where `chosen` is foretold
     )
+    by: str = ""  # of widths: what searched for them, e.g. "evolution"
+    notice: str = ""  # what a user must know of it, such as that the budget was not met
 
 
 class Report(Frozen):

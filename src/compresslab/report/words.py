@@ -292,6 +292,9 @@ def limitations(report: Report) -> list[str]:
     """What a user of the artifact must not expect."""
     pairs = {b.name: (b, a) for b, a in report.pairs()}
     found = ["The limits, biases and licence of the base model still hold."]
+    if report.search and report.search.notice:
+        said = plain(report.search.notice)
+        found.insert(0, f"{said[:1].upper()}{said[1:]}.")
     if "perplexity" in pairs:
         b, a = pairs["perplexity"]
         found.append(

@@ -10,25 +10,42 @@ learns of regions, and nothing is judged over the limit. Needs the extra compres
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 from compresslab.errors import CompressLabError
 from compresslab.search.evolution import Found, Judge, Judged
 from compresslab.search.widths import Costs, Limit, Space, Widths, fitted
 
 
-def proposed_best(space: Space, costs: Costs, limit: Limit, judge: Judge, *, seed: int, evaluations: int) -> Found:
+def optuna_here() -> Any:
+    """The package. CompressLabError if it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise CompressLabError("a Bayesian search needs optuna: pip install 'compresslab[search]'") from None
+    return optuna
+
+
+def proposed_best(
+    space: Space, costs: Costs, limit: Limit, judge: Judge, *, seed: int, evaluations: int, start: Sequence[Widths] = ()
+) -> Found:
     """The best of what Optuna's sampler proposes, made to fit; each configuration is judged once.
+
+    Args:
+        evaluations: proposals in all; fewer are judged where some become the same.
+        start: the first proposals.
 
     Raises:
         CompressLabError: if optuna is not installed.
         ValueError: if nothing in the space is within the limit.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise CompressLabError("a Bayesian search needs optuna: pip install 'compresslab[search]'") from None
+    optuna = optuna_here()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    for one in start:
+        places = [list(choices).index(width) for choices, width in zip(space, one, strict=True)]
+        study.enqueue_trial({f"group {group}": place for group, place in enumerate(places)})
     generator, seen, least = random.Random(seed), dict[Widths, float](), list[float]()
     for _ in range(evaluations):
         trial = study.ask()

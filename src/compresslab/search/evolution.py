@@ -12,6 +12,10 @@ Method. A generation of n is made of the one before:
 
 So neither parents nor children are ever over the limit, and nothing is measured twice: n - 1 evaluations for a generation.
 
+A guess that costs next to nothing (zero_cost.py) may choose what is evaluated: `proposals` times as many are then drawn for the
+first generation, and bred for every later one, and those of the best guess are kept. Abdelfattah et al., "Zero-Cost Proxies for
+Lightweight NAS", arXiv 2101.08134, section 5: warm-up, and proposing moves.
+
 Differences from the papers. OFA keeps the best quarter as parents, and makes half of the children by mutation and half by
 crossover; it draws again what does not fit, and nothing is repaired. Real et al. replace one member at a time, without crossover.
 
@@ -34,6 +38,7 @@ from compresslab.search.widths import Costs, Limit, Space, Widths, drawn, fitted
 TRIES = 40  # draws for every child: a small space may hold no more that are new
 
 Judge = Callable[[Widths], float]
+Guess = Callable[[Widths], float]  # how good a configuration will be: the larger, the better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ def mutated(widths: Widths, space: Space, probability: float, generator: random.
 
 def next_generation(
     population: Sequence[Judged], space: Space, costs: Costs, limit: Limit, generator: random.Random, *, size: int = 16,
-    mutation: float = 0.2, tournament: int = 3,
+    mutation: float = 0.2, tournament: int = 3, guess: Guess | None = None, proposals: int = 4,
 ) -> list[Widths]:  # fmt: skip
     """The configurations of one generation: the best of the population, and children that are new.
 
@@ -88,6 +93,7 @@ def next_generation(
         population: with their damages; some may be over the limit, and then have no part in this.
         mutation: probability that a child's width of a group is drawn anew.
         tournament: how many are drawn for every parent.
+        guess: chooses the children out of `proposals` times as many; None takes the first.
 
     Returns:
         At most `size`, all within the limit, the best of the population first; fewer where so few are left that are new.
@@ -103,9 +109,10 @@ def next_generation(
     if not parents:
         raise ValueError("no member of the population is within the limit")
     best = min(parents, key=lambda one: one.damage).widths
-    known, found = {one.widths for one in population}, [best]
-    for _ in range(TRIES * size):
-        if len(found) == size:
+    known, found = {one.widths for one in population}, list[Widths]()
+    wanted = (size - 1) * (1 if guess is None else proposals)
+    for _ in range(TRIES * (wanted + 1)):
+        if len(found) == wanted:
             break
         mother, father = (winner(parents, tournament, generator) for _ in range(2))
         child = mutated(crossed(mother, father, generator), space, mutation, generator)
@@ -113,12 +120,16 @@ def next_generation(
         if child not in known:
             known.add(child)
             found.append(child)
-    return found
+    return [best, *_promising(found, size - 1, guess)]
+
+
+def _promising(found: Sequence[Widths], count: int, guess: Guess | None) -> list[Widths]:
+    return list(found if guess is None else sorted(found, key=guess, reverse=True))[:count]
 
 
 def evolved(
     space: Space, costs: Costs, limit: Limit, judge: Judge, *, seed: int, size: int = 16, generations: int = 6,
-    start: Sequence[Widths] = (), mutation: float = 0.2, tournament: int = 3,
+    start: Sequence[Widths] = (), mutation: float = 0.2, tournament: int = 3, guess: Guess | None = None, proposals: int = 4,
 ) -> Found:  # fmt: skip
     """Search by evolution.
 
@@ -126,6 +137,7 @@ def evolved(
         judge: the damage of a configuration; asked once for each.
         size: of a generation.
         start: configurations for the first generation, made to fit; the rest of it is drawn.
+        guess, proposals: how many configurations are made for each that is judged, and what chooses among them.
 
     Raises:
         ValueError: if nothing in the space is within the limit.
@@ -139,38 +151,44 @@ def evolved(
                 seen[one] = judge(one)
         return [Judged(widths=one, damage=seen[one]) for one in widths]
 
-    first = _fitting(space, costs, limit, generator, size, start)
+    first = _fitting(space, costs, limit, generator, size, start, guess, proposals)
     population, least = judged(first), []
     for _ in range(generations):
         least.append(min(seen.values()))
         made = next_generation(
-            population, space, costs, limit, generator, size=size, mutation=mutation, tournament=tournament
-        )
+            population, space, costs, limit, generator, size=size, mutation=mutation, tournament=tournament,
+            guess=guess, proposals=proposals,
+        )  # fmt: skip
         population = judged(made)
     return _found(seen, [*least, min(seen.values())])
 
 
-def drawn_best(space: Space, costs: Costs, limit: Limit, judge: Judge, *, seed: int, evaluations: int) -> Found:
+def drawn_best(
+    space: Space, costs: Costs, limit: Limit, judge: Judge, *, seed: int, evaluations: int, start: Sequence[Widths] = ()
+) -> Found:
     """The best of configurations that are drawn and made to fit: the control that a search is held against."""
     generator = random.Random(seed)
-    seen = {one: judge(one) for one in _fitting(space, costs, limit, generator, evaluations, ())}
+    seen = {one: judge(one) for one in _fitting(space, costs, limit, generator, evaluations, start)}
     return _found(seen, [min(seen.values())])
 
 
 def _fitting(
-    space: Space, costs: Costs, limit: Limit, generator: random.Random, count: int, start: Sequence[Widths]
-) -> list[Widths]:
+    space: Space, costs: Costs, limit: Limit, generator: random.Random, count: int, start: Sequence[Widths],
+    guess: Guess | None = None, proposals: int = 1,
+) -> list[Widths]:  # fmt: skip
     """Distinct configurations within the limit: those to start from, and drawn ones."""
 
     def fits(widths: Widths) -> bool:
         return limit.fits(costs, widths)
 
-    found = dict.fromkeys(fitted(one, space, fits, generator) for one in start)
-    for _ in range(TRIES * count):
-        if len(found) >= count:
+    given = dict.fromkeys(fitted(one, space, fits, generator) for one in start)
+    left, found = max(count - len(given), 0), dict(given)
+    wanted = len(given) + left * (1 if guess is None else proposals)
+    for _ in range(TRIES * wanted):
+        if len(found) >= wanted:
             break
         found[fitted(drawn(space, generator), space, fits, generator)] = None
-    return list(found)
+    return [*given, *_promising(list(found)[len(given) :], left, guess)]
 
 
 def _found(seen: dict[Widths, float], least: Sequence[float]) -> Found:

@@ -1,8 +1,9 @@
-"""Widths: how many channels every coupled group of a network keeps, within what may be spent on multiplications or on time.
+"""Widths: how many channels every coupled group of a network keeps, within what may be spent on multiplications, bytes or time.
 
 Symbols. A configuration w = (w_1, ..., w_G): what each of G groups keeps, one of the widths C_g offered to it. Its damage D(w) is
-measured on data; its cost is a share of what the dense network takes, of multiply-accumulates or of measured time on one device
-at one batch (latency.py). A layer between two groups costs about the product of both widths, so costs do not add up over groups.
+measured on data; its cost is a share of what the dense network takes, of multiply-accumulates, of bytes on disk, or of measured
+time on one device at one batch (latency.py). A layer between two groups costs about the product of both widths, so costs do not
+add up over groups.
 
 - `uniform`: the same share of every group. The control, and what a recipe without a search does.
 - `allocated`: damages d_g(w_g) of each group cut alone, added up, and the exact allocation of them (allocation.py). Costs are
@@ -36,6 +37,8 @@ class Costs(Protocol):
 
     def macs_frac(self, widths: Widths) -> float: ...
 
+    def bytes_frac(self, widths: Widths) -> float: ...
+
     def latency_frac(self, widths: Widths, batch: int) -> float:
         """CompressLabError if nothing was measured at this batch."""
         ...
@@ -47,17 +50,19 @@ class Limit:
 
     Attributes:
         frac: of what the dense network takes.
-        of: of its multiply-accumulates, or of its time on this machine.
-        batch: how many examples are run at a time; multiply-accumulates do not depend on it.
+        of: of its multiply-accumulates, of the bytes of its weight files, or of its time on this machine.
+        batch: how many examples are run at a time; only time depends on it.
     """
 
     frac: float
-    of: Literal["macs", "latency"]
+    of: Literal["macs", "bytes", "latency"]
     batch: int = 1
 
     def taken(self, costs: Costs, widths: Widths) -> float:
         """The share that a configuration takes of what is limited."""
-        return costs.macs_frac(widths) if self.of == "macs" else costs.latency_frac(widths, self.batch)
+        if self.of == "latency":
+            return costs.latency_frac(widths, self.batch)
+        return costs.macs_frac(widths) if self.of == "macs" else costs.bytes_frac(widths)
 
     def fits(self, costs: Costs, widths: Widths) -> bool:
         return self.taken(costs, widths) <= self.frac

@@ -32,6 +32,9 @@ class Device:
     def macs_frac(self, widths: Widths) -> float:
         return self._frac(self.macs, widths)
 
+    def bytes_frac(self, widths: Widths) -> float:
+        return self._frac((1.0,) * len(widths), widths)
+
     def latency_frac(self, widths: Widths, batch: int) -> float:
         return self._frac({1: self.one, BATCH: self.many}[batch], widths)
 
