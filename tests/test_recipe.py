@@ -23,7 +23,7 @@ from compresslab.contract import (
 )
 from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
-from compresslab.pairing import losses_of
+from compresslab.losses import losses_of
 
 SHIPPED = sorted(recipe.shipped())
 

@@ -28,7 +28,8 @@ from compresslab.damage import whole_model
 from compresslab.distill.mutual import ADAPTIVE, MEAN
 from compresslab.distill.mutual import log_weights as by_name
 from compresslab.errors import CompressLabError
-from compresslab.pairing import Losses, Pair
+from compresslab.losses import Losses
+from compresslab.pairing import Pair
 
 
 @dataclass(frozen=True, eq=False)

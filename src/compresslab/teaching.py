@@ -9,14 +9,15 @@ all rows together take their logits whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compresslab import models
-from compresslab.contract import LogitLoss, TopK
+from compresslab.contract import LogitLoss, TextWriting, TopK
 from compresslab.data.labelled import Example
 from compresslab.distill.fused import Teacher, TeacherHead, head_loss, logit_loss
 from compresslab.distill.hard_labels import HardLabels
@@ -24,8 +25,10 @@ from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
 from compresslab.features import FeatureTerms
 from compresslab.heads import head_input, head_of, is_plain
+from compresslab.losses import Losses
 from compresslab.training import IGNORED_LABEL, collate
 
+EXAMPLES_SHOWN = 32  # to measure which blocks matter, or are alike
 MUCH_LEFT_OUT = 0.25  # of a teacher's mass
 KNOWS_NOTHING = 0.98  # of the entropy of labels: whoever knows how frequent they are has all of it
 
@@ -38,6 +41,7 @@ class Lesson:
         teacher: None where no loss asks for one.
         features: losses on hidden states, at work, where there are any.
         plain_student, plain_teacher: whether their logits are what a linear head makes of hidden states.
+        writing: has the student write the text of some training steps itself, where it is there.
     """
 
     losses: Sequence[LogitLoss]
@@ -45,11 +49,12 @@ class Lesson:
     features: FeatureTerms | None
     plain_student: bool
     plain_teacher: bool
+    writing: TextWriting | None = None
 
     @classmethod
     def of(
         cls, losses: Sequence[LogitLoss], student: nn.Module, teacher: nn.Module | TeacherCache | None, example: Example,
-        features: FeatureTerms | None = None,
+        features: FeatureTerms | None = None, writing: TextWriting | None = None,
     ) -> Lesson:  # fmt: skip
         """With what one example tells of the networks. CompressLabError if they do not fit each other."""
         batch = _on(student, collate([example]))
@@ -59,13 +64,24 @@ class Lesson:
             for network in (student, teacher)
         ]
         lesson = cls(
-            losses=losses, teacher=teacher, features=features, plain_student=plain[0], plain_teacher=all(plain)
-        )
+            losses=losses, teacher=teacher, features=features, plain_student=plain[0], plain_teacher=all(plain),
+            writing=writing,
+        )  # fmt: skip
         with torch.no_grad():
             lesson(student, batch)  # so that what does not fit is told before the first step
         return lesson
 
+    @property
+    def learns_along(self) -> bool:
+        """Whether it is another loss after a training than before: its judges have parameters, or remember examples."""
+        return self.features is not None and bool(self.features.judges.state_dict())
+
     def __call__(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if self.writing is not None and network.training and self.writing.drawn():
+            try:
+                batch = self.writing.written(network, batch)
+            except ValueError as error:
+                raise CompressLabError(str(error)) from None
         inputs, found = _inputs(batch), []
         if self.losses:
             found.append(self._on_logits(network, inputs, batch.get("labels")))
@@ -107,6 +123,28 @@ class Lesson:
         if self.plain_teacher:
             return hidden_rows(self.teacher, inputs, counted)
         return _logits(self.teacher, inputs, counted)
+
+
+@contextmanager
+def at_work(
+    losses: Losses, student: nn.Module, teacher: nn.Module | TeacherCache | None, examples: Sequence[Example], seed: int
+) -> Iterator[Lesson]:
+    """A student's lesson by a recipe's losses. For as long as it lasts both networks are watched where losses on features look,
+    and what these train along is a part of the student.
+
+    Args:
+        examples: those it is trained on.
+
+    Raises:
+        CompressLabError: if the two do not fit each other.
+    """
+    terms = None
+    if losses.on_features:
+        assert isinstance(teacher, nn.Module)
+        batch = _inputs(_on(student, collate(examples[:EXAMPLES_SHOWN])))
+        terms = FeatureTerms(student, teacher, losses.on_features, batch, examples=len(examples), seed=seed)
+    with nullcontext() if terms is None else terms.at_work(student):
+        yield Lesson.of(losses.on_logits, student, teacher, examples[0], terms, losses.writing)
 
 
 def hidden_rows(teacher: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor | None) -> TeacherHead:
