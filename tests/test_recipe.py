@@ -37,7 +37,7 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     found = recipe.read(name)
     assert found.name == name
     assert found.summary.endswith(".")
-    if found.teaching:
+    if found.is_for_a_student:
         losses_of(found)  # raises if a step is not one that teaches
         return
     if found.rounding is None:
