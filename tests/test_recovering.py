@@ -344,6 +344,28 @@ def test_prune_learn_quantise_is_one_run(tmp_path: Path) -> None:
     assert {layer.method for layer in report.layers} == {"filter-norm + gptq"}
 
 
+def test_a_classifier_learns_from_what_it_was_and_from_labels(tmp_path: Path) -> None:
+    """The loss before is the weighted sum of both terms, of zeros that stay."""
+    labels = {"method": "hard-labels", "weight": 0.5}
+    alone, _ = run(tmp_path / "alone", MAGNITUDE, training=None)
+    artifact, report = run(tmp_path / "out", MAGNITUDE, SOFT, labels)
+    _, held_back = recovering.split(data.labelled_examples(images(), 0).train, 0.1, 0)
+    batch = recovering.collate(held_back)
+    with torch.no_grad():
+        p, q = (
+            network(pixel_values=batch["pixel_values"]).logits.double()
+            for network in (models.load(alone.folder, dtype=torch.float32), tiny.make("vit"))
+        )
+    log_p, log_q = (p / 2).log_softmax(-1), (q / 2).log_softmax(-1)
+    wanted = 4 * (log_q.exp() * (log_q - log_p)).sum(-1).mean() + 0.5 * nn.functional.cross_entropy(p, batch["labels"])
+    training = report.data["training"]
+    assert float(training["loss_before"]) == pytest.approx(float(wanted), rel=1e-3)
+    assert min(map(float, training["losses"])) < float(training["loss_before"])
+    assert training["learnt_by"] == "soft-labels, hard-labels from the network as it was"
+    masked, found = zeros(stored(alone.folder), report), zeros(stored(artifact.folder), report)
+    assert all(torch.equal(found[name], mask) for name, mask in masked.items())
+
+
 def test_teaching_that_only_harms_leaves_the_pruned_network(tmp_path: Path) -> None:
     given = save_with_text("bert", tmp_path)
     alone, _ = run(tmp_path / "alone", HALF, training=None, **given)
