@@ -14,8 +14,7 @@
     data_free  a ResNet of digits taught to a narrower one on pictures drawn out of it (DeepInversion): accuracy on real digits;
                the controls: as many pictures of noise, and drawn out without the statistics of batch norms; real digits beside
 
-An encoder has no loss without a teacher, so its control needs one: two readings of a passage, with other neurons dropped,
-shall be nearer to each other than to the other passages of the batch (Gao et al., SimCSE, arXiv 2104.08821).
+An encoder has no loss without a teacher, so its control needs one: simcse.py.
 
 Quality is that of folders as reloaded from disk, in a process of its own; times are medians over A B A B ..., on one thread, and
 their ratio is the median of the pairs' ratios. Parts are kept as they finish, and can be measured again one by one.
@@ -37,12 +36,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import simcse
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compresslab import data, models, pairing, recipe
+from compresslab import data, models, pairing, recipe, teaching
 from compresslab.course import digits, encoders, in_memory, own_pictures
 from compresslab.course.timing import one_thread
 from compresslab.data.labelled import Example
@@ -55,11 +55,11 @@ from compresslab.distill.relational import Relational
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distilling import distill
 from compresslab.features import FeatureTerms
+from compresslab.losses import Losses
 from compresslab.measure import embedding, environment, fresh
-from compresslab.pairing import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of, write
-from compresslab.training import collate, split, train_
+from compresslab.training import collate
 
 LANGUAGE, ENCODER = "smollm2-135m", "minilm-l6"
 WINDOWS, LENGTH = 24, 512  # of the test split
@@ -87,7 +87,7 @@ class Settings:
     encoder_window: int = 128
     encoder_batch: int = 8
     encoder_rate: float = 2e-4
-    simcse_temperature: float = 0.05
+    simcse_temperature: float = simcse.TEMPERATURE
     features_samples: int = 72
     features_window: int = 64
     sentences_epochs: float = 2.0
@@ -203,7 +203,9 @@ class Bench:
         examples = pairing.material_of(student, chosen, "wiki", 0).examples
         started = time.perf_counter()
         assert chosen.training is not None
-        network = self._without_teacher(student, examples, chosen.training)
+        scratch = fresh_folder(self.work / "encoder-control-training")
+        network = models.materialise(student).float()
+        simcse.train_without_teacher_(network, examples, chosen.training, scratch, s.simcse_temperature)
         seconds["without_teacher"] = time.perf_counter() - started
         write(models.retrained(student, network), folders["without_teacher"])
         texts = self.work / "encoder-texts.safetensors"
@@ -226,29 +228,6 @@ class Bench:
             "aim_met": of_teacher["taught"] >= AIM_CORRELATION and faster >= AIM_FASTER
             and of_teacher["taught"] > of_teacher["without_teacher"],
         }  # fmt: skip
-
-    def _without_teacher(self, student: models.Source, examples: Sequence[Example], training: Training) -> nn.Module:
-        """SimCSE: each passage is to find its own second reading among those of its batch."""
-        network = models.materialise(student).float().requires_grad_(True)
-        network.config.hidden_dropout_prob = 0.1  # as BERT was trained
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.1
-        temperature = self.settings.simcse_temperature
-
-        def embedded(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None]
-            hidden = model(**batch).last_hidden_state
-            return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-
-        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            first, second = embedded(model, batch), embedded(model, batch)
-            return nn.functional.cross_entropy(first @ second.t() / temperature, torch.arange(len(first)))
-
-        scratch = fresh_folder(self.work / "encoder-control-training")
-        shown, held_back = split(examples, training.held_back, 0)
-        train_(network, shown, training, scratch, held_back=held_back, loss=loss)
-        return network.eval()
 
     def _times(self, whole: nn.Module, student: nn.Module) -> dict[str, dict[str, float]]:
         found = {}
@@ -302,7 +281,7 @@ class Bench:
             network = models.materialise(student).float().requires_grad_(True)
             on_features = Losses(on_logits=(), on_features=told)
             judged(name, in_memory.taught_on(network, teacher, on_features, shown, training, seed=0))
-        batch = collate([{"input_ids": one["input_ids"]} for one in shown[: pairing.EXAMPLES_SHOWN]])
+        batch = collate([{"input_ids": one["input_ids"]} for one in shown[: teaching.EXAMPLES_SHOWN]])
         network = models.materialise(student).float()
         pairs = FeatureTerms(network, teacher, losses["hints_similar"], batch, examples=len(shown)).found
         steps = training.steps_for(len(shown) - round(len(shown) * training.held_back))

@@ -7,7 +7,9 @@
     resnet-20   trained on CIFAR-10 here; channels in eights by Taylor importances, how many of each group by evolution within
                 half the operations and, by a table of this machine, a share of the time at batch 32; the whole network teaches it
     vit         a small vision transformer, half of its heads and neurons; taught likewise
-    minilm      MiniLM-L6 of the offline zoo; half of its heads and neurons by ZipLM, which refits what reads them; no training
+    minilm      MiniLM-L6 of the offline zoo by the recipe prune-half-encoder: half of its heads and neurons by ZipLM, which
+                refits what reads them, then taught by the whole network; the controls: as it was cut, and trained on the same
+                passages for as many steps without the teacher (simcse.py)
 
 Every pair (the network before, and after it was cut) is timed in one process in turn, A B A B ..., at batches of 32 and 1, and
 the medians are told with their ratio. Keep the machine quiet. Trainings compute in bfloat16 and note every epoch in --state, so
@@ -30,11 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import simcse
 import torch
 import transformers
 from torch import Tensor, nn
 
-from compresslab import data, models, narrowing, pipeline
+from compresslab import data, models, narrowing, pairing, pipeline, recipe
 from compresslab.architectures.resnet_cifar import ResNetCifarConfig, ResNetCifarForImageClassification
 from compresslab.batch_norms import renew_batch_norms_
 from compresslab.channels import take_out_
@@ -43,7 +46,6 @@ from compresslab.data.labelled_images import pictures
 from compresslab.measure import counts, embedding
 from compresslab.measure.environment import cpu_name
 from compresslab.prune.taylor import Taylor
-from compresslab.recipe import parse
 from compresslab.search import latency
 from compresslab.search.evolution import evolved
 from compresslab.search.widths import Costs, Limit, Widths
@@ -339,16 +341,22 @@ def minilm(given: argparse.Namespace) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(folder, "minilm-l6")
     texts = data.encoder_texts("wiki", tokenizer, count=128, longest=256)
     before = models.load(folder, dtype=torch.float32)
-    steps = [{"method": "ziplm", "neuron_frac": 0.5, "head_frac": 0.5}]
-    recipe = parse(
-        {"name": "half-by-ziplm", "version": 1, "steps": steps,
-         "calibration": {"samples": 64, "sequence_length": TOKENS}}, "this benchmark",
-    )  # fmt: skip
+    chosen = recipe.read("prune-half-encoder")
+    assert chosen.training is not None
+    alone = chosen.model_copy(update={"name": "cut", "steps": chosen.removing, "training": None})
+    seconds, networks = {}, {"before": before}
     with tempfile.TemporaryDirectory() as scratch:
+        for name, steps in (("cut", alone), ("recovered", chosen)):
+            artifact, report = pipeline.compress(folder, steps, "wiki", out=Path(scratch) / name, measure=False)
+            seconds[name] = report.seconds
+            networks[name] = models.load(artifact.folder, dtype=torch.float32)
+        assert report.data is not None
+        training = report.data["training"]
+        shown = pairing.material_of(models.find(folder), chosen, "wiki", 0).examples
+        control = networks["without_teacher"] = copy.deepcopy(networks["cut"])
         started = time.perf_counter()
-        artifact, _ = pipeline.compress(folder, recipe, "wiki", out=Path(scratch) / "cut", measure=False)
-        took = time.perf_counter() - started
-        model = models.load(artifact.folder, dtype=torch.float32)
+        simcse.train_without_teacher_(control, shown, chosen.training, Path(scratch) / "control")
+        seconds["without_teacher"] = {"train": time.perf_counter() - started}
 
     def scores(one: nn.Module) -> dict[str, float]:
         embedded = embedding.embeddings(one, texts["passages.input_ids"], texts["passages.attention_mask"])
@@ -360,14 +368,15 @@ def minilm(given: argparse.Namespace) -> dict[str, Any]:
         return {score.name: score.value for score in found}
 
     reference = embedding.embeddings(before, texts["passages.input_ids"], texts["passages.attention_mask"])
-    quality = {"before": scores(before), "recovered": scores(model)}
+    quality = {name: scores(network) for name, network in networks.items()}
+    model = networks["recovered"]
     example = {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long)}
     timed = in_turn(
         before, model, lambda n: {"input_ids": torch.randint(1000, 20000, (n, TOKENS))}, max(given.rounds // 2, 2)
     )
     name = "document_similarity_correlation"
     return {
-        "recipe": recipe.model_dump(mode="json")["steps"], "seconds_to_cut": took, "quality": quality, "forward": timed,
+        "recipe": chosen.model_dump(mode="json"), "training": training, "seconds": seconds, "quality": quality, "forward": timed,
         "gmacs": {"before": gmacs(before, example), "after": gmacs(model, example)},
         "aim_met": timed["32"]["times_faster"] >= AIM_FASTER
         and quality["before"][name] - quality["recovered"][name] <= AIM_CORRELATION,

@@ -121,6 +121,16 @@ def test_dry_run_as_json(run: Run, saved: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_says_by_what_the_rest_will_learn(run: Run, saved: Path) -> None:
+    """A shipped recipe's losses, in words and in JSON."""
+    told = ("compress", saved / "llama", "--recipe", "prune-minitron-25", "--out", "out", "--dry-run")
+    code, out, err = run(*told)
+    assert (code, err) == (0, "")
+    assert "trained after pruning" in out and "by soft-labels from the network as it was, about" in out
+    assert json.loads(run(*told, "--json")[1])["learnt_by"] == "soft-labels from the network as it was"
+    assert "trained after pruning" not in run(*arguments(saved, "--dry-run"))[1]
+
+
 def test_the_disk_it_takes_is_what_was_said(run: Run, saved: Path) -> None:
     said = json.loads(run(*arguments(saved, "--dry-run", "--json"))[1])["artifact_bytes"]
     assert run(*arguments(saved, "--quiet"))[0] == 0

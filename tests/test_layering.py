@@ -46,6 +46,7 @@ ROWS: list[tuple[str, ...]] = [
         "spilling",
         "prefetching",
         "heads",
+        "losses",
     ),
     ("solving",),
     ("refining",),

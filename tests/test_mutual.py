@@ -17,9 +17,9 @@ from compresslab.data.labelled import labelled_examples
 from compresslab.distill.mutual import Mutual
 from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
+from compresslab.losses import losses_of
 from compresslab.measure import fresh
 from compresslab.mutual import mutual, mutual_loss
-from compresslab.pairing import losses_of
 from compresslab.recipe import Training, parse
 from compresslab.training import split
 from oracles import mutual as oracle

@@ -23,7 +23,7 @@ from compresslab.contract import (
 )
 from compresslab.deploy.layouts import layout_of
 from compresslab.errors import CompressLabError
-from compresslab.pairing import losses_of
+from compresslab.losses import losses_of
 
 SHIPPED = sorted(recipe.shipped())
 
@@ -37,7 +37,7 @@ def test_shipped_recipes_parse_and_can_be_written(name: str) -> None:
     found = recipe.read(name)
     assert found.name == name
     assert found.summary.endswith(".")
-    if found.teaching:
+    if found.is_for_a_student:
         losses_of(found)  # raises if a step is not one that teaches
         return
     if found.rounding is None:

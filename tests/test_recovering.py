@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny
-from compresslab import compress, data, models, pipeline, recovering
+from compresslab import compress, data, models, pipeline, preflight, recovering
 from compresslab.deploy.layouts import read_weights
 from compresslab.errors import CompressLabError
 from compresslab.measure import fresh
@@ -213,6 +213,188 @@ def test_killed_and_called_again_is_undisturbed(name: str, tmp_path: Path) -> No
     assert (artifact.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
 
 
+# --- taught by the network as it was ---------------------------------------------------------------------------------
+
+HALF = {"method": "filter-norm", "neuron_frac": 0.5, "head_frac": 0.5, "multiple": 8}
+HINTS = {"method": "hints", "blocks": "end", "project": "needed"}
+SOFT = {"method": "soft-labels", "temperature": 2.0}
+
+
+def save_with_text(kind: str, folder: Path) -> dict[str, Any]:
+    """A model of text in a folder, and text, as `run` takes them."""
+    return {
+        "model": tiny.save(kind, folder / "model"),
+        "given": str(tiny.write_text(folder / "text.txt", 12_000)),
+        "calibration": {"samples": 40, "sequence_length": 16},
+    }
+
+
+def held_back_of(folder: Path, kind: str) -> tuple[nn.Module, list[Tensor]]:
+    """The whole network, and the rows of token ids that a recovery judges itself by, found without it."""
+    gather = data.calibration_passages if kind == "bert" else data.calibration
+    tokenizer = models.find(folder / "model").tokenizer()
+    found = gather(str(folder / "text.txt"), tokenizer, samples=40, sequence_length=16, seed=0, batch_size=8)
+    rows: list[Tensor] = []
+    for batch in found.batches:
+        masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        rows += [ids[mask] for ids, mask in zip(batch["input_ids"], masks, strict=True)]
+    _, held_back = recovering.split([{"input_ids": row} for row in rows], 0.1, 0)
+    return models.load(folder / "model", dtype=torch.float32), [one["input_ids"] for one in held_back]
+
+
+@torch.no_grad()
+def last_states(network: nn.Module, ids: Tensor) -> Tensor:
+    found: Tensor = network(input_ids=ids[None]).last_hidden_state
+    return found
+
+
+def test_an_encoder_without_labels_learns_from_what_it_was(tmp_path: Path) -> None:
+    """Its loss is the distance of hidden states from those of the network before anything was taken out, and it shrinks."""
+    given = save_with_text("bert", tmp_path)
+    alone, _ = run(tmp_path / "alone", HALF, training=None, **given)
+    artifact, report = run(tmp_path / "out", HALF, HINTS, **given)
+    whole, rows = held_back_of(tmp_path, "bert")
+    squared, count = {"alone": 0.0, "out": 0.0}, 0
+    for ids in rows:
+        wanted = last_states(whole, ids)
+        count += wanted.numel()
+        for name, folder in (("alone", alone.folder), ("out", artifact.folder)):
+            found = last_states(models.load(folder, dtype=torch.float32), ids)
+            squared[name] += float((found - wanted).square().sum())
+    training = report.data["training"]
+    assert len(rows) == 6  # of all passages a tenth
+    assert float(training["loss_before"]) == pytest.approx(squared["alone"] / count, rel=1e-3)
+    assert min(map(float, training["losses"])) == pytest.approx(squared["out"] / count, rel=1e-3)
+    assert squared["out"] < 0.98 * squared["alone"]
+    assert training["learnt_by"] == "hints from the network as it was"
+    card = (artifact.folder / "README.md").read_text(encoding="utf-8")
+    assert "hints from the network as it was" in card
+    assert not any("judge" in name for name in stored(artifact.folder))
+
+
+def test_a_language_model_learns_the_distributions_of_what_it_was(tmp_path: Path) -> None:
+    """The loss before is T^2 KL of the whole network's next tokens from the pruned one's."""
+    given, step = (
+        save_with_text("llama", tmp_path),
+        {"method": "activation-norm", "channel_frac": 0.0, "width_frac": 0.25},
+    )
+    alone, _ = run(tmp_path / "alone", step, training=None, **given)
+    _, report = run(tmp_path / "out", step, SOFT, **given)
+    whole, rows = held_back_of(tmp_path, "llama")
+    pruned, apart = models.load(alone.folder, dtype=torch.float32), []
+    for ids in rows:
+        p, q = (
+            (network(input_ids=ids[None]).logits[0, :-1] / 2).double().log_softmax(-1) for network in (pruned, whole)
+        )
+        apart.append(4 * (q.exp() * (q - p)).sum(-1))
+    training = report.data["training"]
+    assert float(training["loss_before"]) == pytest.approx(float(torch.cat(apart).mean()), rel=2e-3)
+    assert min(map(float, training["losses"])) < 0.98 * float(training["loss_before"])
+
+
+@pytest.mark.parametrize("kind", ["zeros before", "zeros in training", "a learnt projection"])
+def test_killed_while_it_is_taught_and_called_again(kind: str, tmp_path: Path) -> None:
+    steps = {
+        "zeros before": (HALF, MAGNITUDE, HINTS),
+        "zeros in training": (IN_TRAINING["gradual"], HINTS),
+        "a learnt projection": (HALF, HINTS | {"project": "always"}),
+    }[kind]
+    given = save_with_text("bert", tmp_path)
+    whole, report = run(tmp_path / "whole", *steps, **given)
+    assert ("loss_before" in report.data["training"]) is (kind == "zeros before")
+
+    class Killed(Exception):
+        pass
+
+    def kill(what: str) -> None:
+        seen.append(what)
+        if seen.count("a step of the training") == 7:
+            raise Killed
+
+    seen: list[str] = []
+    chosen = recipe(*steps, calibration=given["calibration"])
+    arguments: Any = {"out": tmp_path / "out", "measure": False, "device": "cpu"}
+    with pytest.raises(Killed):
+        compress(given["model"], chosen, given["given"], progress=pipeline.Progress(step=kill), **arguments)
+    again: list[str] = []
+    artifact, _ = compress(
+        given["model"], chosen, given["given"], progress=pipeline.Progress(step=again.append), **arguments
+    )
+    assert again.count("a step of the training") == 2
+    weights = "model.safetensors"
+    assert (artifact.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
+
+
+def test_prune_learn_quantise_is_one_run(tmp_path: Path) -> None:
+    """The codes are those of the taught network, and the network that was given stays as it is."""
+    given, model = save_with_text("bert", tmp_path), tiny.make("bert")
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    words = data.calibration_passages(
+        given["given"], models.find(given["model"]).tokenizer(), samples=40, sequence_length=16, seed=0, batch_size=8
+    )
+    alone, before = run(tmp_path / "alone", HALF, HINTS, model=model, given=words)
+    artifact, report = run(
+        tmp_path / "out", HALF, HINTS, {"method": "gptq", "bits": 8, "group_size": 8}, model=model, given=words
+    )
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert report.data["training"] == before.data["training"]
+    for name, weight in read_weights(artifact.folder):
+        wanted = stored(alone.folder)[f"{name}.weight"]
+        assert float((weight.dequantize() - wanted).norm() / wanted.norm()) < 0.02
+    assert {layer.method for layer in report.layers} == {"filter-norm + gptq"}
+
+
+def test_a_classifier_learns_from_what_it_was_and_from_labels(tmp_path: Path) -> None:
+    """The loss before is the weighted sum of both terms, of zeros that stay."""
+    labels = {"method": "hard-labels", "weight": 0.5}
+    alone, _ = run(tmp_path / "alone", MAGNITUDE, training=None)
+    artifact, report = run(tmp_path / "out", MAGNITUDE, SOFT, labels)
+    _, held_back = recovering.split(data.labelled_examples(images(), 0).train, 0.1, 0)
+    batch = recovering.collate(held_back)
+    with torch.no_grad():
+        p, q = (
+            network(pixel_values=batch["pixel_values"]).logits.double()
+            for network in (models.load(alone.folder, dtype=torch.float32), tiny.make("vit"))
+        )
+    log_p, log_q = (p / 2).log_softmax(-1), (q / 2).log_softmax(-1)
+    wanted = 4 * (log_q.exp() * (log_q - log_p)).sum(-1).mean() + 0.5 * nn.functional.cross_entropy(p, batch["labels"])
+    training = report.data["training"]
+    assert float(training["loss_before"]) == pytest.approx(float(wanted), rel=1e-3)
+    assert min(map(float, training["losses"])) < float(training["loss_before"])
+    assert training["learnt_by"] == "soft-labels, hard-labels from the network as it was"
+    masked, found = zeros(stored(alone.folder), report), zeros(stored(artifact.folder), report)
+    assert all(torch.equal(found[name], mask) for name, mask in masked.items())
+
+
+def test_teaching_that_only_harms_leaves_the_pruned_network(tmp_path: Path) -> None:
+    given = save_with_text("bert", tmp_path)
+    alone, _ = run(tmp_path / "alone", HALF, training=None, **given)
+    artifact, report = run(tmp_path / "out", HALF, HINTS, training=TRAINING | {"learning_rate": 9.0}, **given)
+    assert "left as it was pruned: training took the loss from" in report.data["training"]["notice"]
+    before, after = stored(alone.folder), stored(artifact.folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "said"),
+    [
+        ("bert", [HALF, SOFT], "an encoder without a head, so it has no logits to teach"),
+        ("bert", [HINTS, GPTQ], "takes nothing out of the network that could be learnt again by hints"),
+        ("bert", [HALF, GPTQ, HINTS], "any losses by which what is left learns from the network as it was"),
+        ("vit", [HALF, HINTS, {"method": "lsq"}], "lsq trains by a loss of its own: leave it out, or leave out hints"),
+        ("llama", [HALF, SOFT, {"method": "rtn"}, {"method": "e2e-qp"}], "e2e-qp trains by a loss of its own"),
+        ("vit", [HALF, {"method": "mutual"}], "mutual, which is for a student beside its teacher"),
+        ("llama", [HALF, SOFT, {"method": "hard-labels"}, {"method": "on-policy"}], "is no label: leave hard-labels out"),
+        ("bert", [HALF, HINTS | {"blocks": "0:7"}], "there is no block 7 among 2"),
+    ],
+)  # fmt: skip
+def test_teachings_that_cannot_be(kind: str, steps: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    given = {"model": tiny.make(kind)} if kind == "vit" else save_with_text(kind, tmp_path)
+    with pytest.raises(CompressLabError, match=said):
+        run(tmp_path / "out", *steps, **given)
+    assert not (tmp_path / "out").exists()
+
+
 # --- chains --------------------------------------------------------------------------------------------------------
 
 
@@ -365,3 +547,15 @@ def test_the_plan_foretells_a_training() -> None:
         assert "train" in with_one.parts and with_one.parts["train"] > 0
     _, without, _ = pipeline.plan_only(tiny.make("llama"), recipe(MAGNITUDE, training=None))
     assert "train" not in without.parts
+
+
+def test_the_plan_foretells_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another network in float32, that reads what the other learns from: two products of its weights' size for six."""
+    monkeypatch.setattr(preflight, "rates", lambda device: (1e9, 1e9, 1e9))
+    model = tiny.make("llama")
+    _, alone, _ = pipeline.plan_only(model, recipe(HALF))
+    _, taught, _ = pipeline.plan_only(model, recipe(HALF, SOFT))
+    _, labels, _ = pipeline.plan_only(model, recipe(HALF, {"method": "hard-labels"}))
+    assert taught.memory_bytes - alone.memory_bytes == 4 * sum(p.numel() for p in model.parameters())
+    assert taught.parts["train"] == pytest.approx(8 / 6 * alone.parts["train"])
+    assert (labels.memory_bytes, labels.parts["train"]) == (alone.memory_bytes, alone.parts["train"])

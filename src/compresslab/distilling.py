@@ -9,7 +9,6 @@ The artifact is a plain transformers folder. Its report has the teacher before a
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresslab import doubting, models, mutual, preflight, ranks
+from compresslab import doubting, models, mutual, preflight, ranks, teaching
 from compresslab.answers import Answered
 from compresslab.artifact import Artifact, Writer, check_output, weight_hash
 from compresslab.caching import opened
@@ -27,11 +26,11 @@ from compresslab.contract import CohortLoss
 from compresslab.data.labelled import Example
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
-from compresslab.features import FeatureTerms
 from compresslab.learning import Material
+from compresslab.losses import DEFAULT, Losses, losses_of
 from compresslab.measure import environment, gpu, size
 from compresslab.models import Source
-from compresslab.pairing import DEFAULT, EXAMPLES_SHOWN, Losses, Pair, drawn_out, losses_of, material_of, shown
+from compresslab.pairing import Pair, drawn_out, material_of, shown
 from compresslab.pipeline import (
     Clock,
     Progress,
@@ -50,8 +49,7 @@ from compresslab.report import render
 from compresslab.report.schema import Parity, Report
 from compresslab.students import Shape
 from compresslab.teachers import MEAN, dtype_of, network_of
-from compresslab.teaching import Lesson
-from compresslab.training import Loss, Record, collate, split, train_
+from compresslab.training import Record, collate, split, train_
 
 TEXT = "wiki"  # to learn from, unless something else is named
 
@@ -244,20 +242,17 @@ def _taught(
     batch = 4 * settings.batch
     names = [source.name for source in (pair.teacher, *pair.others)]
     judged = doubting.judged(network, teacher, names, examples, held_back, batch)
-    terms = _terms(losses, network, teacher, examples, seed)
-    with contextlib.nullcontext() if terms is None else terms.at_work(network):
-        lesson = Lesson.of(losses.on_logits, network, teacher, examples[0], terms)
+    with teaching.at_work(losses, network, teacher, examples, seed) as lesson:
         with torch.no_grad():
             before = _mean([float(lesson(network, part)) for part in _batches(held_back, batch, where)])
         progress.stage("train", settings.steps_for(len(examples)))
         record = train_(
-            network, examples, settings, scratch, seed=seed, held_back=held_back,
-            loss=_with_own_texts(lesson, losses), device=where,
+            network, examples, settings, scratch, seed=seed, held_back=held_back, loss=lesson, device=where,
             on_step=lambda done: progress.step("a step of the training"),
         )  # fmt: skip
     source = models.retrained(pair.student, network)
     rest = None if kept is None else float(kept.manifest["rest_mean"])
-    pairs = "" if terms is None else terms.found
+    pairs = "" if lesson.features is None else lesson.features.found
     return Taught(source=source, record=record, before=before, judged=judged, rest=rest, pairs=pairs)
 
 
@@ -281,34 +276,6 @@ def _together(
     )  # fmt: skip
     source = models.retrained(pair.student, networks[0])
     return Taught(source=source, record=record, before=before, judged=judged, rest=None)
-
-
-def _with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
-    """The lesson, on texts that the student writes itself in some of the steps, where the recipe asks for that."""
-    writing = losses.writing
-    if writing is None:
-        return lesson
-
-    def taught(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        if network.training and writing.drawn():
-            try:
-                batch = writing.written(network, batch)
-            except ValueError as error:
-                raise CompressLabError(str(error)) from None
-        return lesson(network, batch)
-
-    return taught
-
-
-def _terms(
-    losses: Losses, student: nn.Module, teacher: nn.Module | TeacherCache, examples: Sequence[Example], seed: int
-) -> FeatureTerms | None:
-    if not losses.on_features:
-        return None
-    assert isinstance(teacher, nn.Module)
-    batch = next(_batches(examples, EXAMPLES_SHOWN, next(student.parameters()).device))
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return FeatureTerms(student, teacher, losses.on_features, inputs, examples=len(examples), seed=seed)
 
 
 def _mean(values: Sequence[float]) -> float:

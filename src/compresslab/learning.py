@@ -102,7 +102,7 @@ class Material:
             return needs
         examples = self.examples
         length = max(len(example.get("input_ids", ())) for example in examples)
-        training = partial(preflight.with_training, shards=recipe.training.shard)
+        training = partial(preflight.with_training, shards=recipe.training.shard, has_teacher=stages.has_teacher)
         foretell = training if trains_codes or stages.recovers else preflight.with_tuning
         return foretell(needs, source, recipe.training.seen(len(examples)) * length, device)
 
@@ -111,6 +111,10 @@ def _labelled(source: models.Source, stages: Stages, recipe: Recipe, data: Any, 
     """What a classifier is trained on and measured with; None for a language model that predicts its own text."""
     learns = stages.trains or stages.recovers or (stages.scorer is not None and stages.scorer.needs_data)
     if not learns or data is None:
+        return None
+    # An encoder without a head has no loss of its own, and learns from its teacher without labels.
+    is_taught = stages.losses is not None and stages.scorer is None and models.is_encoder(source.config)
+    if is_taught and isinstance(data, str | datasets.Calibration):
         return None
     if isinstance(data, datasets.Calibration):
         if models.is_language_model(source.skeleton()):

@@ -12,62 +12,21 @@ import torch
 from compresslab import data as datasets
 from compresslab import learning, models
 from compresslab.answers import Answered
-from compresslab.contract import CohortLoss, FeatureLoss, LogitLoss, PictureMaking, TextWriting
+from compresslab.contract import PictureMaking
 from compresslab.damage import whole_model
 from compresslab.data.labelled import Example, examples_sha256
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
+from compresslab.losses import Losses
 from compresslab.models import Source
 from compresslab.plan import OUTSIDE, make_plan
 from compresslab.recipe import Recipe
 from compresslab.solving import Pass
 from compresslab.students import INFLUENCE, Shape, student_of
+from compresslab.teaching import EXAMPLES_SHOWN
 from compresslab.training import collate
 
-DEFAULT = "distill-soft-labels"
 TEXTS_COMPARED = 8
-KINDS = (LogitLoss, FeatureLoss, TextWriting, CohortLoss, PictureMaking)  # of steps that a recipe for teaching may have
-EXAMPLES_SHOWN = 32  # to measure which blocks matter
-
-
-@dataclass(frozen=True, kw_only=True)
-class Losses:
-    """The losses of a recipe, by what they look at."""
-
-    on_logits: Sequence[LogitLoss]
-    on_features: Sequence[FeatureLoss]
-    writing: TextWriting | None = None
-    cohort: CohortLoss | None = None
-    making: PictureMaking | None = None
-
-    @property
-    def cross_tokenizers(self) -> bool:
-        """Whether all that asks the teacher can do with one of other tokens. CompressLabError if only some of it can."""
-        asking = [loss for loss in self.on_logits if loss.needs_teacher]
-        can = [getattr(loss, "crosses_tokenizers", False) for loss in (*asking, *self.on_features)]
-        if any(can) and not all(can):
-            raise CompressLabError(
-                "uld is for teachers with other tokens, and other losses on a teacher are not: keep one kind"
-            )
-        return any(can)
-
-    @property
-    def temperature(self) -> float:
-        """That of a teacher's logits. CompressLabError where a cache of it could not be made."""
-        if self.on_features:
-            raise CompressLabError(
-                f"{type(self.on_features[0]).__name__} looks inside the teacher, of which a cache has logits only: leave the "
-                "cache out"
-            )
-        if self.cohort is not None:
-            raise CompressLabError("in mutual learning the teacher learns too, so that no cache can hold what it says")
-        if self.writing is not None:
-            raise CompressLabError("what a student will write is in no cache: leave the cache out, or on-policy")
-        found = sorted({float(getattr(loss, "temperature", 1.0)) for loss in self.on_logits if loss.needs_teacher})
-        if len(found) != 1:
-            said = " and ".join(f"{t:g}" for t in found) or "no"
-            raise CompressLabError(f"the recipe has {said} temperatures of a teacher: a cache is made at one")
-        return found[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,36 +101,6 @@ class Pair:
             return False
         vocabularies: list[dict[str, int]] = [source.tokenizer().get_vocab() for source in (self.teacher, self.student)]
         return vocabularies[0] != vocabularies[1]
-
-
-def losses_of(recipe: Recipe) -> Losses:
-    """CompressLabError unless all steps are losses."""
-    built = [(step.method, step.build()) for step in recipe.steps]
-    others = [name for name, method in built if not isinstance(method, KINDS)]
-    if others:
-        raise CompressLabError(
-            f"recipe '{recipe.name}' has the step {others[0]}, which is no loss to teach by: run it with "
-            f"'compresslab compress', or take a recipe of losses, such as {DEFAULT}"
-        )
-    writing = [method for _, method in built if isinstance(method, TextWriting)]
-    making = [method for _, method in built if isinstance(method, PictureMaking)]
-    cohort = [method for _, method in built if isinstance(method, CohortLoss)]
-    if cohort and len(built) > 1:
-        raise CompressLabError(f"recipe '{recipe.name}': mutual has its own loss on labels, so it stands alone")
-    found = Losses(
-        on_logits=[method for _, method in built if isinstance(method, LogitLoss)],
-        on_features=[method for _, method in built if isinstance(method, FeatureLoss)],
-        writing=writing[0] if writing else None,
-        cohort=cohort[0] if cohort else None,
-        making=making[0] if making else None,
-    )
-    if max(len(writing), len(making)) > 1 or not (found.on_logits or found.on_features or found.cohort):
-        raise CompressLabError(
-            f"recipe '{recipe.name}' needs a step that is a loss, and on-policy and deep-inversion at most once"
-        )
-    if writing and any(not loss.needs_teacher for loss in found.on_logits):
-        raise CompressLabError("what a student has written itself is no label: leave hard-labels out, or on-policy")
-    return found
 
 
 def _kind(source: Source) -> str:

@@ -1,8 +1,9 @@
 """compress(): the whole data flow on one page.
 
-    read -> (rewrite, rotate) -> plan and preflight -> (take out units) -> (share out a budget) -> smooth -> (train)
-         -> (share out zeros, or score all weights) -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process
-         -> compare bit by bit with what was solved -> measure -> report -> publish
+    read -> (rewrite, rotate) -> plan and preflight -> (take out units) -> (share out a budget) -> smooth
+         -> (share out zeros, or score all weights) -> (prune and train, taught by the network as it was or towards labels)
+         -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved
+         -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
 """
@@ -15,8 +16,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from compresslab import (
     ranks,
     recovering,
     solving,
+    teaching,
     thinning,
     tuning,
 )
@@ -43,14 +45,18 @@ from compresslab import budget as budgets
 from compresslab import recipe as recipes
 from compresslab.artifact import Artifact, Writer, check_output
 from compresslab.contract import Tuner
-from compresslab.damage import FISHER_TOKENS, SENSITIVITIES, best_sensitivity, tokens_read
+from compresslab.damage import FISHER_TOKENS, SENSITIVITIES, best_sensitivity, tokens_read, whole_model
+from compresslab.data.labelled import Example
 from compresslab.deploy import kv_cache
 from compresslab.deploy.layouts import Layout, read_weights
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
+from compresslab.losses import Losses
+from compresslab.losses import said_of as said_of_losses
 from compresslab.measure import environment, fresh, gpu, size
 from compresslab.numerics.gram import best_precision
 from compresslab.numerics.grid import QuantWeight
+from compresslab.pairing import Pair
 from compresslab.plan import Plan
 from compresslab.pruning import allocated
 from compresslab.questions import Questions
@@ -128,7 +134,7 @@ def compress(
         stages = _judging(_stages(chosen, wanted, narrow), narrow, team, data)
         given = models.find(model)
         check_output(out, force, given.folder)
-        source = stages.transformed(given)
+        whole = source = _transformed(given, stages)
         plan, methods, layout = planned(source, chosen)
         material = Material.of(source, stages, chosen, data, seed)
         asked = (
@@ -156,12 +162,12 @@ def compress(
             plan, methods, layout = planned(source, chosen)
 
     if not team.leads:
-        return _followed(team, passing(source, plan), stages, methods, layout, material, chosen, seed, progress)
+        return _followed(team, passing(source, plan), whole, stages, methods, layout, material, chosen, seed, progress)
     key = _key(source, chosen, material, seed, where, clock)
     with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
         job = _job(passing(source, plan), stages, methods, layout, writer, progress, team)
         job = _prepared(job, stages, methods, material, seed, progress, clock)
-        job, training = _learned(job, stages, chosen, layout, material, writer, seed, progress, clock)
+        job, training = _learned(job, whole, stages, chosen, layout, material, writer, seed, progress, clock)
         with clock("calibrate and solve"):
             progress.stage("solve", len(plan.layers))
             for record in writer.records():
@@ -257,15 +263,23 @@ def _shared_out(
     )  # fmt: skip
 
 
+def _transformed(given: models.Source, stages: Stages) -> models.Source:
+    """The network as it will be worked on. CompressLabError if the recipe's losses cannot be had from it."""
+    source = stages.transformed(given)
+    if stages.losses is not None:
+        Pair(teacher=source, student=source, told="").check(stages.losses, None)
+    return source
+
+
 def _followed(
-    team: ranks.Ranks, calibrated: solving.Pass, stages: Stages, methods: LayerMethods, layout: Layout, material: Material,
-    recipe: Recipe, seed: int, progress: Progress,
+    team: ranks.Ranks, calibrated: solving.Pass, whole: models.Source, stages: Stages, methods: LayerMethods, layout: Layout,
+    material: Material, recipe: Recipe, seed: int, progress: Progress,
 ) -> tuple[Artifact, Report]:  # fmt: skip
     """What a rank other than the leader does: its share of the walks, the training and the solving; and what the leader made."""
     clock = Clock()
     job = _job(calibrated, stages, methods, layout, None, progress, team)
     job = _prepared(job, stages, methods, material, seed, progress, clock)
-    job, _ = _learned(job, stages, recipe, layout, material, None, seed, progress, clock)
+    job, _ = _learned(job, whole, stages, recipe, layout, material, None, seed, progress, clock)
     layerwise.run(job)
     return team.told(None)  # type: ignore[return-value]
 
@@ -288,7 +302,7 @@ def plan_only(
     wanted, narrow = _budgets(budget, chosen, search_by)
     has_budget = wanted is not None
     stages = _stages(chosen, wanted, narrow)
-    source = stages.transformed(models.find(model))
+    source = _transformed(models.find(model), stages)
     plan, methods, _ = planned(source, chosen)
     length = None if source.reads_images else chosen.calibration.sequence_length
     tokens = (chosen.calibration.samples if stages.passes_need_data else 0, length)
@@ -306,7 +320,9 @@ def plan_only(
         estimate = _with_budget(estimate, source, plan, wanted, tokens[0] > 0, sensitivity, pick_device(device))
     if chosen.training is not None:
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
-        training = partial(preflight.with_training, shards=chosen.training.shard)
+        training = partial(
+            preflight.with_training, shards=chosen.training.shard, has_teacher=stages.has_teacher
+        )  # fmt: skip
         foretell = preflight.with_tuning if stages.tuner is not None else training
         estimate = foretell(estimate, source, seen, pick_device(device))
     if narrow is not None:
@@ -421,27 +437,27 @@ def _prepared(
 
 
 def _learned(
-    job: solving.Job, stages: Stages, recipe: Recipe, layout: Layout, material: Material, writer: Writer | None, seed: int,
-    progress: Progress, clock: Clock,
+    job: solving.Job, whole: models.Source, stages: Stages, recipe: Recipe, layout: Layout, material: Material,
+    writer: Writer | None, seed: int, progress: Progress, clock: Clock,
 ) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
     """The job after what its recipe trains, if anything: its weights, codes or scales; and what to report of it.
 
     Args:
+        whole: the network before anything was taken out of it.
         writer: the leader's; the others are told where it keeps the training.
     """
     if stages.recovers or stages.trains:
         folder = job.ranks.told(None if writer is None else writer.scratch("training"))
         assert folder is not None
-        train = _recovered if stages.recovers else _trained
-        return train(job, stages, recipe, material, folder, seed, progress, clock)
+        train = partial(_recovered, whole=whole, stages=stages) if stages.recovers else _trained
+        return train(job, recipe, material, folder, seed, progress, clock)
     if stages.tuner is not None:
         return _tuned(job, stages.tuner, recipe, layout, material, writer, seed, progress, clock)
     return job, {}
 
 
 def _trained(
-    job: solving.Job, stages: Stages, recipe: Recipe, material: Material, folder: Path, seed: int, progress: Progress,
-    clock: Clock,
+    job: solving.Job, recipe: Recipe, material: Material, folder: Path, seed: int, progress: Progress, clock: Clock,
 ) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
     """The trained network and its codes in place of what was planned, and what to report of it."""
     assert recipe.training is not None
@@ -459,10 +475,14 @@ def _trained(
 
 
 def _recovered(
-    job: solving.Job, stages: Stages, recipe: Recipe, material: Material, folder: Path, seed: int, progress: Progress,
-    clock: Clock,
+    job: solving.Job, recipe: Recipe, material: Material, folder: Path, seed: int, progress: Progress, clock: Clock, *,
+    whole: models.Source, stages: Stages,
 ) -> tuple[solving.Job, dict[str, Any]]:  # fmt: skip
-    """The network trained with its zeros in place of what was planned, and what to report of it."""
+    """The network trained with its zeros in place of what was planned, and what to report of it.
+
+    Args:
+        whole: its teacher, where the recipe has losses that ask one.
+    """
     assert recipe.training is not None
     steps = recipe.training.steps_for(round(len(material.examples) * (1 - recipe.training.held_back)))
     beforehand = stages.pruner is not None and not stages.prunes_in_training
@@ -473,12 +493,24 @@ def _recovered(
             recovering.Lesson(
                 examples=material.examples, settings=recipe.training, folder=folder, seed=seed,
                 device=job.device, on_step=lambda done: progress.step("a step of the training"),
+                loss_of=None if stages.losses is None else _lesson_of(stages.losses, whole, job.device, seed),
             ),
         )  # fmt: skip
     batches = job.batches if stages.rounding_needs_data else None
     job = dataclasses.replace(job, source=outcome.source, batches=batches, pruners=outcome.pruners)
     before = {} if outcome.before is None else {"loss_before": f"{outcome.before:.4f}"}
-    return job, {"training": told_of(outcome.record) | before}
+    by = {} if stages.losses is None else {"learnt_by": said_of_losses(recipe)}
+    return job, {"training": told_of(outcome.record) | before | by}
+
+
+def _lesson_of(losses: Losses, whole: models.Source, device: torch.device, seed: int) -> recovering.LossOf:
+    """Losses with the whole network as their teacher, which is in memory for as long as the training lasts."""
+
+    def at_work(network: nn.Module, examples: Sequence[Example]) -> AbstractContextManager[teaching.Lesson]:
+        teacher = whole_model(whole, device, torch.float32) if losses.need_teacher else None
+        return teaching.at_work(losses, network, teacher, examples, seed)
+
+    return at_work
 
 
 def _tuned(

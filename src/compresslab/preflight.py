@@ -222,19 +222,27 @@ def _bytes_of_training(parameters: int, shards: bool) -> int:
 
 
 def with_training(
-    found: Estimate, source: Source, tokens: int, device: torch.device, *, shards: bool = False
+    found: Estimate,
+    source: Source,
+    tokens: int,
+    device: torch.device,
+    *,
+    shards: bool = False,
+    has_teacher: bool = False,
 ) -> Estimate:
     """The estimate with a training before it, and three checkpoints.
 
     Args:
         tokens: that pass through the network in all; 0 where examples are no text, and time is not foretold.
         shards: whether each rank keeps a part of the network.
+        has_teacher: whether the network as it was, in float32, reads the same tokens beside it.
     """
     parameters = sum(numel(source, name) for name in source.weights.names())
-    seconds = 6 * parameters * tokens / rates(device)[2] if tokens else 0.0
+    its = parameters if has_teacher else 0
+    seconds = (6 * parameters + 2 * its) * tokens / rates(device)[2] if tokens else 0.0
     return replace(
         found,
-        memory_bytes=found.memory_bytes + _bytes_of_training(parameters, shards),
+        memory_bytes=found.memory_bytes + _bytes_of_training(parameters, shards) + 4 * its,
         disk_bytes=found.disk_bytes + 3 * 12 * parameters,
         seconds=found.seconds + seconds,
         parts=found.parts | {"train": seconds},

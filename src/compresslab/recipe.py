@@ -19,7 +19,8 @@
 in which these layers differ from the step's own, or `float` to leave them alone. Of the patterns that match a layer the last one
 counts, and only that one.
 
-A recipe whose steps are losses (soft-labels, hard-labels and so on) teaches a student, by `compresslab distill`.
+A recipe whose steps are losses (soft-labels, hints and so on) teaches a student, by `compresslab distill`. In a recipe that
+prunes, losses after that step are those of the training: what is left learns from the network as it was.
 
 A recipe with a step that trains (ste, lsq, pact, dorefa, e2e-qp, gradual, movement, or a loss) has a block
 `training: {epochs: 3, learning_rate: 1.0e-4}`, see Training. In a recipe that prunes, or takes out neurons, heads or blocks, such
@@ -237,6 +238,11 @@ class Recipe(Strict):
     def teaching(self) -> tuple[Step, ...]:
         """The steps that are losses of a student."""
         return tuple(step for step in self.steps if isinstance(step.build(), Distilling))
+
+    @property
+    def is_for_a_student(self) -> bool:
+        """Whether it teaches a student that somebody names, and changes no network itself."""
+        return bool(self.teaching) and not (self.rounding or self.pruning or self.removing)
 
     @property
     def activations(self) -> Step | None:

@@ -7,13 +7,15 @@
 What comes out is the trained network, whose weights have the zeros, and for each pruned layer a `Settled` pruner that leaves it
 as it is. So whatever rounds afterwards keeps these zeros as it keeps those of any pruner, in one run and one report.
 
-Examples are the task's, with its labels, where the data has them; a causal language model learns its own next tokens.
+Examples are the task's, with its labels, where the data has them; a causal language model learns its own next tokens. Where the
+recipe has losses of its own (teaching.py), what is left learns from the network as it was, and needs no labels but theirs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +29,7 @@ from compresslab.contract import Paper, Pruned, Pruner, TrainedPruner
 from compresslab.data.labelled import Example
 from compresslab.deploy.dense import DenseLayout
 from compresslab.errors import CompressLabError
+from compresslab.features import JUDGES
 from compresslab.masked import train_masked_, zeros_of
 from compresslab.models import Source
 from compresslab.numerics.gates import Gate
@@ -38,6 +41,7 @@ from compresslab.solving import BlockState, Job, Solved
 from compresslab.training import Loss, Record, collate, own_loss, split, train_
 from compresslab.weights import OverlaidWeights
 
+LossOf = Callable[[nn.Module, Sequence[Example]], AbstractContextManager[Loss]]
 EVALUATED = 4  # batches of the training that are judged at a time
 
 
@@ -70,7 +74,8 @@ class Recovered:
 
     Attributes:
         pruners: of every pruned layer.
-        before: the loss on the examples held back before the training; None where zeros came in its course.
+        before: the loss on the examples held back before the training; None where zeros came in its course, or where the loss
+            became another one by what it trained along.
     """
 
     source: Source
@@ -84,7 +89,8 @@ class Lesson:
     """What to train on and how; the arguments of training.train_.
 
     Attributes:
-        loss: of a batch; None for the network's own, which an encoder without a head has none of.
+        loss_of: the loss of a batch, for as long as the training of a network on some examples lasts; None for the network's own,
+            which an encoder without a head has none of.
     """
 
     examples: Sequence[Example]
@@ -93,7 +99,10 @@ class Lesson:
     seed: int = 0
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     on_step: Callable[[float], None] = lambda progress: None
-    loss: Loss | None = None
+    loss_of: LossOf | None = None
+
+    def at_work(self, network: nn.Module, examples: Sequence[Example]) -> AbstractContextManager[Loss]:
+        return nullcontext(own_loss) if self.loss_of is None else self.loss_of(network, examples)
 
 
 def train(job: Job, lesson: Lesson) -> Recovered:
@@ -113,13 +122,15 @@ def _after_pruning(source: Source, pruners: Mapping[str, Pruner], lesson: Lesson
     model = models.materialise(source).to(lesson.device)
     training, held_back = split(lesson.examples, lesson.settings.held_back, lesson.seed)
     kept = zeros_of(model, list(pruners))
-    before = loss_on(model, held_back, lesson)
-    record = train_masked_(
-        model, kept, training, lesson.settings, lesson.folder, seed=lesson.seed, held_back=held_back,
-        loss=lesson.loss or own_loss, on_step=lesson.on_step, device=lesson.device,
-    )  # fmt: skip
+    with lesson.at_work(model, training) as loss:
+        learns_along = any(name.startswith(f"{JUDGES}.") for name in model.state_dict())
+        before = None if learns_along else loss_on(model, held_back, loss, lesson)
+        record = train_masked_(
+            model, kept, training, lesson.settings, lesson.folder, seed=lesson.seed, held_back=held_back,
+            loss=loss, on_step=lesson.on_step, device=lesson.device,
+        )  # fmt: skip
     note = record.notice
-    if record.best_loss < before:
+    if before is None or record.best_loss < before:
         source = models.retrained(source, model)
     elif record.best_step:
         note = "; ".join(part for part in (note, _no_better(record, before)) if part)
@@ -157,11 +168,12 @@ def in_training(source: Source, methods: Mapping[str, TrainedPruner], lesson: Le
         )
     gates = _install_(model, methods)
     try:
-        record = train_(
-            model, training, lesson.settings, lesson.folder, seed=lesson.seed, held_back=held_back,
-            loss=_with_penalties(gates, lesson.loss or own_loss), on_step=_steps(model, methods, gates, lesson),
-            best_from=settled, device=lesson.device,
-        )  # fmt: skip
+        with lesson.at_work(model, training) as loss:
+            record = train_(
+                model, training, lesson.settings, lesson.folder, seed=lesson.seed, held_back=held_back,
+                loss=_with_penalties(gates, loss), on_step=_steps(model, methods, gates, lesson),
+                best_from=settled, device=lesson.device,
+            )  # fmt: skip
         kept = {layer: gate.kept() for layer, gate in gates.items()}
     finally:
         for layer in gates:
@@ -214,10 +226,10 @@ def _with_penalties(gates: Mapping[str, Gate], loss_of: Loss) -> Loss:
 
 
 @torch.no_grad()
-def loss_on(model: nn.Module, examples: Sequence[Example], lesson: Lesson) -> float:
+def loss_on(model: nn.Module, examples: Sequence[Example], loss: Loss, lesson: Lesson) -> float:
     """The mean loss of a network on examples, taken in batches as the training's checks take it."""
     model.eval()
-    size, total, loss = EVALUATED * lesson.settings.batch, 0.0, lesson.loss or own_loss
+    size, total = EVALUATED * lesson.settings.batch, 0.0
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         batch = {key: value.to(lesson.device) for key, value in collate(part).items()}

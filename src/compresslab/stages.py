@@ -15,7 +15,9 @@ from compresslab.contract import (
     ChannelRemover,
     Corrector,
     Equalizer,
+    FeatureLoss,
     Folder,
+    LogitLoss,
     Method,
     NetworkPruner,
     Pruner,
@@ -25,6 +27,7 @@ from compresslab.contract import (
     Smoother,
     Solver,
     SparsityAllocation,
+    TextWriting,
     TrainedPruner,
     Tuner,
     UnitRemover,
@@ -32,6 +35,7 @@ from compresslab.contract import (
 from compresslab.deploy.dense import DenseLayout
 from compresslab.deploy.layouts import Layout, check_formats, layout_for
 from compresslab.errors import CompressLabError
+from compresslab.losses import KINDS, Losses
 from compresslab.models import Source
 from compresslab.plan import Plan, check_patterns, make_plan
 from compresslab.pruning import Ungated, Unrounded, Unscored, pruners_of
@@ -39,6 +43,7 @@ from compresslab.recipe import Recipe, differing_settings
 from compresslab.rewriting import rewritten
 from compresslab.rotating import rotated
 
+_TEACHING = LogitLoss | FeatureLoss | TextWriting
 # What a step may be, in the order in which a recipe has them, with how many of them it may have, and in words.
 _KINDS: tuple[tuple[Any, float, str], ...] = (
     (Folder | Equalizer, math.inf, "any that rewrite (such as batchnorm-folding)"),
@@ -49,6 +54,7 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
     (CacheRounding, 1, "at most one for keys and values (kv-cache)"),
     (SparsityAllocation, 1, "at most one that says how sparse each layer shall be (owl)"),
     (Pruner, 1, "at most one that prunes (such as wanda)"),
+    (_TEACHING, math.inf, "any losses by which what is left learns from the network as it was (such as hints)"),
     (Solver, 1, "the one that rounds"),
     (Refiner, 1, "at most one that refines blocks (such as autoround)"),
     (Corrector, math.inf, "any that correct (such as bias-correction)"),
@@ -57,7 +63,7 @@ _KINDS: tuple[tuple[Any, float, str], ...] = (
 
 
 # What may stand in a recipe that prunes and does not round.
-_WITHOUT_ROUNDING = (UnitRemover, ChannelRemover, BlockRemover, SparsityAllocation, Pruner, Corrector)
+_WITHOUT_ROUNDING = (UnitRemover, ChannelRemover, BlockRemover, SparsityAllocation, Pruner, Corrector, *KINDS)
 # Of these the kinds that are fitted to a network whose scales will not change.
 NOT_TUNED = tuple(place for place, (kind, *_) in enumerate(_KINDS) if kind in (ActivationQuantizer, Corrector))
 
@@ -69,6 +75,7 @@ class Stages:
     Attributes:
         judges: whether a budget of channels or zeros is shared out by what data say.
         recovers: whether the network is trained after neurons, heads or blocks were taken out, or with the zeros of a pruner.
+        losses: what this training learns by from the network as it was; None for the network's own loss.
     """
 
     name: str
@@ -85,6 +92,7 @@ class Stages:
     correctors: tuple[Corrector, ...]
     tuner: Tuner | None
     recovers: bool
+    losses: Losses | None = None
     judges: bool = False
 
     @property
@@ -148,6 +156,11 @@ class Stages:
         return not (self.learns or self.scorer or self.reruns(1))
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether the network as it was is at work beside the one that is trained."""
+        return self.losses is not None and self.losses.need_teacher
+
+    @property
     def rounds(self) -> bool:
         return not isinstance(self.solver, Unrounded)
 
@@ -165,19 +178,25 @@ def needs_data(method: Method) -> bool:
 
 def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
     """CompressLabError unless the steps are such as _KINDS tells, with one solver or pruner."""
-    if recipe.teaching:
+    if recipe.is_for_a_student:
         raise CompressLabError(
             f"recipe '{recipe.name}' teaches a student ({recipe.teaching[0].method}): run it with 'compresslab distill'"
         )
     built = [(step.method, _to_plan(step.build())) for step in recipe.steps]
     found: list[list[Any]] = [[] for _ in _KINDS]
+    for name, method in built:
+        if isinstance(method, KINDS) and not isinstance(method, _TEACHING):
+            raise CompressLabError(
+                f"recipe '{recipe.name}' has the step {name}, which is for a student beside its teacher: leave it out, or run it "
+                "alone with 'compresslab distill'"
+            )
     kinds = [_kind(method) for _, method in built]
     for kind, (_, method) in zip(kinds, built, strict=True):
         found[kind].append(method)
     counts = all(len(methods) <= most for methods, (_, most, _) in zip(found, _KINDS, strict=True))
     (
-        rewriters, rotations, removers, smoothers, quantizers, caches, allocations, pruners, solvers, refiners, correctors,
-        tuners,
+        rewriters, rotations, removers, smoothers, quantizers, caches, allocations, pruners, taught, solvers, refiners,
+        correctors, tuners,
     ) = found  # fmt: skip
     if kinds != sorted(kinds) or not counts or not (solvers or pruners or removers):
         names = ", ".join(name for name, _ in built)
@@ -194,6 +213,10 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
         _check_training(recipe.shaping.method, activations, has_budget)
     if tuners:
         _check_tuning([name for (name, _), kind in zip(built, kinds, strict=True) if kind in NOT_TUNED], solver, caches)
+    losses = Losses.of(recipe.name, taught) if taught else None
+    if losses is not None:
+        own = [name for name, method in built if isinstance(method, aware.Untrained | Tuner)]
+        _check_teaching(recipe, own, bool(pruners or removers))
     recovers = recipe.training is not None and not tuners and not isinstance(solver, aware.Untrained)
     if recovers:
         _check_recovery(recipe, [name for name, method in built if isinstance(method, Corrector)], has_budget)
@@ -208,8 +231,7 @@ def stages_of(recipe: Recipe, has_budget: bool = False) -> Stages:
         activations=activations, cache=caches[0] if caches else None, solver=solver,
         allocation=allocations[0] if allocations else None, pruner=pruners[0] if pruners else None,
         refiner=refiners[0] if refiners else None, correctors=tuple(correctors),
-        tuner=tuners[0] if tuners else None,
-        recovers=recovers,
+        tuner=tuners[0] if tuners else None, recovers=recovers, losses=losses,
     )  # fmt: skip
 
 
@@ -259,6 +281,22 @@ def _check_recovery(recipe: Recipe, correctors: list[str], has_budget: bool) -> 
     if correctors and recipe.rounding is None:
         raise CompressLabError(
             f"{correctors[0]} would correct biases that are then trained: leave it out, or leave out the block 'training'"
+        )
+
+
+def _check_teaching(recipe: Recipe, own: list[str], takes_out: bool) -> None:
+    """CompressLabError where there is no training that losses could be those of.
+
+    Args:
+        own: steps that train by a loss of their own.
+    """
+    loss = recipe.teaching[0].method
+    if own:
+        raise CompressLabError(f"{own[0]} trains by a loss of its own: leave it out, or leave out {loss}")
+    if not takes_out:
+        raise CompressLabError(
+            f"recipe '{recipe.name}' takes nothing out of the network that could be learnt again by {loss}: add a step that "
+            f"prunes or takes out units before it, or leave {loss} out"
         )
 
 

@@ -40,7 +40,7 @@ from compresslab.artifact import MANIFEST, Artifact
 from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
 from compresslab.growing import deeper, wider
-from compresslab.pairing import DEFAULT
+from compresslab.losses import DEFAULT
 from compresslab.pipeline import Progress, recipe_of
 from compresslab.recipe import Recipe
 from compresslab.report.schema import Report, read_report

@@ -28,8 +28,9 @@ from compresslab.damage import whole_model
 from compresslab.distill.mutual import ADAPTIVE, MEAN
 from compresslab.distill.mutual import log_weights as by_name
 from compresslab.errors import CompressLabError
+from compresslab.losses import Losses
 from compresslab.models import Source
-from compresslab.pairing import Losses, Pair
+from compresslab.pairing import Pair
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,21 +9,25 @@ all rows together take their logits whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compresslab import models
-from compresslab.contract import LogitLoss, TopK
+from compresslab.contract import LogitLoss, TextWriting, TopK
 from compresslab.data.labelled import Example
 from compresslab.distill.fused import After, Teacher, TeacherHead, head_loss, logit_loss
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
 from compresslab.features import FeatureTerms
 from compresslab.heads import after_head, head_input, head_of
+from compresslab.losses import Losses
 from compresslab.training import IGNORED_LABEL, collate
+
+EXAMPLES_SHOWN = 32  # to measure which blocks matter, or are alike
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +38,7 @@ class Lesson:
         teacher: None where no loss asks for one.
         features: losses on hidden states, at work, where there are any.
         after_student, after_teacher: what is done to what their linear heads make; None where logits are taken whole.
+        writing: has the student write the text of some training steps itself, where it is there.
     """
 
     losses: Sequence[LogitLoss]
@@ -41,11 +46,12 @@ class Lesson:
     features: FeatureTerms | None
     after_student: After | None
     after_teacher: After | None
+    writing: TextWriting | None = None
 
     @classmethod
     def of(
         cls, losses: Sequence[LogitLoss], student: nn.Module, teacher: nn.Module | TeacherCache | None, example: Example,
-        features: FeatureTerms | None = None,
+        features: FeatureTerms | None = None, writing: TextWriting | None = None,
     ) -> Lesson:  # fmt: skip
         """With what one example tells of the networks. CompressLabError if they do not fit each other."""
         batch = _on(student, collate([example]))
@@ -56,13 +62,23 @@ class Lesson:
         )
         lesson = cls(
             losses=losses, teacher=teacher, features=features, after_student=own,
-            after_teacher=None if own is None else its,
+            after_teacher=None if own is None else its, writing=writing,
         )  # fmt: skip
         with torch.no_grad():
             lesson(student, batch)  # so that what does not fit is told before the first step
         return lesson
 
+    @property
+    def learns_along(self) -> bool:
+        """Whether it is another loss after a training than before: its judges have parameters, or remember examples."""
+        return self.features is not None and bool(self.features.judges.state_dict())
+
     def __call__(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if self.writing is not None and network.training and self.writing.drawn():
+            try:
+                batch = self.writing.written(network, batch)
+            except ValueError as error:
+                raise CompressLabError(str(error)) from None
         inputs, found = _inputs(batch), []
         if self.losses:
             found.append(self._on_logits(network, inputs, batch.get("labels")))
@@ -105,6 +121,28 @@ class Lesson:
         if self.after_teacher is not None:
             return hidden_rows(self.teacher, inputs, counted, self.after_teacher)
         return whole_logits(self.teacher, inputs, counted)
+
+
+@contextmanager
+def at_work(
+    losses: Losses, student: nn.Module, teacher: nn.Module | TeacherCache | None, examples: Sequence[Example], seed: int
+) -> Iterator[Lesson]:
+    """A student's lesson by a recipe's losses. For as long as it lasts both networks are watched where losses on features look,
+    and what these train along is a part of the student.
+
+    Args:
+        examples: those it is trained on.
+
+    Raises:
+        CompressLabError: if the two do not fit each other.
+    """
+    terms = None
+    if losses.on_features:
+        assert isinstance(teacher, nn.Module)
+        batch = _inputs(_on(student, collate(examples[:EXAMPLES_SHOWN])))
+        terms = FeatureTerms(student, teacher, losses.on_features, batch, examples=len(examples), seed=seed)
+    with nullcontext() if terms is None else terms.at_work(student):
+        yield Lesson.of(losses.on_logits, student, teacher, examples[0], terms, losses.writing)
 
 
 def hidden_rows(teacher: nn.Module, inputs: Mapping[str, Tensor], counted: Tensor | None, after: After) -> TeacherHead:

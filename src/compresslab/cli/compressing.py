@@ -227,6 +227,7 @@ def bars(silent: bool) -> Iterator[Any]:
 
 
 def _show_plan(plan: Any, estimate: Any, recipe: Any, budget: Any, as_json: bool) -> None:
+    from compresslab.losses import said_of
     from compresslab.report.render import human
 
     facts = {
@@ -240,6 +241,8 @@ def _show_plan(plan: Any, estimate: Any, recipe: Any, budget: Any, as_json: bool
         "seconds_by_part": {part: round(seconds, 1) for part, seconds in estimate.parts.items()},
         "recipe": recipe.model_dump(mode="json"),
     }
+    if recipe.teaching:
+        facts["learnt_by"] = said_of(recipe)
     if budget is not None:
         facts["budget"] = f"{budget}; what it makes of the weights' bytes is known when it has been shared out"
     if as_json:
@@ -251,6 +254,8 @@ def _show_plan(plan: Any, estimate: Any, recipe: Any, budget: Any, as_json: bool
     table.add_row("layers to compress", f"{facts['layers']} in {facts['blocks']} blocks")
     for name, reason in plan.in_float.items():
         table.add_row("left in float", f"{name}: {reason}")
+    if "learnt_by" in facts:
+        table.add_row("trained after pruning", f"by {facts['learnt_by']}, about {estimate.parts['train']:.0f} s")
     table.add_row("weights after", human(estimate.artifact_bytes, "bytes"))
     table.add_row("memory, at most", human(estimate.memory_bytes, "bytes"))
     table.add_row("disk while it runs", human(estimate.disk_bytes, "bytes"))

@@ -10,7 +10,6 @@ Oracle: tests/course/test_lab_3_3.py holds it against an artifact that pipeline.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import statistics
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresslab import aware, layerwise, mixed, models
+from compresslab import aware, layerwise, mixed, models, teaching
 from compresslab.budget import PROMPT_TOKENS, STEPS, Budget
 from compresslab.contract import Solver
 from compresslab.damage import whole_model
@@ -32,12 +31,11 @@ from compresslab.deploy import torch_packed
 from compresslab.deploy.layouts import Layout
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
-from compresslab.features import FeatureTerms
+from compresslab.losses import Losses
 from compresslab.measure import speed
 from compresslab.models import Source, is_transposed
 from compresslab.numerics.gram import best_precision
 from compresslab.numerics.grid import QuantInput, QuantWeight
-from compresslab.pairing import EXAMPLES_SHOWN, Losses
 from compresslab.plan import Unit
 from compresslab.pruning import allocated
 from compresslab.recipe import Recipe, Training
@@ -45,8 +43,7 @@ from compresslab.scoring import scored
 from compresslab.smoothing import smoothed
 from compresslab.solving import BlockState, Job, Pass, Solved, best_compute_dtype
 from compresslab.stages import LayerMethods, planned, stages_of
-from compresslab.teaching import Lesson
-from compresslab.training import collate, split, train_
+from compresslab.training import split, train_
 
 
 @dataclass
@@ -181,13 +178,7 @@ def taught_on(
 ) -> nn.Module:  # fmt: skip
     """The same on any texts: an encoder's differ in length, and have no labels."""
     examples, held_back = split(shown, training.held_back, seed)
-    terms = None
-    if losses.on_features:
-        assert isinstance(teacher, nn.Module)
-        batch = collate([{"input_ids": one["input_ids"]} for one in examples[:EXAMPLES_SHOWN]])
-        terms = FeatureTerms(student, teacher, losses.on_features, batch, examples=len(examples), seed=seed)
-    with contextlib.nullcontext() if terms is None else terms.at_work(student), tempfile.TemporaryDirectory() as folder:
-        lesson = Lesson.of(losses.on_logits, student, teacher, examples[0], terms)
+    with teaching.at_work(losses, student, teacher, examples, seed) as lesson, tempfile.TemporaryDirectory() as folder:
         train_(student, examples, training, Path(folder), seed=seed, held_back=held_back, loss=lesson)
     return student.eval().requires_grad_(False)
 

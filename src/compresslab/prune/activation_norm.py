@@ -15,7 +15,8 @@ read an embedding channel), their importances are added. How units are compared 
 Cost. A forward of every calibration sample; the whole network in memory in float32.
 
 Differences from the paper. A neuron is what the second layer of the feed-forward reads, after the activation function; the paper
-takes the first layer's output. A head is the sum over its channels of |x|, not their norm. Nothing is trained afterwards.
+takes the first layer's output. A head is the sum over its channels of |x|, not their norm. What it trains
+afterwards is a step of its own here (soft-labels, as in the recipe prune-minitron-25).
 
 Oracle. tests/oracles/coupling.py: inputs of layers caught one at a time, and sums in float64.
 """

@@ -30,9 +30,9 @@ from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.endpoint import Asking, Endpoint
+from compresslab.losses import Losses
 from compresslab.measure.perplexity import perplexity
 from compresslab.models import Source
-from compresslab.pairing import Losses
 from compresslab.recipe import Training
 from compresslab.serving.server import served
 from compresslab.students import Shape, student_of

@@ -32,7 +32,7 @@ from compresslab.course.trials import TextSettings, Trials, material, opened
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.hints import Hints
 from compresslab.distill.soft_labels import SoftLabels
-from compresslab.pairing import Losses
+from compresslab.losses import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of
 

@@ -29,8 +29,8 @@ from compresslab.course.labs.lab_3_10.black_box import BlackBox
 from compresslab.course.labs.lab_3_10.controls import ShuffledHints
 from compresslab.data.labelled import Example
 from compresslab.distill.hints import Hints
+from compresslab.losses import Losses
 from compresslab.models import Source
-from compresslab.pairing import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of
 

@@ -20,8 +20,8 @@ from compresslab.course.digits import Pictures, accuracy
 from compresslab.data.labelled import Example
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
+from compresslab.losses import Losses
 from compresslab.measure import counts
-from compresslab.pairing import Losses
 from compresslab.recipe import Training
 
 Rows = dict[str, dict[str, float]]

@@ -21,8 +21,8 @@ from compresslab.course import encoders, in_memory
 from compresslab.course.encoders import Rows
 from compresslab.data.labelled import Example
 from compresslab.distill.hints import Hints
+from compresslab.losses import Losses
 from compresslab.models import Source
-from compresslab.pairing import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,9 @@ class Taught:
         method: Any = Gradual(sparsity=self.settings.sparsity, end=self.settings.end)
         with tempfile.TemporaryDirectory() as folder:
             lesson = Lesson(
-                examples=self.examples, settings=self.training, folder=Path(folder), seed=self.seed, loss=distance
-            )
+                examples=self.examples, settings=self.training, folder=Path(folder), seed=self.seed,
+                loss_of=lambda *_: nullcontext(distance),
+            )  # fmt: skip
             found = in_training(self.source, dict.fromkeys(self.layers, method), lesson)
         return models.materialise(found.source).float().eval().requires_grad_(False)
 

@@ -34,9 +34,9 @@ from compresslab.course.labs.lab_3_6.vit import VisionTransformer
 from compresslab.course.timing import in_turn
 from compresslab.distill.hints import Hints
 from compresslab.errors import CompressLabError
+from compresslab.losses import Losses
 from compresslab.measure import embedding, size, speed
 from compresslab.measure.perplexity import perplexity
-from compresslab.pairing import Losses
 from compresslab.recipe import Training
 
 Rows = dict[str, dict[str, float]]

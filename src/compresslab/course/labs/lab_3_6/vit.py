@@ -28,10 +28,10 @@ from compresslab.course.timing import in_turn
 from compresslab.data.labelled import Example
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
+from compresslab.losses import Losses
 from compresslab.measure import counts
 from compresslab.numerics.gram import Gram
 from compresslab.numerics.selection import columns_of
-from compresslab.pairing import Losses
 from compresslab.plan import OUTSIDE, make_plan
 from compresslab.prune.block_influence import BlockInfluence
 from compresslab.prune.units import Units

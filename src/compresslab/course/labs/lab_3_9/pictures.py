@@ -17,7 +17,7 @@ from compresslab.course import in_memory, own_pictures
 from compresslab.data.labelled import Example
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
-from compresslab.pairing import Losses
+from compresslab.losses import Losses
 from compresslab.recipe import Training
 
 Rows = dict[str, dict[str, float]]

@@ -25,7 +25,7 @@ from compresslab.course.labs.lab_3_9.pictures import Class
 from compresslab.course.trials import TextSettings, Trials, material
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distill.soft_labels import SoftLabels
-from compresslab.pairing import Losses
+from compresslab.losses import Losses
 from compresslab.recipe import Training
 from compresslab.students import Shape, student_of
 
