@@ -138,7 +138,7 @@ def distill(
             progress.stage("measure", 2 if measure else 1)
             before, after = measured(
                 original, folder, hashes, asked, measure, False, where, progress,
-                streamed=not preflight.fits_whole(pair.teacher),
+                streamed=preflight.in_blocks(pair.teacher, None, asked.length),
             )  # fmt: skip
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, tables_of(pair.teacher) | tables_of(pair.student))

@@ -104,8 +104,8 @@ def compress(
             stay within it. "0.5macs", "5ms/forward" or "5ms/forward@8x128" (8 examples of 128 tokens at a time): choose how many
             channels stay of every group, by narrowing.py.
         sensitivity: what to choose them by, a row of damage.SENSITIVITIES; None for the best that the model has.
-        memory: "4GB": what the solving may have in memory. Calibration batches wait on disk for each other as far as they must
-            for that; the bits are the same.
+        memory: "4GB": what each process may have in memory. Calibration batches wait on disk for each other as far as they must
+            for that, and the bits are the same; what does not fit as a whole is measured block by block, for its quality alone.
         measure: measure size, speed and quality before and after; otherwise only size and parity.
 
     Returns:
@@ -135,6 +135,8 @@ def compress(
         if budget is not None:
             needs = _with_budget(needs, source, plan, wanted, material.calibration is not None, sensitivity, where)
         room = _room(needs, memory, out, chosen, can_spill=stages.can_spill and wanted is None and team.is_alone)
+        ceiling = None if memory is None else parse_bytes(memory)
+        preflight.in_blocks(given, ceiling, asked.length)  # what is too low for measuring is said before any work
         passing = partial(_pass, material, where, room)
 
     source, removal, (plan, methods, layout), chosen, search = _taken_out(
@@ -175,7 +177,7 @@ def compress(
             progress.stage("measure", 2 if measure else 1)
             before, after = measured(
                 original, folder, writer.weight_hashes(), asked, measure, stages.rounds, where, progress,
-                streamed=not preflight.fits_whole(given),
+                streamed=preflight.in_blocks(given, ceiling, asked.length),
             )  # fmt: skip
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, tables_of(source))

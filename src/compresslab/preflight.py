@@ -24,7 +24,7 @@ from compresslab.aware import Untrained
 from compresslab.contract import NetworkPruner, Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
-from compresslab.measure import hardware
+from compresslab.measure import hardware, perplexity, quality
 from compresslab.models import Source, blocks, channels_last, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
@@ -462,6 +462,38 @@ def streamed_bytes(source: Source, logits: int) -> int:
     inside = [sum(p.numel() for p in block.parameters()) for block in blocks(skeleton).values()]
     outside = sum(p.numel() for p in skeleton.parameters()) - sum(inside)
     return int(PROGRAM_BYTES + 4.4 * (outside + max(inside, default=0) + 2 * logits))
+
+
+def in_blocks(source: Source, ceiling: int | None, length: int, shorter: str = "") -> bool:
+    """Whether a model is to be measured block by block (streamed.py), for it does not fit as a whole.
+
+    Args:
+        ceiling: bytes that the process that measures may take; None for all that is free.
+        length: tokens in a window of the text that it is asked about; 0 without a text.
+        shorter: how to take shorter ones, for an error.
+
+    Raises:
+        CompressLabError: if the ceiling is too low even for one block, naming the least that works.
+    """
+    window = length * int(getattr(source.config, "vocab_size", 0) or 0)
+    if fits_whole(source, ceiling, perplexity.AT_ONCE * window):
+        return False
+    least = streamed_bytes(source, max(quality.STREAMED_LOGITS, window) if window else 0)
+    if ceiling is not None and least > ceiling:
+        raise CompressLabError(
+            f"measuring {source.name} block by block takes about {least / 1e9:.2f} GB: allow --memory {_gigabytes(least)} or "
+            f"more{shorter}"
+        )
+    return True
+
+
+def _gigabytes(count: float) -> str:
+    """As --memory takes it, rounded up, so that what is named is enough.
+
+    >>> _gigabytes(1_801_000_000)
+    '1.81GB'
+    """
+    return f"{math.ceil(count / 1e7) / 100:.2f}GB"
 
 
 def check(found: Estimate, out: Path) -> None:

@@ -62,7 +62,8 @@ def compress(
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="4GB", help="What solving may have in memory; calibration waits on disk as far as it must."
+            metavar="4GB",
+            help="What each process may have in memory: calibration waits on disk, and measuring reads block by block.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
