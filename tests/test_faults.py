@@ -27,6 +27,7 @@ import tiny
 from compresslab import artifact, pipeline
 from compresslab.artifact import Artifact
 from compresslab.errors import CompressLabError
+from compresslab.measure import hardware
 
 
 @pytest.fixture(scope="module")
@@ -425,12 +426,18 @@ def test_no_evaluation_windows(shell: Shell) -> None:
 
 def test_too_little_memory(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**8, total=10**8))
-    shell.fails(r"needs about 0\.\d GB of memory, 0\.1 GB are free: take fewer calibration tokens")
+    shell.fails(r"needs about 0\.\d GB of memory, 0\.1 GB are free: close other programs until 0\.\d\dGB are free$")
+
+
+def test_a_control_group_has_too_little_memory(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a small container on a large machine."""
+    monkeypatch.setattr(hardware, "cgroup_memory", lambda groups: (3 * 10**8, 2 * 10**8))
+    shell.fails(r"needs about 0\.\d GB of memory, 0\.1 GB are free")
 
 
 def test_too_little_disk(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=10))
-    shell.fails(r"needs about .* GB of disk in .*, 0\.0 GB are free: make room or choose another --out")
+    shell.fails(r"needs about .* GB of disk in .*, 0\.0 GB are free: free 0\.01GB there, or choose another --out$")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")

@@ -539,6 +539,7 @@ def _kept_within(
     needs: preflight.Estimate, memory: str | None, recipe: Recipe, *, can_spill: bool
 ) -> tuple[preflight.Estimate, int | None]:
     """What a run takes that keeps to a ceiling of memory, and how much of what walks hold may then wait in memory."""
+    needs = dataclasses.replace(needs, spills=can_spill)
     if memory is None:
         return needs, None
     ceiling = parse_bytes(memory)
@@ -546,8 +547,8 @@ def _kept_within(
         return preflight.within(needs, ceiling)
     if needs.memory_bytes > ceiling:
         raise CompressLabError(
-            f"needs about {needs.memory_bytes / 1e9:.1f} GB of memory, and recipe '{recipe.name}' cannot do with less here: "
-            f"raise --memory {memory}, or take fewer calibration tokens (--samples, --sequence-length)"
+            f"needs about {needs.memory_bytes / 1e9:.1f} GB of memory, of which recipe '{recipe.name}' can leave nothing on disk "
+            f"here: {preflight.refusal(needs, ceiling)}"
         )
     return needs, None
 
