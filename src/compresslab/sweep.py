@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from compresslab import recipe as recipes
-from compresslab.artifact import MANIFEST, atomic_write
+from compresslab.artifact import MANIFEST, atomic_write, partial_of
 from compresslab.budget import parse_budget
 from compresslab.errors import CompressLabError
 
@@ -142,7 +142,7 @@ def run(
 def attempt(sweep: Sweep, trial: Trial) -> Outcome:
     """Run one trial to its end, if that has not happened yet."""
     folder = sweep.out / trial.name
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() and not partial_of(folder).exists():  # or it has yet to tidy up
         return Outcome(trial=trial, folder=folder, state="kept")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(sweep.threads))
     why = ""
