@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from compresslab import damage, mixed, models, pipeline, preflight, refining, replaying
+from compresslab import artifact, damage, mixed, models, pipeline, preflight, refining, replaying
 from compresslab.data import Calibration
 from compresslab.errors import CompressLabError
 from compresslab.measure import hardware
@@ -128,6 +128,31 @@ def test_tokens_through_the_whole_model(
     backward = 3 if sensitivity == "fisher" else 1
     widths = len(mixed.WIDTHS) + len(HALVES)
     assert damage.tokens_read(sensitivity, len(report.layers), widths) == backward * sum(read)
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+@pytest.mark.parametrize("step", ["rtn", "gptq", "qep"])
+def test_disk_is_foretold(step: str, one_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 30 %, where the weights are more than what tells of them."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model, out = tiny.save("llama", tmp_path / "wide", **wide), tmp_path / "out"
+    text = str(tiny.write_text(tmp_path / "text.txt"))
+    chosen = tiny.recipe(step, samples=64, length=16, group_size=64)
+    if not one_file:
+        for module in (artifact, preflight):
+            monkeypatch.setattr(module, "SINGLE_FILE_BYTES", 10_000)
+    found, replace = [0], artifact.os.replace
+
+    def looked(old: Any, new: Any) -> None:
+        held = {path.stat().st_ino: path.stat().st_size for path in tmp_path.glob("out.partial/**/*") if path.is_file()}
+        found.append(sum(held.values()))
+        replace(old, new)
+
+    with tiny.quick(), tiny.unmeasured():
+        _, estimate, _ = pipeline.plan_only(model, chosen)
+        monkeypatch.setattr(artifact.os, "replace", looked)
+        pipeline.compress(model, chosen, text, out=out, measure=False)
+    assert max(found) == pytest.approx(estimate.disk_bytes, rel=0.3)
 
 
 def test_a_dry_run_counts_a_budget(folder: Path) -> None:

@@ -550,7 +550,7 @@ def test_a_killed_process_goes_on(text: Path, tmp_path: Path) -> None:
     progress = partial(out) / "progress.json"
     running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not progress.exists() and running.poll() is None and time.monotonic() < deadline:
+    while not (progress.exists() and finished_units(out)) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compresslab.artifact import weight_hash
+from compresslab.artifact import SINGLE_FILE_BYTES, weight_hash
 from compresslab.aware import Untrained
 from compresslab.contract import NetworkPruner, Solver
 from compresslab.errors import CompressLabError
@@ -136,13 +136,13 @@ def estimate(
         widest = max(columns for _, columns in shapes.values())
         if sequence_length is None:
             rows_of = pixels(source, plan)
-            states = 4 * samples * max(rows_of[name] * shapes[name][0] for name in shapes)
-            waiting, batches = walks * 4 * states, math.ceil(samples / batch_size(None))
+            states = walks * 4 * samples * max(rows_of[name] * shapes[name][0] for name in shapes)
+            waiting, batches = 4 * states, math.ceil(samples / batch_size(None))
             parts |= _work(shapes, {name: samples * rows_of[name] for name in shapes}, device)
         else:
             tokens, hidden = samples * sequence_length, _hidden_size(source, shapes)
-            states = tokens * hidden * compute
-            waiting = walks * (4 * states + tokens * widest * compute)
+            states = walks * tokens * hidden * compute
+            waiting = 4 * states + walks * tokens * widest * compute
             batches = math.ceil(samples / batch_size(sequence_length))
             attention = len(shapes) / 7 * 2 * 2 * tokens * sequence_length * hidden * 0.6
             parts |= _work(shapes, dict.fromkeys(shapes, tokens), device, attention)
@@ -156,7 +156,7 @@ def estimate(
         parts["solve"] = sum(r * c / rate[solvers[name]] for name, (r, c) in shapes.items())
     return Estimate(
         memory_bytes=int(memory),
-        disk_bytes=int(2 * artifact + 2 * states),
+        disk_bytes=int(artifact * (2 if artifact <= SINGLE_FILE_BYTES else 1) + 2 * states),  # shards are linked
         seconds=sum(parts.values()),
         artifact_bytes=int(artifact),
         parts=parts,
