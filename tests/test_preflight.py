@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -166,9 +167,10 @@ def test_a_dry_run_counts_a_budget(folder: Path) -> None:
     assert shared.memory_bytes >= gram.memory_bytes == plain.memory_bytes
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float = 1e15) -> None:
-    """So many bytes free."""
-    monkeypatch.setattr(hardware, "cgroup_memory", lambda groups: (int(memory), 0))
+def machine(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float = 1e15, *, used: float = 0) -> None:
+    """So many bytes free, of memory beside what others use."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15, total=10**15))
+    monkeypatch.setattr(hardware, "cgroup_memory", lambda groups: (int(memory + used), int(used)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
 
 
@@ -185,11 +187,11 @@ def needs(**more: Any) -> preflight.Estimate:
     ("more", "free", "told"),
     [
         ({}, 5e9, r"--memory 2\.31GB is the least that works"),
-        ({"spills": False}, 5e9, r"until 10\.00GB are free, or take --samples 24$"),
-        ({"spills": False}, 2.1e9, r"until 10\.00GB are free$"),  # not one sample
-        ({"spills": False, "whole_bytes": 6 * 10**9}, 5e9, r"until 10\.00GB are free$"),
+        ({"spills": False}, 5e9, r"a machine with 10\.00GB free, or take --samples 24$"),
+        ({"spills": False}, 2.1e9, r"a machine with 10\.00GB free$"),  # not one sample
+        ({"spills": False, "whole_bytes": 6 * 10**9}, 5e9, r"a machine with 10\.00GB free$"),
         ({"whole_bytes": 4 * 10**9}, 5e9, r"--memory 4\.00GB is the least"),
-        ({"spills": False, "samples": 0}, 5e9, r"until 10\.00GB are free$"),  # without calibration
+        ({"spills": False, "samples": 0}, 5e9, r"a machine with 10\.00GB free$"),  # without calibration
     ],
 )
 def test_what_does_not_fit_in_memory_is_told_what_would(
@@ -207,6 +209,14 @@ def test_what_does_not_fit_in_memory_is_told_what_would(
         preflight.check(found.of_samples(count), tmp_path)
         with pytest.raises(CompressLabError):
             preflight.check(found.of_samples(count + 1), tmp_path)
+
+
+def test_what_would_fit_without_other_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine(monkeypatch, 5e9, used=6e9)
+    with pytest.raises(
+        CompressLabError, match=r"5\.0 GB are free: close other programs until 10\.00GB are free, or take --s"
+    ):
+        preflight.check(needs(spills=False), tmp_path)
 
 
 def test_what_does_not_fit_on_the_disk_is_told_what_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ While a run is under way, everything is in `OUT.partial/` beside the output fold
       lock              held while a run writes here
       owner.json        which run that is: process, host, command, since when
       progress.json     what this run is (recipe, model, data, seed, versions), and every finished unit; replaced atomically
+      bits-*, widths-*  what a search has chosen by a budget; search-* what it has measured so far
       units/*.safetensors   the packed tensors of each finished unit
       states/*          what the last finished block returned for every calibration batch: the point to go on from
+      training-*/       checkpoints, where anything is trained
       waiting-*/        what calibration batches hold while they wait, if memory is short
       artifact/         the finished folder, moved to OUT in one rename at the very end
 
-So OUT is either absent or whole. The same command run again goes on from progress.json; another command refuses to mix.
+So OUT is either absent or whole. The same command run again goes on from progress.json; another command refuses to mix. Units
+and states are on the disk itself before they are noted, with hashes that are compared before they are gone on with.
 """
 
 from __future__ import annotations
@@ -214,7 +217,8 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         if kind is not None and not self._holds_work():
-            self._remove()
+            with contextlib.suppress(OSError):  # what ended the run is what to tell
+                self._remove()
         self._lock.release()
         if (told := of_disk(error, self.partial)) is not None:
             raise told from error
@@ -282,7 +286,10 @@ class Writer:
         """Whether what this run makes lies where it shall. Without the artifact/ folder, or it has yet to be put there."""
         if (self.partial / "artifact").exists() or not (self.out / MANIFEST).exists():
             return False
-        return bool(Artifact(self.out).manifest().get("run") == self.key)
+        try:
+            return bool(Artifact(self.out).manifest().get("run") == self.key)
+        except CompressLabError:  # damaged, and to be replaced
+            return False
 
     def _damaged(self, units: dict[str, Any]) -> list[Path]:
         """Of the files of all units, and of the states to go on from, which are the last of every list of blocks."""

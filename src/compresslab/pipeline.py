@@ -1,8 +1,8 @@
 """compress(): the whole data flow on one page.
 
-    read -> (rewrite, rotate) -> plan and preflight -> (take out units) -> (share out a budget) -> smooth -> (train)
-         -> (share out zeros, or score all weights) -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process
-         -> compare bit by bit with what was solved -> measure -> report -> publish
+    read -> (rewrite, rotate) -> plan and preflight -> lock OUT.partial -> (take out units) -> (share out a budget) -> smooth
+         -> (train) -> (share out zeros, or score all weights) -> calibrate -> (prune) -> solve -> assemble
+         -> RELOAD in a fresh process -> compare bit by bit with what was solved -> measure -> report -> publish
 
 Every number in the report comes from the artifact as reloaded from disk, never from the model that was solved in memory.
 """

@@ -529,11 +529,12 @@ def _gigabytes(count: float) -> str:
 def check(found: Estimate, out: Path) -> None:
     """CompressLabError if the machine has too little memory or disk for it, and for the other ranks that run here."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free_memory, memory = hardware.memory().available_bytes, ranks * found.memory_bytes
+    here, memory = hardware.memory(), ranks * found.memory_bytes
+    free_memory, all_memory = here.available_bytes, min(here.total_bytes, here.limit_bytes or here.total_bytes)
     if memory > free_memory:
         raise CompressLabError(
             f"needs about {memory / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free: "
-            f"{_advice(found, free_memory // ranks)}"
+            f"{_advice(found, free_memory // ranks, all_memory // ranks)}"
         )
     parent = next(folder for folder in (out, *out.parents) if folder.exists())
     free_disk = shutil.disk_usage(parent).free
@@ -560,11 +561,13 @@ def _least(found: Estimate) -> float:
     return max(1.1 * (found.memory_bytes - found.waiting_bytes + found.walk_bytes), found.whole_bytes)
 
 
-def _advice(found: Estimate, free_bytes: int) -> str:
+def _advice(found: Estimate, free_bytes: int, all_bytes: int) -> str:
     least = _least(found)
     if found.spills and found.waiting_bytes and least < free_bytes:
         return f"--memory {_gigabytes(least)} is the least that works, with walks that wait on disk"
-    options = [f"close other programs until {_gigabytes(found.memory_bytes)} are free"]
+    needed = _gigabytes(found.memory_bytes)
+    more = found.memory_bytes > all_bytes
+    options = [f"take a machine with {needed} free" if more else f"close other programs until {needed} are free"]
     return ", or ".join(options + _samples(found, lambda some: some.memory_bytes <= free_bytes))
 
 
