@@ -148,8 +148,8 @@ def compress(
         source, removal, (plan, methods, layout), chosen, search = _taken_out(
             passing(source, plan), stages, chosen, (plan, methods, layout), progress, clock, kept,
             None if narrow is None else partial(
-                narrowing.share_out, budget=narrow, batches=material.seen, seed=seed, journal=writer and writer.partial,
-                on_judged=progress.step,
+                narrowing.share_out, budget=narrow, batches=material.seen, seed=seed,
+                journal=None if writer is None else writer.partial, on_judged=progress.step,
             ),
         )  # fmt: skip
         eligible = plan.layers
