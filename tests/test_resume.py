@@ -131,7 +131,7 @@ def test_interrupted_after_every_single_unit(
     assert (compress(model, text, out).folder / WEIGHTS).read_bytes() == undisturbed
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, UNITS + 1])  # it is noted once before the first unit
+@pytest.mark.parametrize("k", [1, 2, UNITS, UNITS + 1])  # the last is the note that it will be published
 def test_interrupted_between_the_files_of_a_unit_and_the_note_of_it(
     k: int, model: Path, text: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +297,20 @@ def test_files_are_on_the_disk_before_they_are_noted(
         name = done[i].removeprefix("-> ")
         assert name in ("model",) or name in done[i - 1], done[max(0, i - 3) : i + 1]
     assert {"model", "config", "report"} <= set(done)
+
+
+def test_another_network_by_the_same_command_is_not_mixed_in(
+    half_done: Path, model: Path, text: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a removal may choose others on a device that adds up in another order."""
+    settle = Writer.settle
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "settle", lambda self, what, digest: settle(self, what, digest[::-1]))
+        with pytest.raises(
+            CompressLabError, match="unfinished run with another network, though the command is the same"
+        ):
+            compress(model, text, half_done)
+    assert (compress(model, text, half_done).folder / WEIGHTS).read_bytes() == undisturbed
 
 
 # --- another run on the same folder --------------------------------------------------------------------------------

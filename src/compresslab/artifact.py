@@ -55,6 +55,7 @@ from compresslab.wheels import file_sha256
 # One weight file up to this size, the finished units as shards of a larger model.
 SINGLE_FILE_BYTES = 4_000_000_000
 MANIFEST = "compresslab.json"
+SETTLED = ".settled"  # in a partial folder: the hash of what a stage has made
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ class Writer:
 
     def _holds_work(self) -> bool:
         """Whether there is anything to go on from."""
-        left = (path for path in self.partial.rglob("*") if path.is_file() and path.suffix != ".tmp")
+        left = (path for path in self.partial.rglob("*") if path.is_file() and path.suffix not in (".tmp", SETTLED))
         notes = ("lock", "owner.json", "progress.json")
         return any(path.name not in notes and not path.parent.name.startswith("waiting-") for path in left)
 
@@ -314,12 +315,13 @@ class Writer:
         """Say what the stages so far have made for those that follow. CompressLabError if an earlier run that this one goes on
         with had made something else of the same command, which must not be mixed.
         """
-        if self._progress.setdefault("settled", {}).setdefault(what, digest) != digest:
+        path = self.scratch(what).with_suffix(SETTLED)
+        if path.exists() and path.read_text(encoding="ascii") != digest and self._holds_work():
             raise CompressLabError(
                 f"{self.partial} holds an unfinished run with another {what}, though the command is the same: delete it to start "
                 "over, or choose another --out"
             )
-        self._note()
+        atomic_write(path, digest.encode())
 
     def _note(self) -> None:
         atomic_write(self.partial / "progress.json", json.dumps(self._progress).encode())
