@@ -4,7 +4,8 @@
 
 Checkpoints are random weights in a real model's exact shapes (`compresslab random-model`), made in FOLDER once; the largest
 takes 13.5 GB and its artifact 4 GB. Every compression is a process of its own, whose peak of resident memory the system
-tells at its end (wait4: the process and those it started, whichever was largest). What the preflight foretold stands beside it.
+tells at its end (wait4: the process and those it started, whichever was largest). What the preflight foretold stands beside it,
+and beside the most that the output and its partial folder had on disk.
 
     copy      the checkpoint copied and synced to disk: what rounding is compared with
     rounding, hqq, gptq   all of it by w4a16-rtn, -hqq and -gptq, the last one with 16 x 512 tokens; like the copy, they find no
@@ -21,6 +22,7 @@ Parts are measured one after the other and kept as they finish, so that some can
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +32,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +60,9 @@ def say(name, value):
 
 model, out, recipe, data, settings, foretell, memory = json.loads(sys.argv[1])
 if foretell:
-    _, estimate, _ = pipeline.plan_only(model, recipe, settings=settings)
-    say("foretold", {"seconds": estimate.seconds, "memory_bytes": estimate.memory_bytes, "parts": estimate.parts})
+    _, estimate, _ = pipeline.plan_only(model, recipe, settings=settings, memory=memory)
+    fields = ("seconds", "memory_bytes", "disk_bytes", "parts")
+    say("foretold", {field: getattr(estimate, field) for field in fields})
 _, report = pipeline.compress(model, recipe, data, out=out, settings=settings, measure=False, memory=memory)
 say("seconds", report.seconds)
 say("layers", sum(layer.seconds for layer in report.layers))
@@ -88,6 +92,32 @@ def process(
     _, status, usage = os.wait4(child.pid, 0)
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return lines, time.perf_counter() - started, peak, os.waitstatus_to_exitcode(status)
+
+
+class Disk:
+    """What a folder and its .partial hold while this is entered: bytes at the most, looked at ten times a second."""
+
+    def __init__(self, out: Path) -> None:
+        self.folders, self.most_bytes = (out, out.with_name(out.name + ".partial")), 0
+        self._ended = threading.Event()
+        self._looking = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Disk:
+        self._looking.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._looking.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.1):
+            sizes: dict[int, int] = {}  # by file, for a linked one takes its place once
+            for path in (path for folder in self.folders for path in folder.rglob("*")):
+                with contextlib.suppress(OSError):  # it is gone by now
+                    found = path.lstat()
+                    sizes[found.st_ino] = found.st_blocks * 512
+            self.most_bytes = max(self.most_bytes, sum(sizes.values()))
 
 
 def job(
@@ -139,7 +169,8 @@ def compressed(
     if not went_on:
         forget(model)
         fresh(out)
-    lines, seconds, peak, code = process(command)
+    with Disk(out) as disk:
+        lines, seconds, peak, code = process(command)
     if code:
         raise SystemExit(f"{recipe} on {model} ended with {code}")
     said: dict[str, Any] = {}
@@ -149,6 +180,7 @@ def compressed(
     return {
         "seconds": seconds,
         "peak_bytes": peak,
+        "disk_bytes": disk.most_bytes,
         "by_stage": said["seconds"],
         "solved": solved,
         "solved_by_layers": said["layers"],

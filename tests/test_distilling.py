@@ -31,6 +31,7 @@ from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
+from compresslab.losses import losses_of
 from compresslab.measure import fresh
 from compresslab.recipe import Recipe
 from compresslab.students import Shape, student_of
@@ -669,7 +670,7 @@ def test_a_teacher_as_it_is_stored_says_nearly_the_same(place: Path, tmp_path: P
     stored = chosen({"method": "soft-labels", "temperature": 1.0}, {"method": "hints"}, teacher_dtype="stored")
     whole = chosen({"method": "soft-labels", "temperature": 1.0}, {"method": "hints"})
     pair = pairing.Pair.of(tmp_path / "teacher", Shape(layers=2))
-    networks = [network_of(pair, pairing.losses_of(whole), torch.device("cpu"), kind) for kind in ("float32", "stored")]
+    networks = [network_of(pair, losses_of(whole), torch.device("cpu"), kind) for kind in ("float32", "stored")]
     assert [next(network.parameters()).dtype for network in networks] == [torch.float32, torch.bfloat16]
     ids = tiny.token_batches(16)[0]["input_ids"]
     with torch.no_grad():

@@ -82,15 +82,18 @@ def test_limits_of_control_groups_version_2(tmp_path: Path) -> None:
     assert groups == [tmp_path / "pod" / "box", tmp_path / "pod", tmp_path]
     assert hardware.cgroup_cpus(groups) == 1.5
     assert hardware.cgroup_memory(groups) == (4 << 30, 3 << 30)  # the outer one leaves less
+    write(tmp_path / "pod", memory__stat=f"anon {1 << 30}\nfile {2 << 30}\nactive_file 5\ninactive_file {1 << 30}")
+    assert hardware.cgroup_memory(groups) == (4 << 30, (2 << 30) - 5), "pages of files make room when it is needed"
 
 
 def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
     own = "4:memory:/box\n1:cpu,cpuacct:/box\n0::/\n"
     write(tmp_path / "cpu,cpuacct" / "box", cpu__cfs_quota_us=250000, cpu__cfs_period_us=100000)
     write(tmp_path / "memory" / "box", memory__limit_in_bytes=1 << 30, memory__usage_in_bytes=100)
+    write(tmp_path / "memory" / "box", memory__stat="active_file 1\ntotal_active_file 30\ntotal_inactive_file 10")
     write(tmp_path / "memory", memory__limit_in_bytes=9223372036854771712, memory__usage_in_bytes=5)
     assert hardware.cgroup_cpus(hardware.cgroups(own, "cpu", tmp_path)) == 2.5
-    assert hardware.cgroup_memory(hardware.cgroups(own, "memory", tmp_path)) == (1 << 30, 100)
+    assert hardware.cgroup_memory(hardware.cgroups(own, "memory", tmp_path)) == (1 << 30, 60)
     write(tmp_path / "cpu,cpuacct" / "box", cpu__cfs_quota_us=-1)
     assert hardware.cgroup_cpus(hardware.cgroups(own, "cpu", tmp_path)) is None
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ import tiny
 from compresslab import artifact, pipeline
 from compresslab.artifact import Artifact
 from compresslab.errors import CompressLabError
+from compresslab.measure import hardware
 
 
 @pytest.fixture(scope="module")
@@ -425,12 +427,18 @@ def test_no_evaluation_windows(shell: Shell) -> None:
 
 def test_too_little_memory(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**8, total=10**8))
-    shell.fails(r"needs about 0\.\d GB of memory, 0\.1 GB are free: take fewer calibration tokens")
+    shell.fails(r"needs about 0\.\d GB of memory, 0\.1 GB are free: take a machine with 0\.\d\dGB free$")
+
+
+def test_a_control_group_has_too_little_memory(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a small container on a large machine."""
+    monkeypatch.setattr(hardware, "cgroup_memory", lambda groups: (3 * 10**8, 2 * 10**8))
+    shell.fails(r"needs about 0\.\d GB of memory, 0\.1 GB are free")
 
 
 def test_too_little_disk(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=10))
-    shell.fails(r"needs about .* GB of disk in .*, 0\.0 GB are free: make room or choose another --out")
+    shell.fails(r"needs about .* GB of disk in .*, 0\.0 GB are free: free 0\.01GB there, or choose another --out$")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
@@ -458,10 +466,10 @@ def test_disk_full_while_a_unit_is_written(shell: Shell, monkeypatch: pytest.Mon
     shutil.rmtree(shell.out)
     save, count = artifact.write_safetensors, 0
 
-    def fills_up(path: Path, specs: Any, get: Any) -> None:
+    def fills_up(path: Path, specs: Any, get: Any, **more: Any) -> None:
         nonlocal count
         count += 1
-        save(path, specs, full_disk if count == call else get)
+        save(path, specs, full_disk if count == call else get, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(artifact, "write_safetensors", fills_up)
@@ -481,6 +489,62 @@ def test_disk_full_elsewhere(shell: Shell, monkeypatch: pytest.MonkeyPatch, wher
     module, name = {"os.fsync": (artifact.os, "fsync"), "shutil.copyfile": (artifact.shutil, "copyfile")}[where]
     monkeypatch.setattr(module, name, full_disk)
     shell.fails("No space left on device", early=False)
+
+
+@pytest.mark.parametrize("name", ["report.json", "README.md", "report.html"])
+def test_disk_full_while_the_report_is_written(shell: Shell, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write = Path.write_text
+
+    def fills_up(self: Path, *args: Any, **more: Any) -> int:
+        if self.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fills_up)
+        shell.fails(rf"cannot write .*{name} \(No space left on device\): free some disk and run the same", early=False)
+    assert shell("--quiet")[0] == 0
+    Artifact(shell.out).verify()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow beyond this many bytes: what is written through C++ and Rust breaks off too, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [(20_000, r"\(File too large\)"), (250_000, r"\(a file broke off\)")],
+    ids=["weights", "optimizer"],
+)
+def test_disk_full_while_a_training_is_kept(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, told: str
+) -> None:
+    """By safetensors, which is Rust, and by torch.save."""
+    recipe = tmp_path / "aware.yaml"
+    steps = [{"method": "lsq", "bits": 4}]
+    raw = tiny.recipe().model_dump(mode="json") | {"steps": steps, "training": {"steps": 4, "batch": 4, "checks": 2}}
+    recipe.write_text(tiny.parse(raw, "aware").to_yaml(), encoding="utf-8")
+    with largest_file(size):
+        shell.fails(
+            rf"cannot write .*out\.partial {told}: free some disk and run the same command again",
+            recipe=recipe,
+            early=False,
+        )
+    assert shell("--quiet", recipe=recipe)[0] == 0
+
+
+def test_disk_full_where_nothing_is_being_made(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command says it in one line."""
+    monkeypatch.setattr(pipeline, "plan_only", full_disk)
+    shell.fails(r"cannot write to the disk \(No space left on device\): free some disk", "--dry-run")
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])

@@ -353,6 +353,35 @@ def test_a_killed_run_finds_the_same_shares_and_goes_on(
     assert (artifact.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
 
 
+def test_a_choice_by_measured_times_stays_over_a_kill(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured again, times are others, and so would be the choice."""
+    whole, _ = compress("6bits", out=tmp_path / "whole")
+    share_out, asked = pipeline.mixed.share_out, []
+
+    def noisy(calibration: Any, recipe: Any, solvers: Any, budget: Any, **more: Any) -> Any:
+        asked.append(budget)
+        return share_out(
+            calibration, recipe, solvers, budget if len(asked) == 1 else budgets.parse_budget("5bits"), **more
+        )
+
+    def once(self: Writer, *args: Any) -> None:
+        write(self, *args)
+        raise KeyboardInterrupt
+
+    write = Writer.write
+    monkeypatch.setattr(pipeline.mixed, "share_out", noisy)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Writer, "write", once)
+        compress("6bits")
+    artifact, report = compress("6bits")
+    assert len(asked) == 1
+    assert report.search is not None and report.search.budget == "6bits"
+    weights = "model.safetensors"
+    assert (artifact.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
+
+
 SMOOTHERS = [n for n, cls in methods.METHODS.items() if isinstance(cls(), Smoother) and not isinstance(cls(), Solver)]
 
 

@@ -143,7 +143,11 @@ def undisturbed(model: Path, text: Path, tmp_path: Path) -> bytes:
     return compress(model, text, tmp_path / "undisturbed")
 
 
-def test_a_rank_is_killed_and_one_process_goes_on(model: Path, text: Path, tmp_path: Path, undisturbed: bytes) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed_and_one_process_goes_on(
+    rank: int, model: Path, text: Path, tmp_path: Path, undisturbed: bytes
+) -> None:
+    """The leader, which holds the lock, or another."""
     out, progress = tmp_path / "out", tmp_path / "out.partial" / "progress.json"
     running = subprocess.Popen(
         torchrun(2, *command(model, text, out)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -152,8 +156,7 @@ def test_a_rank_is_killed_and_one_process_goes_on(model: Path, text: Path, tmp_p
     while not progress.exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     workers = [p for p in psutil.Process(running.pid).children(recursive=True) if "compresslab.cli" in p.cmdline()]
-    follower = next(p for p in workers if p.environ()["RANK"] == "1")
-    follower.send_signal(signal.SIGKILL)
+    next(p for p in workers if p.environ()["RANK"] == str(rank)).send_signal(signal.SIGKILL)
     _, said = running.communicate(timeout=120)
     assert running.returncode != 0, said
     assert not out.exists()

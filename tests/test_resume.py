@@ -131,7 +131,7 @@ def test_interrupted_after_every_single_unit(
     assert (compress(model, text, out).folder / WEIGHTS).read_bytes() == undisturbed
 
 
-@pytest.mark.parametrize("k", [1, 2, UNITS])
+@pytest.mark.parametrize("k", [1, 2, UNITS, UNITS + 1])  # the last is the note that it will be published
 def test_interrupted_between_the_files_of_a_unit_and_the_note_of_it(
     k: int, model: Path, text: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +224,96 @@ def test_a_unit_that_was_damaged_in_between_is_not_published(
     assert (found.folder / WEIGHTS).read_bytes() == undisturbed
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("at", ["rename", "remove"])
+def test_killed_when_all_but_the_tidying_up_was_done(
+    at: str, force: bool, model: Path, text: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command finds what it has made, and leaves nothing beside it; another command is refused."""
+    out = tmp_path / "out"
+    if force:
+        compress(model, text, out, seed=1)
+
+    def stop(self: Writer) -> None:
+        if at == "remove":
+            (self.partial / "progress.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Writer, "_remove", stop)
+        compress(model, text, out, force=force)
+    assert (out / WEIGHTS).read_bytes() == undisturbed and partial(out).exists()
+    made = (out / "report.json").stat().st_mtime_ns
+    with pytest.raises(CompressLabError, match=r"out is not empty: choose another --out, or replace"):
+        compress(model, text, out, seed=2)
+    if at == "remove" and force:  # no note is left that it was this run which published, so it is done again
+        assert (compress(model, text, out, force=True).folder / WEIGHTS).read_bytes() == undisturbed
+    else:
+        steps: list[str] = []
+        found = compress(model, text, out, force=force, progress=pipeline.Progress(step=steps.append))
+        assert not steps and found.folder == out
+        assert (out / "report.json").stat().st_mtime_ns == made
+    Artifact(out).verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(CompressLabError, match=r"out is not empty: choose another --out, or replace"):
+        compress(model, text, out)
+
+
+@pytest.mark.parametrize("how", ["changed", "cut off", "gone"])
+def test_a_state_that_was_damaged_in_between_is_not_gone_on_from(
+    how: str, model: Path, text: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after_unit(patch, 2)
+        compress(model, text, out)
+    (state,) = (partial(out) / "states").iterdir()
+    content = state.read_bytes()
+    state.write_bytes(content[:-4] + b"\0\0\0\0" if how == "changed" else content[:-4])
+    if how == "gone":
+        state.unlink()
+    with pytest.raises(CompressLabError, match=r"states/.*safetensors was damaged .*: start over with --force"):
+        compress(model, text, out)
+    assert (compress(model, text, out, force=True).folder / WEIGHTS).read_bytes() == undisturbed
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is synced is told by its number alone")
+def test_files_are_on_the_disk_before_they_are_noted(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power cut would leave a note of what is not there."""
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).stem)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"-> {Path(b).stem}"), replace(a, b)))
+    compress(model, text, tmp_path / "out")
+    renamed = [i for i, what in enumerate(done) if what.startswith("-> ")]
+    assert len(renamed) > 2 * UNITS
+    for i in renamed:
+        name = done[i].removeprefix("-> ")
+        assert name in ("model",) or name in done[i - 1], done[max(0, i - 3) : i + 1]
+    assert {"model", "config", "report"} <= set(done)
+
+
+def test_another_network_by_the_same_command_is_not_mixed_in(
+    half_done: Path, model: Path, text: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a removal may choose others on a device that adds up in another order."""
+    settle = Writer.settle
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "settle", lambda self, what, digest: settle(self, what, digest[::-1]))
+        with pytest.raises(
+            CompressLabError, match="unfinished run with another network, though the command is the same"
+        ):
+            compress(model, text, half_done)
+    assert (compress(model, text, half_done).folder / WEIGHTS).read_bytes() == undisturbed
+
+
 # --- another run on the same folder --------------------------------------------------------------------------------
 
 
@@ -314,6 +404,48 @@ def test_two_runs_at_once(model: Path, text: Path, tmp_path: Path, undisturbed: 
     )
     assert not (found.folder / "owner.json").exists()
     assert (found.folder / WEIGHTS).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("stage", ["survey", "take out"])
+def test_the_lock_is_there_before_any_work(stage: str, model: Path, text: Path, tmp_path: Path) -> None:
+    out, refusals = tmp_path / "out", list[str]()
+    remove = {"method": "block-influence", "layer_frac": 0.34}
+    raw = EVERYTHING.model_dump(mode="json")
+    recipe = tiny.parse(raw | {"steps": [remove, *raw["steps"]]}, "tiny")
+
+    def second(name: str, steps: int) -> None:
+        if name == stage:
+            with pytest.raises(CompressLabError, match="another run is writing to") as caught:
+                compress(model, text, out, seed=1, force=True)
+            refusals.append(str(caught.value))
+
+    more: dict[str, Any] = {"budget": "5bits"} if stage == "survey" else {"recipe": recipe}
+    compress(model, text, out, progress=pipeline.Progress(stage=second), **more)
+    assert len(refusals) == 1
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from compresslab.artifact import Writer
+with Writer(Path(sys.argv[1]), {}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_on_one_folder(model: Path, text: Path, undisturbed: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(CompressLabError, match=rf"another run is writing to .*\(process {other.pid} on "):
+            compress(model, text, out, force=True)
+        other.kill()
+        other.wait()
+        assert (partial(out) / "lock").exists(), "what holds it is the process, and no file"
+    assert (compress(model, text, out).folder / WEIGHTS).read_bytes() == undisturbed
 
 
 # --- the output folder ---------------------------------------------------------------------------------------------
@@ -433,7 +565,7 @@ def test_a_killed_process_goes_on(text: Path, tmp_path: Path) -> None:
     progress = partial(out) / "progress.json"
     running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not progress.exists() and running.poll() is None and time.monotonic() < deadline:
+    while not (progress.exists() and finished_units(out)) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL

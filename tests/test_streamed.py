@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from compresslab import evaluation, models, preflight, streamed
+from compresslab import evaluation, models, pipeline, preflight, streamed
 from compresslab.artifact import Artifact
 from compresslab.errors import CompressLabError
 from compresslab.measure import energy, fresh
@@ -132,6 +132,30 @@ def test_what_needs_the_whole_model_is_refused(tmp_path: Path, monkeypatch: pyte
     wanted = {"sweep": fresh.Sweep(), "energy": energy.Settings(grid=500.0), "tasks": ["arc_easy"]}
     with pytest.raises(CompressLabError, match=f"--{option} needs it whole: leave it out"):
         evaluation.evaluate(tiny.save("llama", tmp_path / "model"), **{option: wanted[option]})  # type: ignore[arg-type]
+
+
+def test_a_run_under_a_ceiling_is_measured_under_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "PROGRAM_BYTES", 0)  # or the programs would be nearly all of it
+    model, text = tiny.save("llama", tmp_path / "model", num_hidden_layers=16), tiny.write_text(tmp_path / "t.txt")
+    whole = preflight.PROGRAM_BYTES + 4.4 * sum(p.numel() for p in models.find(model).skeleton().parameters())
+    asked: list[fresh.Job] = []
+
+    def noted(job: fresh.Job) -> fresh.Result:
+        asked.append(job)
+        return tiny.fake_measure(job)
+
+    monkeypatch.setattr(fresh, "measure", noted)
+
+    def run(out: str, **more: Any) -> None:
+        with tiny.quick():
+            pipeline.compress(model, tiny.recipe(), str(text), out=tmp_path / out, **{"measure": False} | more)
+
+    run("free")
+    run("ceiling", memory=f"{(whole - 1000) / 1e9:.9f}GB")
+    assert [job.streamed for job in asked] == [False, True]
+    with pytest.raises(CompressLabError, match=r"measuring .* block by block takes about 0\.\d\d GB: allow --memory"):
+        run("measured", memory=f"{(whole - 1000) / 1e9:.9f}GB", measure=True, evaluation_windows=2)
+    assert len(asked) == 2 and not (tmp_path / "measured.partial").exists(), "said before any work"
 
 
 def test_a_ceiling_decides_and_too_low_a_one_names_the_least(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import time
@@ -114,6 +115,60 @@ def test_a_recipe_that_changed_is_not_taken_for_finished(
     mine.write_text(tiny.recipe("rtn", bits=3).to_yaml(), encoding="utf-8")
     with pytest.raises(CompressLabError, match="another recipe called mine"):
         sweeps.run(sweep, [trial])
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_contents_that_changed_are_not_taken_for_the_same(
+    what: str, sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of one name and path."""
+    (tmp_path / "model" / "inner").mkdir(parents=True)
+    paths = {"model": tmp_path / "model" / "inner" / "weights", "data": tmp_path / "text.txt"}
+    for path in paths.values():
+        path.write_text("before", encoding="utf-8")
+    given = Sweep(**vars(sweep) | {"model": str(tmp_path / "model"), "data": str(paths["data"])})
+    trial = Trial(recipe="w4a16-rtn", budget=None, seed=0)
+    monkeypatch.setattr(sweeps.subprocess, "run", Processes({trial.name: [(0, "")]}))
+    assert sweeps.run(given, [trial])[0].state == "finished"
+    assert sweeps.run(given, [trial])[0].state == "kept"
+    paths[what].write_text("after", encoding="utf-8")
+    with pytest.raises(CompressLabError, match=rf"other contents of {getattr(given, what)}"):
+        sweeps.run(given, [trial])
+
+
+def test_one_that_was_killed_at_its_very_end_is_called_once_more(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds what it has made, and tidies up."""
+    trial = Trial(recipe="w4a16-rtn", budget=None, seed=0)
+    (sweep.out / f"{trial.name}.partial").mkdir(parents=True)
+    (sweep.out / trial.name).mkdir()
+    (sweep.out / trial.name / "compresslab.json").write_text("{}", encoding="utf-8")
+
+    def ends(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+        (sweep.out / f"{trial.name}.partial").rmdir()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sweeps.subprocess, "run", ends)
+    assert [sweeps.run(sweep, [trial])[0].state for _ in range(2)] == ["finished", "kept"]
+
+
+def test_every_run_gets_the_options_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def noted(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2, "", "no")
+
+    monkeypatch.setattr(sweeps.subprocess, "run", noted)
+    options = ("--memory", "2GB", "--device", "cpu", "--sensitivity", "gram", "--ignore", "*a", "--ignore", "*b")
+    tiny.run_cli(monkeypatch, capsys, "sweep", "m", "--recipes", "w4a16-rtn", "--out", tmp_path / "out", *options)
+    (command,) = commands
+    assert {(options[i], options[i + 1]) for i in range(0, len(options), 2)} <= set(itertools.pairwise(command))
+    code, _, err = tiny.run_cli(
+        monkeypatch, capsys, "sweep", "m", "--recipes", "w4a16-rtn", "--out", tmp_path / "no", "--memory", "much"
+    )
+    assert code == 2 and "size 'much'" in err and len(commands) == 1
 
 
 def test_workers_run_beside_each_other(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

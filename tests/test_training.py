@@ -95,6 +95,16 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_not_used(tmp_path: Path) 
     assert record.steps == 12
 
 
+@pytest.mark.parametrize("name", ["trainer_state.json", "rng_state.pth", "optimizer.pt", "model.safetensors"])
+def test_a_checkpoint_with_a_file_that_was_cut_off_is_not_used(name: str, tmp_path: Path) -> None:
+    whole, first = run(tmp_path)
+    path = tmp_path / "checkpoint-12" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    again, record = run(tmp_path)
+    assert same(whole, again)
+    assert record == first
+
+
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
     whole, record = run(tmp_path)
     again, second = run(tmp_path, on_step=lambda progress: pytest.fail("trained again"))

@@ -6,12 +6,15 @@ While a run is under way, everything is in `OUT.partial/` beside the output fold
       lock              held while a run writes here
       owner.json        which run that is: process, host, command, since when
       progress.json     what this run is (recipe, model, data, seed, versions), and every finished unit; replaced atomically
+      bits-*, widths-*  what a search has chosen by a budget; search-* what it has measured so far
       units/*.safetensors   the packed tensors of each finished unit
       states/*          what the last finished block returned for every calibration batch: the point to go on from
+      training-*/       checkpoints, where anything is trained
       waiting-*/        what calibration batches hold while they wait, if memory is short
       artifact/         the finished folder, moved to OUT in one rename at the very end
 
-So OUT is either absent or whole. The same command run again goes on from progress.json; another command refuses to mix.
+So OUT is either absent or whole. The same command run again goes on from progress.json; another command refuses to mix. Units
+and states are on the disk itself before they are noted, with hashes that are compared before they are gone on with.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import os
@@ -27,10 +29,10 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import filelock
 import torch
@@ -40,7 +42,7 @@ from torch import Tensor, nn
 
 from compresslab import models
 from compresslab.contract import LayerRecord
-from compresslab.errors import CompressLabError
+from compresslab.errors import CompressLabError, of_disk
 from compresslab.measure.size import read_header
 from compresslab.models import Source
 from compresslab.numerics.grid import QuantWeight
@@ -53,8 +55,7 @@ from compresslab.wheels import file_sha256
 # One weight file up to this size, the finished units as shards of a larger model.
 SINGLE_FILE_BYTES = 4_000_000_000
 MANIFEST = "compresslab.json"
-
-Result = TypeVar("Result")
+SETTLED = ".settled"  # in a partial folder: the hash of what a stage has made
 
 
 @dataclass(frozen=True)
@@ -130,21 +131,6 @@ class Artifact:
         atomic_write(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def _names_the_disk(method: Callable[..., Result]) -> Callable[..., Result]:
-    """A method whose OSErrors (a full disk, mostly) are told as one line; what is finished stays, to go on from."""
-
-    @functools.wraps(method)
-    def wrapped(self: Writer, *args: Any, **kwargs: Any) -> Result:
-        try:
-            return method(self, *args, **kwargs)
-        except OSError as error:
-            raise CompressLabError(
-                f"cannot write to {self.partial} ({error.strerror}): mend that and run the same command again"
-            ) from error
-
-    return wrapped
-
-
 class _Stored(Sequence[Any]):
     """What a block returned for every batch, read when it is asked for."""
 
@@ -183,32 +169,32 @@ class _Tensors(Sequence[Any]):
 
 
 class Writer:
-    """The sink of a layer-wise run: units in, artifact out. Use as a context manager; it holds the lock.
+    """The sink of a layer-wise run: units in, artifact out. A context manager that holds the lock, to be entered before any
+    other work; a full or read-only disk that a run ends at is told as one line when it is left.
 
     Args:
         out: the artifact's folder; must be absent or empty unless `force`.
-        as_opened: a layer's codes, and whether its module keeps [in, out] -> the weight that a runtime will make of them.
         key: what this run is. A partial folder of a run with another key is refused, naming what changed.
+
+    Attributes:
+        as_opened: a layer's codes, and whether its module keeps [in, out] -> the weight that a runtime will make of them. To be
+            set before the first layer is written.
+        is_published: whether an earlier run of the same command was killed when nothing was left but to tidy up, see `ended`.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        key: dict[str, Any],
-        *,
-        as_opened: Callable[[Any, bool], Tensor],
-        force: bool = False,
-    ) -> None:
-        self.out = out = out.resolve()
-        self.partial = out.parent / f"{out.name}.partial"
+    as_opened: Callable[[Any, bool], Tensor]
+
+    def __init__(self, out: Path, key: dict[str, Any], *, force: bool = False) -> None:
+        self.out, self.partial = out.resolve(), partial_of(out)
         self.key = json.loads(json.dumps(key))
         self.force = force
-        self.as_opened = as_opened
+        self.is_published = False
         self._lock = filelock.FileLock(self.partial / "lock")
         self._progress: dict[str, Any] = {"key": self.key, "units": {}}
 
     def __enter__(self) -> Writer:
         check_output(self.out, self.force)
+        was_there = self.partial.exists()
         try:
             (self.partial / "units").mkdir(parents=True, exist_ok=True)
             (self.partial / "states").mkdir(exist_ok=True)
@@ -224,16 +210,38 @@ class Writer:
             self._lock.release()
             raise CompressLabError(f"cannot write to {self.partial} ({error.strerror}): choose another --out") from None
         try:
-            self._read_progress()
+            self._go_on(was_there)
         except CompressLabError:
             self._lock.release()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
+        if kind is not None and not self._holds_work():
+            with contextlib.suppress(OSError):  # what ended the run is what to tell
+                self._remove()
         self._lock.release()
-        if kind is not None and not self._progress["units"] and not any(self.partial.glob("*/checkpoint-*")):
-            shutil.rmtree(self.partial, ignore_errors=True)  # nothing in it to go on from
+        if (told := of_disk(error, self.partial)) is not None:
+            raise told from error
+
+    def _holds_work(self) -> bool:
+        """Whether there is anything to go on from."""
+        left = (path for path in self.partial.rglob("*") if path.is_file() and path.suffix not in (".tmp", SETTLED))
+        notes = ("lock", "owner.json", "progress.json")
+        return any(path.name not in notes and not path.parent.name.startswith("waiting-") for path in left)
+
+    def _remove(self) -> None:
+        """Remove the partial folder: the lock last, and while it is held, so that no other run's comes in between."""
+        lock = self.partial / "lock"
+        for path in [path for path in self.partial.glob("*") if path != lock]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if os.name == "posix":
+            lock.unlink(missing_ok=True)
+        self._lock.release()
+        with contextlib.suppress(OSError):  # another run has begun
+            if os.name != "posix":  # which removes no file that is open
+                lock.unlink(missing_ok=True)
+            self.partial.rmdir()
 
     def _owner(self) -> str:
         """Who holds the lock, in words; nothing if it has not said so yet."""
@@ -243,14 +251,23 @@ class Writer:
             return ""
         return f" (process {owner['pid']} on {owner['host']}, since {owner['since']}: {owner['command']})"
 
-    def _read_progress(self) -> None:
-        """Go on from what an earlier run of the same command finished; start over where `force` says so."""
+    def _go_on(self, was_there: bool) -> None:
+        """Go on from what an earlier run of the same command finished; start over where `force` says so.
+
+        Args:
+            was_there: whether the partial folder was there before this run.
+        """
         path = self.partial / "progress.json"
-        if not path.exists():
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if was_there and self._is_out() and (not self.force or (found is not None and found.get("published", False))):
+            self.is_published = True
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        if not self.force and _holds_anything(self.out):
+            raise CompressLabError(_not_empty(self.out))
+        if found is None:
+            return
         changed = sorted(k for k in {*found["key"], *self.key} if found["key"].get(k) != self.key.get(k))
-        damaged = [] if changed else self._damaged(found["units"].values())
+        damaged = [] if changed else self._damaged(found["units"])
         if not changed and not damaged:
             self._progress = found
         elif self.force:
@@ -266,14 +283,48 @@ class Writer:
                 "with it, --force to start over, or choose another --out"
             )
 
-    def _damaged(self, entries: Iterable[dict[str, Any]]) -> list[Path]:
-        files = [(self.partial / entry["file"], entry["sha256"]) for entry in entries]
+    def _is_out(self) -> bool:
+        """Whether what this run makes lies where it shall. Without the artifact/ folder, or it has yet to be put there."""
+        if (self.partial / "artifact").exists() or not (self.out / MANIFEST).exists():
+            return False
+        try:
+            return bool(Artifact(self.out).manifest().get("run") == self.key)
+        except CompressLabError:  # damaged, and to be replaced
+            return False
+
+    def _damaged(self, units: dict[str, Any]) -> list[Path]:
+        """Of the files of all units, and of the states to go on from, which are the last of every list of blocks."""
+        states = {_siblings(name): entry["state"] for name, entry in units.items() if "state" in entry}
+        files = [(self.partial / entry["file"], entry["sha256"]) for entry in (*units.values(), *states.values())]
         return [path for path, sha256 in files if not path.exists() or file_sha256(path) != sha256]
 
     def scratch(self, stage: str) -> Path:
         """A folder for what a stage before the solving must keep over a kill. A run with another key has another one."""
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
         return self.partial / f"{stage}-{digest[:16]}"
+
+    def kept(self, stage: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a stage finds, as plain data; written down, so that a run that goes on has the same and need not look again."""
+        path = self.scratch(stage).with_suffix(".json")
+        if not path.exists():
+            atomic_write(path, json.dumps(find()).encode())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def settle(self, what: str, digest: str) -> None:
+        """Say what the stages so far have made for those that follow. CompressLabError if an earlier run that this one goes on
+        with had made something else of the same command, which must not be mixed.
+        """
+        path = self.scratch(what).with_suffix(SETTLED)
+        if path.exists() and path.read_text(encoding="ascii") != digest and self._holds_work():
+            raise CompressLabError(
+                f"{self.partial} holds an unfinished run with another {what}, though the command is the same: delete it to start "
+                "over, or choose another --out"
+            )
+        atomic_write(path, digest.encode())
+
+    def _note(self) -> None:
+        atomic_write(self.partial / "progress.json", json.dumps(self._progress).encode())
 
     # -- layerwise.Sink ----------------------------------------------------------------------------------------------
 
@@ -284,13 +335,13 @@ class Writer:
     def is_done(self, unit: str) -> bool:
         return unit in self._progress["units"]
 
-    @_names_the_disk
     def write(self, unit: Unit, solved: dict[str, Solved], floats: dict[str, Tensor], state: BlockState | None) -> None:
         tensors = dict(floats)
         for layer, found in solved.items():
             tensors |= {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in found.tensors.items()}
         file = f"units/{len(self._progress['units']):05d}.safetensors"
-        _save(tensors, self.partial / file)
+        specs = {name: TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_safetensors(self.partial / file, specs, tensors.__getitem__, lasting=True)
         entry = {
             "file": file,
             "sha256": file_sha256(self.partial / file),
@@ -302,7 +353,7 @@ class Writer:
         if state is not None:
             entry["state"] = self._save_state(unit.name, state)
         self._progress["units"][unit.name] = entry
-        atomic_write(self.partial / "progress.json", json.dumps(self._progress).encode())
+        self._note()
         if state is not None:
             self._drop_older_states(unit.name)
 
@@ -335,14 +386,14 @@ class Writer:
             name: TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, (*_, tensor) in named.items()
         }
         file = f"states/{unit}.safetensors"
-        write_safetensors(self.partial / file, specs, get)
-        return {"file": file, "is_tensor": is_tensor, "batches": len(rows), "width": len(rows[0])}
+        write_safetensors(self.partial / file, specs, get, lasting=True)
+        sha256 = file_sha256(self.partial / file)
+        return {"file": file, "sha256": sha256, "is_tensor": is_tensor, "batches": len(rows), "width": len(rows[0])}
 
     def _drop_older_states(self, unit: str) -> None:
         """Of every list of blocks, only the outputs of the last finished block are needed again."""
-        siblings = unit.rpartition(".")[0]
         for name, entry in self._progress["units"].items():
-            if name != unit and name.rpartition(".")[0] == siblings and "state" in entry:
+            if name != unit and _siblings(name) == _siblings(unit) and "state" in entry:
                 (self.partial / entry["state"]["file"]).unlink(missing_ok=True)
 
     def last_state(self, units: Sequence[str]) -> BlockState:
@@ -364,7 +415,6 @@ class Writer:
 
     # -- the finished folder -----------------------------------------------------------------------------------------
 
-    @_names_the_disk
     def assemble(self, source: Source, quantization_config: dict[str, Any]) -> Path:
         """Put the finished units, the config and the tokenizer together in the artifact/ folder; return it."""
         folder = self.partial / "artifact"
@@ -385,45 +435,69 @@ class Writer:
         units = self._progress["units"].values()
         return {layer: record["weight_xxh3"] for entry in units for layer, record in entry["layers"].items()}
 
-    @_names_the_disk
     def publish(self, folder: Path) -> Artifact:
         """Write the manifest and move the finished folder to its place in one rename."""
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
         }
+        for path in folder.iterdir():
+            with path.open("rb+") as handle:  # on the disk itself, before what it was made of is removed
+                os.fsync(handle.fileno())
         manifest = {"files": files, "run": self.key, "weights_xxh3": self.weight_hashes()}
         atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        self._progress["published"] = True
+        self._note()
         if self.out.exists():
             old = self.partial / "replaced"
             shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
         folder.rename(self.out)
-        self._lock.release()
-        shutil.rmtree(self.partial)
+        self._remove()
         return Artifact(self.out)
+
+    def ended(self) -> tuple[Artifact, Report]:
+        """What is published, with nothing left beside it."""
+        self._remove()
+        return Artifact(self.out), read_report(self.out)
+
+
+def _siblings(unit: str) -> str:
+    """The list that a block is of."""
+    return unit.rpartition(".")[0]
+
+
+def partial_of(out: Path) -> Path:
+    """Where a run keeps what it has done so far."""
+    out = out.resolve()
+    return out.parent / f"{out.name}.partial"
+
+
+def _holds_anything(out: Path) -> bool:
+    return out.is_dir() and any(out.iterdir())
+
+
+def _not_empty(out: Path) -> str:
+    return f"{out} is not empty: choose another --out, or replace what is there with --force"
 
 
 def check_output(out: Path, force: bool, model: Path | None = None) -> None:
-    """CompressLabError if the output folder holds something that must not be lost, the model itself above all."""
+    """CompressLabError if the output folder holds something that must not be lost, the model itself above all.
+
+    A finished artifact beside a partial folder may be this run's own, from which it was killed away: Writer sees to that.
+    """
     out = out.resolve()
     for inside in (Path.cwd(), *([model.resolve()] if model else [])):
         if inside.is_relative_to(out):
             raise CompressLabError(f"{out} holds {inside}: choose another --out")
     if out.exists() and not out.is_dir():
         raise CompressLabError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()):
+    if _holds_anything(out):
         if not (out / MANIFEST).exists():
             raise CompressLabError(
                 f"{out} is not empty and holds no artifact of ours, so not even --force replaces it: choose another --out"
             )
-        if not force:
-            raise CompressLabError(f"{out} is not empty: choose another --out, or replace what is there with --force")
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file atomically, without a copy of it in memory. CompressLabError when the disk is full."""
-    specs = {name: TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_safetensors(path, specs, tensors.__getitem__)
+        if not force and not partial_of(out).exists():
+            raise CompressLabError(_not_empty(out))
 
 
 def _merge(files: Sequence[Path], folder: Path) -> None:
@@ -435,7 +509,10 @@ def _merge(files: Sequence[Path], folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for number, path in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        os.link(path, folder / name)
+        try:
+            os.link(path, folder / name)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, folder / name)
         weight_map |= dict.fromkeys(read_header(path)[1], name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

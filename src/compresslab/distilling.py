@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from compresslab import doubting, models, mutual, preflight, ranks, teaching
 from compresslab.answers import Answered
-from compresslab.artifact import Artifact, Writer, check_output, weight_hash
+from compresslab.artifact import Artifact, check_output, weight_hash
 from compresslab.caching import opened
 from compresslab.contract import CohortLoss
 from compresslab.data.labelled import Example
@@ -41,11 +42,12 @@ from compresslab.pipeline import (
     recipe_of,
     tables_of,
     told_of,
+    write_report,
+    writing,
 )
 from compresslab.plan import Unit
 from compresslab.questions import Questions
 from compresslab.recipe import Recipe, Training
-from compresslab.report import render
 from compresslab.report.schema import Parity, Report
 from compresslab.students import Shape
 from compresslab.teachers import MEAN, dtype_of, network_of
@@ -109,19 +111,27 @@ def distill(
         material, kept = _learnt_from(pair, teacher, losses, chosen, data, cache, seed)
         measured_on = None if isinstance(teacher, Answered) else material.labelled
         asked = Questions.of(pair.student, data, evaluation_windows, False, measured_on) if measure else Questions()
-    if losses.making is not None:
-        with clock("make pictures"), team.leader_first():
-            progress.stage("make pictures", losses.making.batches)
-            material = drawn_out(
-                pair.teacher, losses.making, seed, where, lambda: progress.step("a batch of pictures")
-            )  # fmt: skip
-    preflight.check(_needs(pair, losses, kept is not None, chosen, material, where), out)
+    if losses.making is None:
+        preflight.check(_needs(pair, losses, kept is not None, chosen, material, where), out)
 
-    if not team.leads:
-        _taught(pair, losses, kept, chosen, material, team.told(Path()), seed, where, progress)
-        return team.told(None)  # type: ignore[return-value]
-    key = _key(pair, chosen, material, seed, where, kept)
-    with Writer(out, key, as_opened=_as_opened, force=force) as writer, gpu.watch(where) as seen:
+    with (
+        writing(team, out, partial(_key, pair, chosen, material, seed, where, kept), force) as writer,
+        gpu.watch(where) as seen,
+    ):
+        if team.told(writer is not None and writer.is_published):
+            return team.told(writer and writer.ended())  # type: ignore[return-value]
+        if losses.making is not None:
+            with clock("make pictures"), team.leader_first():
+                progress.stage("make pictures", losses.making.batches)
+                material = drawn_out(
+                    pair.teacher, losses.making, seed, where, lambda: progress.step("a batch of pictures")
+                )  # fmt: skip
+            preflight.check(_needs(pair, losses, kept is not None, chosen, material, where), out)
+        if writer is None:
+            _taught(pair, losses, kept, chosen, material, team.told(Path()), seed, where, progress)
+            return team.told(None)  # type: ignore[return-value]
+        if losses.making is not None and material.found is not None:
+            writer.settle("data", material.found.sha256)
         with clock("train"):
             scratch = team.told(writer.scratch("training"))
             taught = _taught(pair, losses, kept, chosen, material, scratch, seed, where, progress)
@@ -136,7 +146,7 @@ def distill(
             progress.stage("measure", 2 if measure else 1)
             before, after = measured(
                 original, folder, hashes, asked, measure, False, where, progress,
-                streamed=not preflight.fits_whole(pair.teacher),
+                streamed=preflight.in_blocks(pair.teacher, None, asked.length),
             )  # fmt: skip
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, tables_of(pair.teacher) | tables_of(pair.student))
@@ -156,9 +166,7 @@ def distill(
             bytes=kinds,
             parity=Parity(runtime="transformers", tensors=after.weights_compared, max_abs_difference=0.0),
         )
-        report.save(folder)
-        (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
-        (folder / "report.html").write_text(render.to_html(report), encoding="utf-8")
+        write_report(report, folder)
         return team.told((writer.publish(folder), report))
 
 
@@ -309,14 +317,13 @@ def _key(
     pair: Pair, recipe: Recipe, material: Material, seed: int, where: torch.device, kept: TeacherCache | None
 ) -> dict[str, Any]:
     """All that the student depends on: a run is only continued by the same one."""
-    assert material.found is not None
     return {
         "recipe": recipe.model_dump(mode="json"),
         "teacher": [source.weights.sha256 for source in (pair.teacher, *pair.others)],
         "ensemble": pair.ensemble,
         "student": pair.student.weights.sha256,
         "config": pair.student.config.to_json_string(use_diff=True),
-        "data": material.found.sha256,
+        "data": None if material.found is None else material.found.sha256,  # None where it is yet to be made
         "cache": None if kept is None else kept.manifest["sha256"],
         "seed": seed,
         "version": environment.version(),
@@ -344,10 +351,6 @@ def _teacher_said(teacher: Any, pair: Pair, kept: TeacherCache | None) -> str:
         if kept is None
         else f"a cache of the model above, top {kept.k} at temperature {kept.temperature:g}"
     )
-
-
-def _as_opened(weight: Any, transposed: bool) -> Tensor:
-    raise AssertionError("a student has no codes")
 
 
 def _hashes(source: Source) -> dict[str, str]:

@@ -19,7 +19,7 @@ from compresslab import models, preflight, streamed
 from compresslab.artifact import Artifact
 from compresslab.deploy import torch_packed
 from compresslab.errors import CompressLabError
-from compresslab.measure import fresh, generation, harness, perplexity, quality, size, speed, writing
+from compresslab.measure import fresh, generation, harness, size, speed, writing
 from compresslab.measure.cost import PROMPT
 from compresslab.measure.energy import Settings, grid_intensity
 from compresslab.questions import PASSAGES, window_length
@@ -62,7 +62,8 @@ def evaluate(
     folders = [models.locate(name) for name in (model, against) if name is not None]
     report = read_report(folders[0]) if into_report else None
     ceiling = None if memory is None else parse_bytes(memory)
-    in_blocks = [_in_blocks(folder, ceiling, length) for folder in folders]
+    shorter = ", or take shorter windows (--length)"
+    in_blocks = [preflight.in_blocks(streamed.source_of(folder), ceiling, length, shorter) for folder in folders]
     if in_blocks[0]:
         _check_streamed(str(model), {"--sweep": sweep, "--energy": energy, "--tasks": tasks})
     with tempfile.TemporaryDirectory() as scratch:
@@ -83,21 +84,6 @@ def evaluate(
         told = {m.name for m in found}
         _write_report(report, folders[0], found, [m for m in before if m.name in told and m.low is not None])
     return found
-
-
-def _in_blocks(folder: Path, ceiling: int | None, length: int) -> bool:
-    """Whether a model is to be read block by block. CompressLabError if there is too little memory even for that."""
-    source = streamed.source_of(folder)
-    window = length * int(getattr(source.config, "vocab_size", 0) or 0)
-    if preflight.fits_whole(source, ceiling, perplexity.AT_ONCE * window):
-        return False
-    least = preflight.streamed_bytes(source, max(quality.STREAMED_LOGITS, window) if window else 0)
-    if ceiling is not None and least > ceiling:
-        raise CompressLabError(
-            f"reading {folder} block by block takes about {least / 1e9:.2f} GB: allow --memory {least / 1e9 + 0.01:.2f}GB or "
-            "more, or take shorter windows (--length)"
-        )
-    return True
 
 
 def _check_streamed(model: str, asked: dict[str, Any]) -> None:

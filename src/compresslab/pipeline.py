@@ -1,6 +1,6 @@
 """compress(): the whole data flow on one page.
 
-    read -> (rewrite, rotate) -> plan and preflight -> (take out units) -> (share out a budget) -> smooth
+    read -> (rewrite, rotate) -> plan and preflight -> lock OUT.partial -> (take out units) -> (share out a budget) -> smooth
          -> (share out zeros, or score all weights) -> (prune and train, taught by the network as it was or towards labels)
          -> calibrate -> (prune) -> solve -> assemble -> RELOAD in a fresh process -> compare bit by bit with what was solved
          -> measure -> report -> publish
@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from compresslab import (
 )
 from compresslab import budget as budgets
 from compresslab import recipe as recipes
-from compresslab.artifact import Artifact, Writer, check_output
+from compresslab.artifact import Artifact, Writer, check_output, partial_of
 from compresslab.contract import Tuner
 from compresslab.damage import FISHER_TOKENS, SENSITIVITIES, best_sensitivity, tokens_read, whole_model
 from compresslab.data.labelled import Example
@@ -115,8 +115,8 @@ def compress(
             group, by narrowing.py; so does "80MB" for a recipe that takes out channels and does not round.
         sensitivity: what to choose bits or zeros by, a row of damage.SENSITIVITIES; None for the best that the model has.
         search_by: what to choose channels by: "evolution", "bayesian" (Optuna) or "drawn", the control.
-        memory: "4GB": what the solving may have in memory. Calibration batches wait on disk for each other as far as they must
-            for that; the bits are the same.
+        memory: "4GB": what each process may have in memory. Calibration batches wait on disk for each other as far as they must
+            for that, and the bits are the same; what does not fit as a whole is measured block by block, for its quality alone.
         measure: measure size, speed and quality before and after; otherwise only size and parity.
 
     Returns:
@@ -126,6 +126,7 @@ def compress(
         CompressLabError: whatever the user can mend, before any file is written where possible.
     """
     progress, out, clock, where, team = progress or Progress(), Path(out), Clock(), pick_device(device), ranks.started()
+    ceiling = _ceiling(memory)
 
     with clock("read"), team.leader_first():
         check_output(out, force)
@@ -145,26 +146,36 @@ def compress(
         needs = material.needs(source, plan, methods, chosen, where, stages, stages.surveys + (wanted is not None))
         if budget is not None:
             needs = _with_budget(needs, source, plan, wanted, material.calibration is not None, sensitivity, where)
-        room = _room(needs, memory, out, chosen, can_spill=stages.can_spill and wanted is None and team.is_alone)
+        room = _room(
+            needs, ceiling, out, chosen, given, asked,
+            can_spill=stages.can_spill and wanted is None and team.is_alone,
+        )  # fmt: skip
         passing = partial(_pass, material, where, room)
 
-    source, removal, (plan, methods, layout), chosen, search = _taken_out(
-        passing(source, plan), stages, chosen, (plan, methods, layout), progress, clock,
-        None if narrow is None else partial(
-            narrowing.share_out, budget=narrow, batches=material.seen, seed=seed, journal=out.parent / f"{out.name}.partial",
-            search_by=search_by,
-        ),
-    )  # fmt: skip
-    eligible = plan.layers
-    if wanted is not None:
-        with clock("share out"):
-            chosen, search = _shared_out(passing(source, plan), chosen, methods, stages, wanted, sensitivity, progress)
-            plan, methods, layout = planned(source, chosen)
+    key = partial(_key, source, chosen, material, seed, where, (wanted or narrow, sensitivity, search_by), clock)
+    with writing(team, out, key, force) as writer, gpu.watch(where) as seen:
+        if team.told(writer is not None and writer.is_published):
+            return team.told(writer and writer.ended())  # type: ignore[return-value]
+        kept = partial(_searched, team, writer)
+        source, removal, (plan, methods, layout), chosen, search = _taken_out(
+            passing(source, plan), stages, chosen, (plan, methods, layout), progress, clock, kept,
+            None if narrow is None else partial(
+                narrowing.share_out, budget=narrow, batches=material.seen, seed=seed,
+                journal=None if writer is None else writer.partial, on_judged=progress.step, search_by=search_by,
+            ),
+        )  # fmt: skip
+        eligible = plan.layers
+        if wanted is not None:
+            (plan, methods, layout), chosen, search = _shared_out(
+                passing(source, plan), chosen, stages, methods, wanted, sensitivity, progress, clock, kept
+            )  # fmt: skip
 
-    if not team.leads:
-        return _followed(team, passing(source, plan), whole, stages, methods, layout, material, chosen, seed, progress)
-    key = _key(source, chosen, material, seed, where, clock)
-    with Writer(out, key, as_opened=layout.as_opened, force=force) as writer, gpu.watch(where) as seen:
+        if writer is None:
+            return _followed(
+                team, passing(source, plan), whole, stages, methods, layout, material, chosen, seed, progress
+            )
+        writer.as_opened = layout.as_opened
+        writer.settle("network", source.weights.sha256)
         job = _job(passing(source, plan), stages, methods, layout, writer, progress, team)
         job = _prepared(job, stages, methods, material, seed, progress, clock)
         job, training = _learned(job, whole, stages, chosen, layout, material, writer, seed, progress, clock)
@@ -177,13 +188,13 @@ def compress(
             in_float = [record.name for record in writer.records() if record.activation_bits is None]
             config = layout.config(list(plan.skipped), in_float) | kv_cache.scheme_config(stages.cache, source.config)
             folder = writer.assemble(source, config)
-            if (kept := wanted or narrow) is not None:
-                budgets.check(folder, kept, source, eligible)
+            if (limit := wanted or narrow) is not None:
+                budgets.check(folder, limit, source, eligible)
         with clock("measure"), as_folder(source, model) as original:
             progress.stage("measure", 2 if measure else 1)
             before, after = measured(
                 original, folder, writer.weight_hashes(), asked, measure, stages.rounds, where, progress,
-                streamed=not preflight.fits_whole(given),
+                streamed=preflight.in_blocks(given, ceiling, asked.length),
             )  # fmt: skip
             sizes = size.measure(original), size.measure(folder)
             kinds = size.compare(original, folder, tables_of(source))
@@ -203,10 +214,12 @@ def compress(
             search=search,
             parity=Parity(runtime=layout.runtime, tensors=after.weights_compared, max_abs_difference=0.0),
         )
-        report.save(folder)
-        (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
-        (folder / "report.html").write_text(render.to_html(report), encoding="utf-8")
+        write_report(report, folder)
         return team.told((writer.publish(folder), report))
+
+
+def _ceiling(memory: str | None) -> int | None:
+    return None if memory is None else parse_bytes(memory)
 
 
 def _budgets(
@@ -246,21 +259,6 @@ def _judging(stages: Stages, narrow: budgets.Budget | None, team: ranks.Ranks, d
     if not team.is_alone:
         raise CompressLabError(f"a budget of {narrow} is searched by one process: start it without torchrun")
     return dataclasses.replace(stages, judges=True)
-
-
-def _shared_out(
-    calibration: solving.Pass, recipe: Recipe, methods: LayerMethods, stages: Stages, wanted: budgets.Budget,
-    sensitivity: str | None, progress: Progress,
-) -> tuple[Recipe, Search]:  # fmt: skip
-    """The recipe with the bits or the zeros of every layer chosen, and what they were chosen from."""
-    progress.stage("survey", len(calibration.plan.layers))
-    share_out = partial(mixed.share_out, calibration, recipe)
-    if wanted.unit == thinning.UNIT:
-        share_out = partial(thinning.share_out, calibration, recipe, methods.pruners)
-    return share_out(
-        methods.solvers, wanted, sensitivity=sensitivity, smoothers=stages.smoothers, activations=methods.activations,
-        on_layer=progress.step,
-    )  # fmt: skip
 
 
 def _transformed(given: models.Source, stages: Stages) -> models.Source:
@@ -330,7 +328,7 @@ def plan_only(
         fits = preflight.fits_whole(source)
         seconds = foretelling.seconds(source, chosen, narrow, chosen.calibration.samples, length) if fits else 0.0
         estimate = preflight.with_search(estimate, source, seconds)
-    estimate, _ = _kept_within(estimate, memory, chosen, can_spill=stages.can_spill and not has_budget)
+    estimate, _ = _kept_within(estimate, _ceiling(memory), chosen, can_spill=stages.can_spill and not has_budget)
     return plan, estimate, chosen
 
 
@@ -380,20 +378,40 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+Kept = Callable[[str, Callable[[], tuple[Recipe, Search]]], tuple[Recipe, Search]]
+
+
+def _searched(
+    team: ranks.Ranks, writer: Writer | None, stage: str, search: Callable[[], tuple[Recipe, Search]]
+) -> tuple[Recipe, Search]:
+    """What the leader's search chooses. It is written down, for a time that is measured anew is another one, and with it the
+    choice; what is solved already would not fit.
+    """
+
+    def found() -> dict[str, Any]:
+        recipe, told = search()
+        return {"recipe": recipe.model_dump(mode="json"), "search": told.model_dump(mode="json")}
+
+    kept = team.told(None if writer is None else writer.kept(stage, found))
+    assert kept is not None
+    return recipes.parse(kept["recipe"], f"what was chosen for {stage}"), Search.model_validate(kept["search"])
+
+
 def _taken_out(
     calibration: solving.Pass, stages: Stages, recipe: Recipe, plans: tuple[Plan, LayerMethods, Layout],
-    progress: Progress, clock: Clock, narrow: Callable[..., tuple[Recipe, Search]] | None,
+    progress: Progress, clock: Clock, kept: Kept, narrow: Callable[[solving.Pass, Recipe], tuple[Recipe, Search]] | None,
 ) -> tuple[models.Source, str, tuple[Plan, LayerMethods, Layout], Recipe, Search | None]:  # fmt: skip
     """The source without the neurons, heads and blocks that the recipe takes out; what to tell of it; and the new plans.
 
     Args:
+        kept: a stage's name, and the search that it makes -> what that chooses.
         narrow: chooses how many channels stay, by a budget; the recipe that it returns, and its search, are returned too.
     """
     search = None
     if narrow is not None:
         with clock("choose widths"):
             progress.stage("judge", narrowing.SIZE * (narrowing.GENERATIONS + 1))
-            recipe, search = narrow(calibration, recipe, on_judged=progress.step)
+            recipe, search = kept("widths", partial(narrow, calibration, recipe))
             stages = stages_of(recipe)
     if not stages.removers:
         return calibration.source, "", plans, recipe, search
@@ -402,6 +420,23 @@ def _taken_out(
         source, told = removed(calibration, stages.removers)
         progress.step("neurons, heads or blocks")
     return source, told, planned(source, recipe), recipe, search
+
+
+def _shared_out(
+    calibration: solving.Pass, recipe: Recipe, stages: Stages, methods: LayerMethods, budget: budgets.Budget,
+    sensitivity: str | None, progress: Progress, clock: Clock, kept: Kept,
+) -> tuple[tuple[Plan, LayerMethods, Layout], Recipe, Search]:  # fmt: skip
+    """The new plans, the recipe with the bits or the zeros of every layer chosen by a budget, and what they were chosen from."""
+    thins = budget.unit == thinning.UNIT
+    with clock("share out"):
+        progress.stage("survey", len(calibration.plan.layers))
+        by_method = partial(thinning.share_out, calibration, recipe, methods.pruners)
+        search = partial(
+            by_method if thins else partial(mixed.share_out, calibration, recipe), methods.solvers, budget,
+            sensitivity=sensitivity, smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
+        )  # fmt: skip
+        recipe, told = kept("zeros" if thins else "bits", search)
+    return planned(calibration.source, recipe), recipe, told
 
 
 def _prepared(
@@ -543,7 +578,8 @@ def _solved_first(
     if writer is None:
         layerwise.run(job)
         return {}, {}, Path()
-    with Writer(writer.scratch("solved"), writer.key, as_opened=layout.as_opened, force=True) as first:
+    with Writer(writer.scratch("solved"), writer.key, force=True) as first:
+        first.as_opened = layout.as_opened
         for done in first.records():
             progress.step(done.name)
         layerwise.run(dataclasses.replace(job, sink=ranks.SharedSink(job.ranks, first)))
@@ -560,10 +596,23 @@ def told_of(record: Record) -> dict[str, Any]:
     return dataclasses.asdict(record) | checks
 
 
+def writing(
+    team: ranks.Ranks, out: Path, key: Callable[[], dict[str, Any]], force: bool
+) -> AbstractContextManager[Writer | None]:
+    """The leader's hold on the output folder, before any work; for the other ranks None."""
+    return Writer(out, key(), force=force) if team.leads else nullcontext()
+
+
 def _key(
-    source: models.Source, recipe: Recipe, material: Material, seed: int, device: torch.device, clock: Clock
-) -> dict[str, Any]:
-    """All that the codes depend on: a run is only continued by the same one."""
+    source: models.Source, recipe: Recipe, material: Material, seed: int, device: torch.device,
+    asked: tuple[budgets.Budget | None, str | None, str], clock: Clock,
+) -> dict[str, Any]:  # fmt: skip
+    """All that the codes depend on, as it was asked for: a run is only continued by the same one.
+
+    Args:
+        asked: the budget, what it is shared out by, and what searches for channels.
+    """
+    budget, sensitivity, search_by = asked
     with clock("read"):
         model = source.weights.sha256
     return {
@@ -573,6 +622,9 @@ def _key(
         "config": source.config.to_json_string(use_diff=True),
         "data": None if material.found is None else material.found.sha256,
         "seed": seed,
+        "budget": None if budget is None else str(budget),
+        "sensitivity": sensitivity,
+        "search_by": search_by,
         "version": environment.version(),
         "device": device.type,
         "compute_dtype": str(_compute_dtype(source, device)),
@@ -586,31 +638,33 @@ def _compute_dtype(source: models.Source, device: torch.device) -> torch.dtype:
 
 
 def _room(
-    needs: preflight.Estimate, memory: str | None, out: Path, recipe: Recipe, *, can_spill: bool
-) -> tuple[int | None, Path]:
+    needs: preflight.Estimate, ceiling: int | None, out: Path, recipe: Recipe, given: models.Source, asked: Questions, *,
+    can_spill: bool,
+) -> tuple[int | None, Path]:  # fmt: skip
     """How much of what walks hold may wait in memory, None for all of it; and where the rest goes.
 
     Raises:
         CompressLabError: if the run does not fit this machine, or the memory it may have.
     """
-    needs, allowance = _kept_within(needs, memory, recipe, can_spill=can_spill)
+    needs, allowance = _kept_within(needs, ceiling, recipe, can_spill=can_spill)
     preflight.check(needs, out)
-    return allowance, out.parent / f"{out.name}.partial" / f"waiting-{os.getpid()}"
+    preflight.in_blocks(given, ceiling, asked.length)  # or it would be refused when all is solved
+    return allowance, partial_of(out) / f"waiting-{os.getpid()}"
 
 
 def _kept_within(
-    needs: preflight.Estimate, memory: str | None, recipe: Recipe, *, can_spill: bool
+    needs: preflight.Estimate, ceiling: int | None, recipe: Recipe, *, can_spill: bool
 ) -> tuple[preflight.Estimate, int | None]:
     """What a run takes that keeps to a ceiling of memory, and how much of what walks hold may then wait in memory."""
-    if memory is None:
+    needs = dataclasses.replace(needs, spills=can_spill)
+    if ceiling is None:
         return needs, None
-    ceiling = parse_bytes(memory)
     if can_spill:
         return preflight.within(needs, ceiling)
     if needs.memory_bytes > ceiling:
         raise CompressLabError(
-            f"needs about {needs.memory_bytes / 1e9:.1f} GB of memory, and recipe '{recipe.name}' cannot do with less here: "
-            f"raise --memory {memory}, or take fewer calibration tokens (--samples, --sequence-length)"
+            f"needs about {needs.memory_bytes / 1e9:.1f} GB of memory, of which recipe '{recipe.name}' can leave nothing on disk "
+            f"here: {preflight.refusal(needs, ceiling)}"
         )
     return needs, None
 
@@ -653,6 +707,12 @@ def _job(
         refiner=stages.refiner,
         on_layer=lambda record: progress.step(record.name),
     )
+
+
+def write_report(report: Report, folder: Path) -> None:
+    report.save(folder)
+    (folder / "README.md").write_text(render.to_markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(render.to_html(report), encoding="utf-8")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ consists of: the forward over the calibration tokens, the Gram matrices, the sol
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import shutil
@@ -15,16 +16,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
-from compresslab.artifact import weight_hash
+from compresslab.artifact import SINGLE_FILE_BYTES, weight_hash
 from compresslab.aware import Untrained
 from compresslab.contract import NetworkPruner, Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
-from compresslab.measure import hardware
+from compresslab.measure import hardware, perplexity, quality
 from compresslab.models import Source, blocks, channels_last, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
@@ -51,9 +51,14 @@ class Estimate:
         seconds: wall time until the artifact has been opened in a fresh process and compared bit by bit, without measuring.
         artifact_bytes: the weight files in the end.
         parts: seconds by what they go to.
-        waiting_bytes: of memory_bytes, what walks hold while they wait for each other, which may lie on disk instead.
+        waiting_bytes: of what the walks take, what they hold while they wait for each other.
         walk_bytes: what one of them holds.
         waits: how often each walk waits.
+        spills: whether what waits may lie on disk instead.
+        spilled_bytes: of waiting_bytes and disk_bytes, what does.
+        whole_bytes: what a stage takes that has the whole network in memory, however much waits in the others.
+        samples: of calibration; 0 without data.
+        states_bytes: of disk_bytes, what the samples take.
     """
 
     memory_bytes: int
@@ -64,6 +69,32 @@ class Estimate:
     waiting_bytes: int = 0
     walk_bytes: int = 0
     waits: int = 0
+    spills: bool = True
+    spilled_bytes: int = 0
+    whole_bytes: int = 0
+    samples: int = 0
+    states_bytes: int = 0
+
+    def of_samples(self, count: int) -> Estimate:
+        """With fewer calibration samples. Its time is left as it is."""
+        gone = 1 - count / self.samples
+        less = int(gone * self.waiting_bytes)
+        off_disk, states = min(less, self.spilled_bytes), int(gone * self.states_bytes)
+        return replace(
+            self,
+            memory_bytes=max(self.memory_bytes - less + off_disk, self.whole_bytes),
+            disk_bytes=self.disk_bytes - states - off_disk,
+            waiting_bytes=self.waiting_bytes - less,
+            walk_bytes=min(self.walk_bytes, self.waiting_bytes - less),
+            spilled_bytes=self.spilled_bytes - off_disk,
+            samples=count,
+            states_bytes=self.states_bytes - states,
+        )
+
+    def with_whole(self, whole_bytes: float) -> Estimate:
+        """With a stage that has the whole network in memory."""
+        whole = max(self.whole_bytes, int(whole_bytes))
+        return replace(self, memory_bytes=max(self.memory_bytes, whole), whole_bytes=whole)
 
 
 def estimate(
@@ -105,13 +136,13 @@ def estimate(
         widest = max(columns for _, columns in shapes.values())
         if sequence_length is None:
             rows_of = pixels(source, plan)
-            states = 4 * samples * max(rows_of[name] * shapes[name][0] for name in shapes)
-            waiting, batches = walks * 4 * states, math.ceil(samples / batch_size(None))
+            states = walks * 4 * samples * max(rows_of[name] * shapes[name][0] for name in shapes)
+            waiting, batches = 4 * states, math.ceil(samples / batch_size(None))
             parts |= _work(shapes, {name: samples * rows_of[name] for name in shapes}, device)
         else:
             tokens, hidden = samples * sequence_length, _hidden_size(source, shapes)
-            states = tokens * hidden * compute
-            waiting = walks * (4 * states + tokens * widest * compute)
+            states = walks * tokens * hidden * compute
+            waiting = 4 * states + walks * tokens * widest * compute
             batches = math.ceil(samples / batch_size(sequence_length))
             attention = len(shapes) / 7 * 2 * 2 * tokens * sequence_length * hidden * 0.6
             parts |= _work(shapes, dict.fromkeys(shapes, tokens), device, attention)
@@ -125,13 +156,15 @@ def estimate(
         parts["solve"] = sum(r * c / rate[solvers[name]] for name, (r, c) in shapes.items())
     return Estimate(
         memory_bytes=int(memory),
-        disk_bytes=int(2 * artifact + 2 * states),
+        disk_bytes=int(artifact * (2 if artifact <= SINGLE_FILE_BYTES else 1) + 2 * states),  # shards are linked
         seconds=sum(parts.values()),
         artifact_bytes=int(artifact),
         parts=parts,
         waiting_bytes=int(waiting),
         walk_bytes=int(waiting / batches),
         waits=(1 + surveys) * (_inputs(shapes) + len(plan.units)),
+        samples=samples,
+        states_bytes=int(2 * states),
     )
 
 
@@ -145,8 +178,8 @@ def within(found: Estimate, ceiling_bytes: int) -> tuple[Estimate, int]:
     least = _least(found)
     if least > ceiling_bytes:
         raise CompressLabError(
-            f"{ceiling_bytes / 1e9:.2f} GB of memory are too few: one block and what its solving takes need about "
-            f"{least / 1e9:.2f} GB, the least that works"
+            f"{ceiling_bytes / 1e9:.2f} GB of memory are too few for one block and what its solving takes: --memory "
+            f"{_gigabytes(least)} is the least that works"
         )
     allowance = int(ceiling_bytes - least)
     on_disk = max(0, found.waiting_bytes - allowance)
@@ -157,6 +190,7 @@ def within(found: Estimate, ceiling_bytes: int) -> tuple[Estimate, int]:
         found,
         memory_bytes=ceiling_bytes,
         disk_bytes=found.disk_bytes + on_disk,
+        spilled_bytes=on_disk,
         seconds=found.seconds + moving,
         parts=found.parts | {"wait on disk": moving},
     )
@@ -258,8 +292,7 @@ def with_tuning(found: Estimate, source: Source, tokens: int, device: torch.devi
     compute = torch.empty((), dtype=best_compute_dtype(device)).element_size()
     seconds = 12 * parameters * tokens / rates(device)[2]
     return replace(
-        found,
-        memory_bytes=max(found.memory_bytes, PROGRAM_BYTES + (2 * compute + 2) * parameters),
+        found.with_whole(PROGRAM_BYTES + (2 * compute + 2) * parameters),
         disk_bytes=2 * found.disk_bytes,
         seconds=found.seconds + seconds,
         parts=found.parts | {"train": seconds},
@@ -280,8 +313,7 @@ def with_scores(
     )
     seconds = 2 * parameters * tokens * method.passes(examples) * method.rounds / rates(device)[0] if tokens else 0.0
     return replace(
-        found,
-        memory_bytes=max(found.memory_bytes, PROGRAM_BYTES + held * parameters),
+        found.with_whole(PROGRAM_BYTES + held * parameters),
         seconds=found.seconds + seconds,
         parts=found.parts | {"score": seconds},
     )
@@ -336,8 +368,7 @@ def with_budget(
         block = compute * 24 * text.hidden_size * text.num_hidden_layers
         whole = PROGRAM_BYTES + compute * parameters + window * (logits + block)
     return replace(
-        found,
-        memory_bytes=max(found.memory_bytes, whole),
+        found.with_whole(whole),
         seconds=found.seconds + seconds,
         parts=found.parts | {"share out": seconds},
     )
@@ -351,8 +382,7 @@ def with_search(found: Estimate, source: Source, seconds: float) -> Estimate:
     """
     parameters = sum(numel(source, name) for name in source.weights.names())
     return replace(
-        found,
-        memory_bytes=max(found.memory_bytes, PROGRAM_BYTES + 2 * (4 + source.dtype.itemsize) * parameters),
+        found.with_whole(PROGRAM_BYTES + 2 * (4 + source.dtype.itemsize) * parameters),
         seconds=found.seconds + seconds,
         parts=found.parts | {"choose widths": seconds},
     )
@@ -457,7 +487,7 @@ def fits_whole(source: Source, ceiling: int | None = None, logits: int = 0) -> b
     """
     numbers = sum(parameter.numel() for parameter in source.skeleton().parameters()) + 2 * logits
     whole = PROGRAM_BYTES + 4.4 * numbers
-    free = psutil.virtual_memory().available
+    free = hardware.memory().available_bytes
     return whole < (free if ceiling is None else min(ceiling, free))
 
 
@@ -473,31 +503,84 @@ def streamed_bytes(source: Source, logits: int) -> int:
     return int(PROGRAM_BYTES + 4.4 * (outside + max(inside, default=0) + 2 * logits))
 
 
+def in_blocks(source: Source, ceiling: int | None, length: int, shorter: str = "") -> bool:
+    """Whether a model is to be measured block by block (streamed.py), for it does not fit as a whole.
+
+    Args:
+        ceiling: bytes that the process that measures may take; None for all that is free.
+        length: tokens in a window of the text that it is asked about; 0 without a text.
+        shorter: how to take shorter ones, for an error.
+
+    Raises:
+        CompressLabError: if the ceiling is too low even for one block, naming the least that works.
+    """
+    window = length * int(getattr(source.config, "vocab_size", 0) or 0)
+    if fits_whole(source, ceiling, perplexity.AT_ONCE * window):
+        return False
+    least = streamed_bytes(source, max(quality.STREAMED_LOGITS, window) if window else 0)
+    if ceiling is not None and least > ceiling:
+        raise CompressLabError(
+            f"measuring {source.name} block by block takes about {least / 1e9:.2f} GB: allow --memory {_gigabytes(least)} or "
+            f"more{shorter}"
+        )
+    return True
+
+
+def _gigabytes(count: float) -> str:
+    """As --memory takes it, rounded up, so that what is named is enough.
+
+    >>> _gigabytes(1_801_000_000)
+    '1.81GB'
+    """
+    return f"{math.ceil(count / 1e7) / 100:.2f}GB"
+
+
 def check(found: Estimate, out: Path) -> None:
     """CompressLabError if the machine has too little memory or disk for it, and for the other ranks that run here."""
-    free_memory = psutil.virtual_memory().available
-    memory = found.memory_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here, memory = hardware.memory(), ranks * found.memory_bytes
+    free_memory, all_memory = here.available_bytes, min(here.total_bytes, here.limit_bytes or here.total_bytes)
     if memory > free_memory:
         raise CompressLabError(
             f"needs about {memory / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free: "
-            f"{_advice(found, free_memory)}"
+            f"{_advice(found, free_memory // ranks, all_memory // ranks)}"
         )
     parent = next(folder for folder in (out, *out.parents) if folder.exists())
     free_disk = shutil.disk_usage(parent).free
     if found.disk_bytes > free_disk:
+        missing = found.disk_bytes - free_disk
+        options = [f"free {_gigabytes(missing)} there", "choose another --out"]
+        if missing <= found.spilled_bytes and (more := found.memory_bytes + missing) < free_memory:
+            options.append(f"raise --memory to {_gigabytes(more)}")
+        options += _samples(found, lambda some: some.disk_bytes <= free_disk)
         raise CompressLabError(
             f"needs about {found.disk_bytes / 1e9:.1f} GB of disk in {parent}, {free_disk / 1e9:.1f} GB are free: "
-            "make room or choose another --out"
+            f"{', or '.join(options)}"
         )
+
+
+def refusal(found: Estimate, ceiling_bytes: int) -> str:
+    """What to do where a run cannot keep to a ceiling of memory, for nothing of it may wait on disk."""
+    options = [f"allow --memory {_gigabytes(found.memory_bytes)}"]
+    return ", or ".join(options + _samples(found, lambda some: some.memory_bytes <= ceiling_bytes))
 
 
 def _least(found: Estimate) -> float:
     """What a run takes of which one walk is in memory, with a tenth in reserve."""
-    return 1.1 * (found.memory_bytes - found.waiting_bytes + found.walk_bytes)
+    return max(1.1 * (found.memory_bytes - found.waiting_bytes + found.walk_bytes), found.whole_bytes)
 
 
-def _advice(found: Estimate, free_bytes: int) -> str:
+def _advice(found: Estimate, free_bytes: int, all_bytes: int) -> str:
     least = _least(found)
-    if least < free_bytes:
-        return f"--memory {least / 1e9 + 0.05:.1f}GB is the least that works, with walks that wait on disk"
-    return "take fewer calibration tokens (--samples, --sequence-length) or close other programs"
+    if found.spills and found.waiting_bytes and least < free_bytes:
+        return f"--memory {_gigabytes(least)} is the least that works, with walks that wait on disk"
+    needed = _gigabytes(found.memory_bytes)
+    more = found.memory_bytes > all_bytes
+    options = [f"take a machine with {needed} free" if more else f"close other programs until {needed} are free"]
+    return ", or ".join(options + _samples(found, lambda some: some.memory_bytes <= free_bytes))
+
+
+def _samples(found: Estimate, fits: Callable[[Estimate], bool]) -> list[str]:
+    """The most calibration samples with which a run fits, as an option; none where no number of them would do."""
+    most = bisect.bisect_left(range(1, found.samples), True, key=lambda count: not fits(found.of_samples(count)))
+    return [f"take --samples {most}"] if most else []

@@ -51,6 +51,12 @@ class Questions:
         late = _long_windows(source, data) if has_cache and texts is not None else None
         return cls(texts=texts, late=late, images=_images(source, data), said=f"{data}, test split")
 
+    @property
+    def length(self) -> int:
+        """Tokens in the longest window; 0 without a text."""
+        windows = (None if self.texts is None else self.texts["input_ids"], self.late)
+        return max((found.shape[1] for found in windows if found is not None), default=0)
+
     def save(self, scratch: Path) -> dict[str, Any]:
         """Write them for another process; the fields of its measure.fresh.Job that say where they are."""
         windows, late = scratch / "windows.safetensors", scratch / "long_windows.safetensors"

@@ -7,8 +7,10 @@ another order, would not give that. A Gram matrix travels in stripes, so that wh
 on the stripe before it, and none waits.
 
 Layers that read one tensor (query, key and value; gate and up) are solved at the same time, by different ranks, and exchanged.
-Only rank 0, the leader, touches the output folder. A rank that fails or dies ends the run: torchrun stops the others, and the
-same command, with any number of ranks, goes on after the last finished block.
+Only rank 0, the leader, touches the output folder, but for the checkpoints of trainings, of which every rank writes and reads its
+own part: on several machines the folders of models, data and output must lie on a file system that all of them see. A rank that
+fails or dies ends the run: torchrun stops the others, and the same command, with any number of ranks, goes on after the last
+finished block.
 
 A refiner (AutoRound) computes the gradient of each batch where that is walked, and all add them in the order of batches. A
 training is shared out by examples (trainer.py): each rank takes its part of every batch, and accelerate adds up the gradients.

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compresslab import models
-from compresslab.artifact import MANIFEST, Artifact
+from compresslab.artifact import MANIFEST, Artifact, partial_of
 from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
 from compresslab.growing import deeper, wider
@@ -159,7 +159,7 @@ def staged(
     found: list[tuple[Artifact, Report]] = []
     for number, stage in enumerate(stages, start=1):
         folder, last = out / f"stage-{number}", str(found[-1][0].folder) if found else str(teacher)
-        if (folder / MANIFEST).exists():
+        if (folder / MANIFEST).exists() and not partial_of(folder).exists():
             found.append((Artifact(folder), read_report(folder)))
             continue
         origin = first if stage.student_of == "first" else models.find(last)

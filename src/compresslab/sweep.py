@@ -3,7 +3,7 @@
     trials -> `compresslab compress`, each in its own process and its own folder -> OUT/<trial>/ -> compare
 
 What all trials share (model, data, settings, threads) and each recipe as it was is kept in OUT/sweep.json, and a sweep with
-something else is refused.
+something else is refused. Files and folders are known by their contents, other models and data by their names.
 A trial is finished when its folder is there, for an artifact appears in one rename, whole: it is never run again. One that was
 killed goes on where it stopped, at once and again when the sweep is called again. One that says what is wrong with it (exit
 code 2) would say it again, so it waits for the next call.
@@ -12,6 +12,7 @@ code 2) would say it again, so it waits for the next call.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from compresslab import recipe as recipes
-from compresslab.artifact import MANIFEST, atomic_write
+from compresslab.artifact import MANIFEST, atomic_write, partial_of
 from compresslab.budget import parse_budget
 from compresslab.errors import CompressLabError
+from compresslab.wheels import file_sha256
 
 SHARED = "sweep.json"
 
@@ -142,7 +144,7 @@ def run(
 def attempt(sweep: Sweep, trial: Trial) -> Outcome:
     """Run one trial to its end, if that has not happened yet."""
     folder = sweep.out / trial.name
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() and not partial_of(folder).exists():  # or it has yet to tidy up
         return Outcome(trial=trial, folder=folder, state="kept")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(sweep.threads))
     why = ""
@@ -182,6 +184,18 @@ def _on_ray(sweep: Sweep, wanted: Sequence[Trial]) -> Iterator[Outcome]:
         yield ray.get(done)
 
 
+def _sha256(path: Path) -> str | None:
+    """Of a file, or of all files of a folder; None where there is nothing of that name."""
+    if path.is_file():
+        return file_sha256(path)
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for inner in sorted(found for found in path.rglob("*") if found.is_file()):
+        digest.update(f"{inner.relative_to(path).as_posix()} {file_sha256(inner)}\n".encode())
+    return digest.hexdigest()
+
+
 def _begun(sweep: Sweep, wanted: Sequence[Trial]) -> Sweep:
     """The sweep as it was begun, with the threads of that time; or as it begins now.
 
@@ -190,6 +204,8 @@ def _begun(sweep: Sweep, wanted: Sequence[Trial]) -> Sweep:
     """
     path = sweep.out / SHARED
     asked: dict[str, Any] = {"model": sweep.model, "data": sweep.data, "arguments": list(sweep.arguments)}
+    contents = {f"contents of {name}": _sha256(Path(name)) for name in (sweep.model, sweep.data)}
+    asked |= {what: digest for what, digest in contents.items() if digest is not None}
     chosen = {Path(trial.recipe).stem: recipes.read(trial.recipe).model_dump(mode="json") for trial in wanted}
     kept = (
         json.loads(path.read_text(encoding="utf-8"))
@@ -197,7 +213,7 @@ def _begun(sweep: Sweep, wanted: Sequence[Trial]) -> Sweep:
         else asked | {"threads": sweep.threads, "recipes": {}}
     )
     for key, value in asked.items():
-        if kept[key] != value:
+        if kept.setdefault(key, value) != value:
             raise CompressLabError(f"{sweep.out} holds a sweep with other {key} ({kept[key]}): choose another --out")
     for name, recipe in chosen.items():
         if kept["recipes"].get(name, recipe) != recipe:

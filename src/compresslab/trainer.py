@@ -6,14 +6,17 @@ installed), which no run shall pay for that trains nothing.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
@@ -295,7 +298,22 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    return all(any(checkpoint.glob(name)) for name in WRITTEN)
+    return all(any(checkpoint.glob(name)) for name in WRITTEN) and all(map(_ends, checkpoint.iterdir()))
+
+
+def _ends(path: Path) -> bool:
+    """Whether a file of a checkpoint goes on to its end, where a kill or a full disk has not cut it off."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix in (".pt", ".pth"):  # zip files, whose directory comes last
+            zipfile.ZipFile(path).close()
+    except (ValueError, SafetensorError, zipfile.BadZipFile):
+        return False
+    return True
 
 
 def _keep(folder: Path, step: int) -> None:

@@ -380,11 +380,14 @@ def _element_size(shape: Sequence[int], size: int) -> int:
     return size // max(math.prod(shape), 1)
 
 
-def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], Tensor]) -> None:
+def write_safetensors(
+    path: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], Tensor], *, lasting: bool = False
+) -> None:
     """A safetensors file with one tensor in memory at a time; atomic, so that a kill leaves no half of one.
 
     Args:
         get: the tensor of a name, as its spec says.
+        lasting: whether it shall be on the disk itself before this returns, so that a power cut leaves no half of one either.
 
     Raises:
         CompressLabError: if the disk is full.
@@ -399,6 +402,9 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], get: Callable
                 if tensor.dtype != specs[name].dtype or tuple(tensor.shape) != specs[name].shape:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {specs[name]}")
                 out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            if lasting:
+                out.flush()
+                os.fsync(out.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

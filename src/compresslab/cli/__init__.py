@@ -19,17 +19,20 @@ from compresslab.cli import (  # noqa: F401  (they add their commands)
     staging,
 )
 from compresslab.cli.console import app, error_console, escape
-from compresslab.errors import CompressLabError
+from compresslab.errors import CompressLabError, of_disk
 
 
 def main() -> None:
     """Entry point of the `compresslab` command."""
     try:
         app()
-    except CompressLabError as error:
+    except Exception as error:
+        told = error if isinstance(error, CompressLabError) else of_disk(error)
+        if told is None:
+            raise
         rank = os.environ.get("RANK", "")  # of several processes, which one speaks
         error_console.print(
-            f"[bold red]{f'rank {rank}: ' if rank else ''}error:[/] {escape(str(error))}",
+            f"[bold red]{f'rank {rank}: ' if rank else ''}error:[/] {escape(str(told))}",
             highlight=False,
             soft_wrap=True,
         )

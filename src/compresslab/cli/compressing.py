@@ -65,7 +65,8 @@ def compress(
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="4GB", help="What solving may have in memory; calibration waits on disk as far as it must."
+            metavar="4GB",
+            help="What each process may have in memory: calibration waits on disk, and measuring reads block by block.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
@@ -134,6 +135,10 @@ def sweep(
     budgets: Annotated[str, typer.Option(help="Such as none,3.5bits,80MB.")] = "none",
     seeds: Annotated[str, typer.Option(help="Such as 0,1,2.")] = "0",
     data: Annotated[str, typer.Option(help="As `compress` takes it.")] = "wiki",
+    sensitivity: Annotated[str | None, typer.Option(help="As `compress` takes it.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="As `compress` takes it; repeatable.")] = None,
+    device: Annotated[str | None, typer.Option(help="As `compress` takes it.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="4GB", help="Of each process of each run.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of all; repeatable.")
     ] = None,
@@ -152,6 +157,7 @@ def sweep(
     import psutil
 
     from compresslab import sweep as sweeps
+    from compresslab.weights import parse_bytes
 
     def listed(text: str) -> list[str]:
         return [word.strip() for word in text.split(",") if word.strip()]
@@ -165,7 +171,13 @@ def sweep(
         raise CompressLabError("nothing to run: name at least one recipe, budget (or none) and seed")
     settings_of(set_ or [], samples, sequence_length)
     arguments = [word for pair in set_ or [] for word in ("--set", pair)] + ["--windows", str(windows)]
-    for option, value in (("--samples", samples), ("--sequence-length", sequence_length)):
+    arguments += [word for pattern in ignore or [] for word in ("--ignore", pattern)]
+    if memory is not None:
+        parse_bytes(memory)
+    for option, value in (
+        ("--samples", samples), ("--sequence-length", sequence_length), ("--sensitivity", sensitivity),
+        ("--device", device), ("--memory", memory),
+    ):  # fmt: skip
         arguments += [] if value is None else [option, str(value)]
     cores = psutil.cpu_count(logical=False) or 1
     chosen = sweeps.Sweep(

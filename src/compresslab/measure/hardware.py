@@ -175,14 +175,23 @@ def cgroup_cpus(groups: Sequence[Path]) -> float | None:
 
 
 def cgroup_memory(groups: Sequence[Path]) -> tuple[int | None, int]:
-    """The tightest memory limit on the way up, and what is used under it, in bytes; None and 0 without a limit."""
+    """The tightest memory limit on the way up, and what is used under it, in bytes; None and 0 without a limit.
+
+    Pages of files count as used in a group, and make room when it is needed: they are left out.
+    """
     limits = []
     for folder in groups:
         limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes") or "max"
         used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes") or "0"
         if limit != "max" and int(limit) < NO_LIMIT:
-            limits.append((int(limit), int(used)))
+            limits.append((int(limit), max(0, int(used) - _of_files(_text(folder / "memory.stat") or ""))))
     return min(limits, key=lambda pair: pair[0] - pair[1], default=(None, 0))
+
+
+def _of_files(stat: str) -> int:
+    """Bytes of file pages by a group's memory.stat; version 1 counts those of the groups inside under other names."""
+    found = dict(line.split() for line in stat.splitlines())
+    return sum(int(found.get(f"total_{kind}", found.get(kind, 0))) for kind in ("active_file", "inactive_file"))
 
 
 def _text(path: Path) -> str | None:
