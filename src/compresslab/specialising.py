@@ -37,8 +37,11 @@ from compresslab.search import latency
 from compresslab.search.evolution import Found, evolved
 from compresslab.search.latency import LatencyTable, Predictor
 from compresslab.search.widths import Costs, Limit
+from compresslab.supernet import PAPERS as SUPERNET
 from compresslab.supernet import Shape, ShapeSpace, Supernet
 from compresslab.training import collate
+
+PAPERS = {"specialising": SUPERNET["once for all"]}
 
 
 @dataclass(frozen=True, kw_only=True)

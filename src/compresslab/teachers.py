@@ -24,11 +24,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compresslab.contract import Paper
 from compresslab.damage import whole_model
 from compresslab.distill.mutual import ADAPTIVE, MEAN
 from compresslab.distill.mutual import log_weights as by_name
 from compresslab.errors import CompressLabError
 from compresslab.pairing import Losses, Pair
+
+PAPERS = {
+    "ensemble: mean": Paper(
+        title="Learning from Multiple Teacher Networks",
+        authors="You et al.",
+        year=2017,
+        arxiv=None,
+        claim="a thin student as accurate as all its teachers or more so, with far fewer weights [abstract, KDD]",
+    ),
+    "ensemble: adaptive": Paper(
+        title="Confidence-Aware Multi-Teacher Knowledge Distillation",
+        authors="Zhang, Chen, Wang",
+        year=2021,
+        arxiv="2201.00007",
+        claim="weights by labels, which ours do without: above all that was compared for various pairs of networks [abstract]",
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)

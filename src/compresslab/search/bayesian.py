@@ -11,9 +11,20 @@ from __future__ import annotations
 
 import random
 
+from compresslab.contract import Paper
 from compresslab.errors import CompressLabError
 from compresslab.search.evolution import Found, Judge, Judged
 from compresslab.search.widths import Costs, Limit, Space, Widths, fitted
+
+PAPERS = {
+    "Bayesian search": Paper(
+        title="Optuna: A Next-generation Hyperparameter Optimization Framework",
+        authors="Akiba et al.",
+        year=2019,
+        arxiv="1907.10902",
+        claim="search spaces written as the program runs, trials that promise nothing ended early [abstract]",
+    ),
+}
 
 
 def proposed_best(space: Space, costs: Costs, limit: Limit, judge: Judge, *, seed: int, evaluations: int) -> Found:
