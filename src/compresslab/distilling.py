@@ -242,7 +242,7 @@ def _taught(
         progress.stage("train", settings.steps_for(len(examples)))
         record = train_(
             network, examples, settings, scratch, seed=seed, held_back=held_back,
-            loss=_with_own_texts(lesson, losses), device=where,
+            loss=with_own_texts(lesson, losses), device=where,
             on_step=lambda done: progress.step("a step of the training"),
         )  # fmt: skip
     source = models.retrained(pair.student, network)
@@ -271,7 +271,7 @@ def _together(
     return Taught(source=source, record=record, before=before, doubts=(), rest=None)
 
 
-def _with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
+def with_own_texts(lesson: Lesson, losses: Losses) -> Loss:
     """The lesson, on texts that the student writes itself in some of the steps, where the recipe asks for that."""
     writing = losses.writing
     if writing is None:

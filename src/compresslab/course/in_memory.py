@@ -5,7 +5,9 @@ the codes stand for, and the bytes that its tensors take on disk, scales and zer
 other number.
 
 Inputs of layers are rounded as the runtime rounds them. Training with rounding goes through aware.train, as in the pipeline.
-Oracle: tests/course/test_in_memory.py holds it against an artifact that pipeline.compress wrote and transformers opened.
+Students are taught by the loop of distilling.distill.
+Oracle: tests/course/ holds it against artifacts that pipeline.compress (test_lab_3_3.py) and distilling.distill
+(test_in_memory.py) wrote.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from compresslab.data.labelled import Example
 from compresslab.deploy import torch_packed
 from compresslab.deploy.layouts import Layout
 from compresslab.distill.teacher_cache import TeacherCache
+from compresslab.distilling import with_own_texts
 from compresslab.errors import CompressLabError
 from compresslab.features import FeatureTerms
 from compresslab.measure import speed
@@ -179,16 +182,18 @@ def taught_on(
     student: nn.Module, teacher: nn.Module | TeacherCache | None, losses: Losses, shown: Sequence[Example],
     training: Training, *, seed: int = 0,
 ) -> nn.Module:  # fmt: skip
-    """The same on any texts: an encoder's differ in length, and have no labels."""
+    """The same on any examples: an encoder's texts differ in length and have no labels, pictures are no texts."""
     examples, held_back = split(shown, training.held_back, seed)
     terms = None
     if losses.on_features:
         assert isinstance(teacher, nn.Module)
-        batch = collate([{"input_ids": one["input_ids"]} for one in examples[:EXAMPLES_SHOWN]])
+        batch = collate(examples[:EXAMPLES_SHOWN])
+        batch.pop("labels", None)
         terms = FeatureTerms(student, teacher, losses.on_features, batch, examples=len(examples), seed=seed)
     with contextlib.nullcontext() if terms is None else terms.at_work(student), tempfile.TemporaryDirectory() as folder:
         lesson = Lesson.of(losses.on_logits, student, teacher, examples[0], terms)
-        train_(student, examples, training, Path(folder), seed=seed, held_back=held_back, loss=lesson)
+        loss = with_own_texts(lesson, losses)
+        train_(student, examples, training, Path(folder), seed=seed, held_back=held_back, loss=loss)
     return student.eval().requires_grad_(False)
 
 
