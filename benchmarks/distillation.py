@@ -136,9 +136,11 @@ class Settings:
     digits_rate: float = 1e-2
     digits_temperature: float = 4.0
     seeds: int = 3
-    small_pictures: int = 150
-    small_steps: int = 300
-    small_batch: int = 50
+    small_pictures: int = 100
+    small_noise: float = 0.3
+    small_side: int = 8
+    small_steps: int = 200
+    small_batch: int = 32
     small_rate: float = 1e-2
     small_widths: tuple[int, ...] = (8, 16, 32)
     deep_blocks: int = 3
@@ -467,10 +469,9 @@ class Bench:
 
     def logits(self) -> dict[str, Any]:
         """Each loss alone but for dkd and dist, which their papers take beside labels."""
-        small = digits.Training(widths=self.settings.small_widths)
 
         def told(seed: int) -> tuple[dict[str, nn.Module], Told]:
-            teacher = digits.trained(seed)
+            teacher = digits.trained(seed, self._of_digits())
             rows: Told = {"labels": (None, [HardLabels()], []), "smoothed": (None, [HardLabels(smoothing=0.1)], [])}
             for t in (1.0, 4.0):
                 every = {
@@ -482,7 +483,7 @@ class Bench:
             rows["dist"] = (teacher, [DIST(between=2.0, within=2.0), HardLabels()], [])
             return {"teacher": teacher}, rows
 
-        return self._on_digits(small, told)
+        return self._on_digits(self._of_digits(widths=self.settings.small_widths), told)
 
     def maps(self) -> dict[str, Any]:
         """Beside labels, for a student of the same widths, as flows ask; the last block of each stage beside the teacher's."""
@@ -495,22 +496,23 @@ class Bench:
         }  # fmt: skip
 
         def told(seed: int) -> tuple[dict[str, nn.Module], Told]:
-            teacher = digits.trained(seed, digits.Training(blocks=s.deep_blocks))
+            teacher = digits.trained(seed, self._of_digits(blocks=s.deep_blocks))
             rows: Told = {"labels": (None, [labels], []), "soft": (teacher, [labels, SoftLabels(temperature=4.0)], [])}
             rows |= {name: (teacher, [labels], [loss]) for name, loss in losses.items()}
             return {"teacher": teacher}, rows
 
-        return self._on_digits(digits.Training(), told)
+        return self._on_digits(self._of_digits(), told)
 
     def ensembles(self) -> dict[str, Any]:
         """Soft labels alone, of pictures that no teacher has seen."""
         s, soft = self.settings, [SoftLabels(temperature=4.0)]
 
         def told(seed: int) -> tuple[dict[str, nn.Module], Told]:
-            good = digits.trained(seed)
-            middling = digits.trained(seed + 100, digits.Training(pictures=1000, epochs=5))
+            good = digits.trained(seed, self._of_digits())
+            middling = digits.trained(seed + 100, self._of_digits(pictures=1000, epochs=3))
             bad = {
-                "unsure": digits.trained(seed + 200, digits.Training(pictures=100, epochs=2)), "mistaken": mistaken(seed),
+                "unsure": digits.trained(seed + 200, self._of_digits(pictures=100, epochs=3)),
+                "mistaken": mistaken(seed, self._of_digits()),
             }  # fmt: skip
             rows: Told = {"labels": (None, [HardLabels()], []), "best_alone": (good, soft, [])}
             rows["two_mean"] = (Ensemble([good, middling]), soft, [])
@@ -520,7 +522,10 @@ class Bench:
                     rows[f"{name}_{how}"] = (Ensemble([good, middling, network], weights), soft, [])
             return {"good": good, "middling": middling, **bad}, rows
 
-        return self._on_digits(digits.Training(widths=s.small_widths), told)
+        return self._on_digits(self._of_digits(widths=s.small_widths), told)
+
+    def _of_digits(self, **more: Any) -> digits.Training:
+        return digits.Training(noise=self.settings.small_noise, side=self.settings.small_side, **more)
 
     def _on_digits(
         self, shape: digits.Training, told: Callable[[int], tuple[dict[str, nn.Module], Told]]
@@ -532,9 +537,10 @@ class Bench:
             steps=s.small_steps, batch=s.small_batch, learning_rate=s.small_rate, checks=1, held_back=0.05, warmup=0.1,
             weight_decay=0.01,
         )  # fmt: skip
-        test = digits.pictures("test", 2000, seed=100)
+        kind: dict[str, Any] = {"noise": s.small_noise, "side": s.small_side}
+        test = digits.pictures("test", 2000, seed=100, **kind)
         for seed in range(s.seeds):
-            shown = digits.pictures("transfer", s.small_pictures, seed).examples()
+            shown = digits.pictures("transfer", s.small_pictures, seed, **kind).examples()
             teachers, rows = told(seed)
             for name, network in teachers.items():
                 accuracy.setdefault(f"teacher: {name}", []).append(digits.accuracy(network, test))
@@ -557,11 +563,11 @@ class Bench:
         found: dict[str, dict[str, list[float]]] = {}
         for seed in range(s.seeds):
             teacher = character_model.trained(seed)
-            teacher.generation_config.eos_token_id = None  # type: ignore[union-attr]
+            teacher.generation_config.eos_token_id = None
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 student = character_model.build(character_model.Training(blocks=2))
-            student.generation_config.eos_token_id = None  # type: ignore[union-attr]
+            student.generation_config.eos_token_id = None
             windows = shown(s.written_windows, s.written_length, seed)
             text = Losses(on_logits=[HardLabels()], on_features=())
             in_memory.taught(student, None, text, windows, begun, seed=seed)
@@ -635,22 +641,23 @@ class Bench:
 Told = dict[str, tuple[nn.Module | None, list[Any], list[Any]]]  # row -> teacher, losses on logits, losses on features
 
 
-def mistaken(seed: int) -> nn.Module:
+def mistaken(seed: int, settings: digits.Training) -> nn.Module:
     """A teacher of digits who has learnt six of the ten classes by each other's names."""
     others = torch.tensor([1, 0, 3, 2, 5, 4, 6, 7, 8, 9])
-    shown = digits.pictures("train", 2800, seed)
-    examples = [{"pixel_values": p, "labels": others[y]} for p, y in zip(shown.pixels, shown.labels, strict=True)]
+    shown = digits.pictures("train", settings.pictures, seed, noise=settings.noise, side=settings.side)
+    examples = digits.Pictures(pixels=shown.pixels, labels=others[shown.labels]).examples()
     training = Training(
-        steps=350, batch=64, learning_rate=1e-2, checks=1, held_back=0.01, warmup=0.1, weight_decay=0.01
-    )
-    return in_memory.trained_on(digits.build(digits.Training(), seed + 300), examples, training, seed=seed)
+        epochs=settings.epochs, batch=settings.batch, learning_rate=settings.learning_rate, checks=1, held_back=0.01,
+        warmup=0.1, weight_decay=digits.WEIGHT_DECAY,
+    )  # fmt: skip
+    return in_memory.trained_on(digits.build(settings, seed + 300), examples, training, seed=seed)
 
 
 @torch.no_grad()
 def reversed_alphabet(network: nn.Module) -> nn.Module:
     """The character model that knows each character by another number, and says the same."""
     other = copy.deepcopy(network)
-    for table in (other.get_input_embeddings(), other.get_output_embeddings()):  # type: ignore[operator]
+    for table in (other.get_input_embeddings(), other.get_output_embeddings()):
         table.weight.copy_(table.weight.flip(0))
     return other
 
@@ -677,7 +684,7 @@ def on_own_texts(student: nn.Module, teacher: nn.Module, prompts: Tensor, seed: 
     texts taken apart, and what the teacher pays for what was written."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        written = student.generate(  # type: ignore[operator]
+        written = student.generate(
             input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=48, do_sample=True, top_k=0, top_p=1.0,
             pad_token_id=0,
         )  # fmt: skip

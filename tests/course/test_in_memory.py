@@ -64,11 +64,11 @@ def test_a_student_taught_in_memory_is_the_one_that_distill_writes(own: bool, tm
 
 def test_pictures_are_taught_by_features_too() -> None:
     teacher, student = (digits.build(digits.Training(widths=(4, 4, 4)), seed) for seed in (0, 1))
-    before = student.layers[0].conv1.weight.clone()  # type: ignore[index,union-attr]
+    before = student.layers[0].conv1.weight.clone()
     shown = digits.pictures("train", 10).examples()
     losses = Losses(on_logits=[HardLabels()], on_features=[AttentionTransfer(blocks="skip")])
     found = in_memory.taught_on(student, teacher, losses, shown, Training(**TRAINING))
-    assert not torch.equal(found.layers[0].conv1.weight, before)  # type: ignore[index,union-attr]
+    assert not torch.equal(found.layers[0].conv1.weight, before)
 
 
 def test_characters_come_back_from_their_tokens(tmp_path: Path) -> None:
