@@ -6,7 +6,7 @@
       -> cached: distill/fused.py with the teacher's 64 most likely tokens, read from records of a cache
       -> trl:    the loss of TRL's GKDTrainer at beta 0, which is the divergence without a share of labels, in TRL's environment
       -> memory: each in a process of its own, the high-water mark less what was resident before the step
-      -> time:   in turn in one process, forward and backward, A B C A B C ... (TRL in its own, which waits meanwhile); medians -> JSON
+      -> time:   in turn in one process, forward and backward, A B C A B C ...; TRL in its own, which waits meanwhile -> JSON
 
     python benchmarks/distill_loss.py                      # vocabulary 151,936, 1,024 tokens, width 896 (Qwen2.5-0.5B)
     python benchmarks/distill_loss.py --device cuda

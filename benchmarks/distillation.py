@@ -121,8 +121,8 @@ class Settings:
     few: int = 2_000
     tested: int = 5_000
     side: int = 16
-    teacher_steps: int = 400
-    pictures_steps: int = 200
+    teacher_steps: int = 1200
+    pictures_steps: int = 600
     pictures_batch: int = 64
     pictures_rate: float = 3e-3
     pictures_temperature: float = 4.0

@@ -194,8 +194,8 @@ class Bench:
         return compressed(self.model(self.shape), self.out, "w4a16-gptq", self.data, settings)
 
     def exports(self) -> dict[str, Any]:
-        rounded = compressed(self.model(self.shape), self.out, "w4a16-rtn")
-        found, target = {"rounding": rounded}, self.work / "exported"
+        compressed(self.model(self.shape), self.out, "w4a16-rtn")
+        found, target = {}, self.work / "exported"
         for name in EXPORTS:
             shutil.rmtree(target, ignore_errors=True)
             forget(self.out)

@@ -11,8 +11,8 @@
 
 Every pair (the network before, and after it was cut) is timed in one process in turn, A B A B ..., at batches of 32 and 1, and
 the medians are told with their ratio. Keep the machine quiet. Trainings compute in bfloat16 and note every epoch in --state, so
-that a run that was stopped goes on; --epochs 0 leaves them out, and the accuracies then mean nothing. Parts not asked for stay in
-the file as they are.
+that a run that was stopped goes on; beside the network that was cut and recovered stands the whole one trained for as many more
+epochs. --epochs 0 leaves them out, and the accuracies then mean nothing. Parts not asked for stay in the file as they are.
 Oracle: measure/counts.py for the operations; the cut networks equal those with zeros (cutting.py checks each).
 """
 
@@ -263,6 +263,9 @@ def on_cifar(
     scores = {"before": accuracy(model, *test), "cut": at_once}
     train_(smaller, pixels, labels, given.recover, rate / 2, adam=adam, note=note("recovered"), teacher=model)
     scores["recovered"] = accuracy(smaller, *test)
+    longer = copy.deepcopy(model)
+    train_(longer, pixels, labels, given.recover, rate / 2, adam=adam, note=note("longer"))
+    scores["whole_trained_as_long"] = accuracy(longer, *test)
     timed = in_turn(model, smaller, lambda n: {"pixel_values": torch.randn(n, 3, 32, 32)}, given.rounds)
     return {
         "said": told, "seconds_to_cut": took, "pictures": len(pixels), "epochs": given.epochs, "recover": given.recover,

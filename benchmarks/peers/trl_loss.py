@@ -1,6 +1,6 @@
 """TRL's distillation loss on given hidden states and heads; run by the Python of TRL's environment, told what to do by lines.
 
-    FILE.safetensors: hidden [rows, width], head and their_weight [classes, width], their_hidden, labels [rows], counts [rows] (bool)
+    FILE.safetensors: hidden and their_hidden [rows, width], head and their_weight [classes, width], labels and counts [rows]
       -> each line "step" on standard input is one loss and its gradients, answered by a line of JSON;
          "memory" likewise, with the bytes that it took at its most beyond what was resident before
 
