@@ -139,19 +139,20 @@ class Settings:
     small_pictures: int = 100
     small_noise: float = 0.3
     small_side: int = 8
-    small_steps: int = 200
+    small_steps: int = 120
     small_batch: int = 32
     small_rate: float = 1e-2
     small_widths: tuple[int, ...] = (8, 16, 32)
-    deep_blocks: int = 3
+    deep_blocks: int = 2
     weights: tuple[float, ...] = (6.0, 3.0, 1.0)
     transfer: float = 50.0
     selectivity: float = 50.0
     flow: float = 50.0
+    written_seeds: int = 2
     written_windows: int = 1600
     written_length: int = 48
     written_start: int = 100
-    written_steps: int = 150
+    written_steps: int = 100
     written_batch: int = 16
     written_rate: float = 2e-3
     written_tokens: int = 256
@@ -165,6 +166,17 @@ class Bench:
         self.settings = Settings()
         self.sst2, self.cifar10 = given.sst2, given.cifar10
         self.rounds, self.threads = given.rounds, torch.get_num_threads()
+
+    def _once(self, what: str, make: Callable[[], Any]) -> Any:
+        """What was measured in this folder under these settings, by a run that was killed; or `make` now."""
+        path, told = self.work / "measured.json", json.dumps(asdict(self.settings), sort_keys=True)
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        rows = known.setdefault(told, {})
+        if what not in rows:
+            rows[what] = make()
+            path.write_text(json.dumps(known), encoding="utf-8")
+            print(what, rows[what], flush=True)
+        return rows[what]
 
     # -- language models -----------------------------------------------------------------------------------------------
 
@@ -483,7 +495,7 @@ class Bench:
             rows["dist"] = (teacher, [DIST(between=2.0, within=2.0), HardLabels()], [])
             return {"teacher": teacher}, rows
 
-        return self._on_digits(self._of_digits(widths=self.settings.small_widths), told)
+        return self._on_digits("logits", self._of_digits(widths=self.settings.small_widths), told)
 
     def maps(self) -> dict[str, Any]:
         """Beside labels, for a student of the same widths, as flows ask; the last block of each stage beside the teacher's."""
@@ -501,7 +513,7 @@ class Bench:
             rows |= {name: (teacher, [labels], [loss]) for name, loss in losses.items()}
             return {"teacher": teacher}, rows
 
-        return self._on_digits(self._of_digits(), told)
+        return self._on_digits("maps", self._of_digits(), told)
 
     def ensembles(self) -> dict[str, Any]:
         """Soft labels alone, of pictures that no teacher has seen."""
@@ -522,13 +534,13 @@ class Bench:
                     rows[f"{name}_{how}"] = (Ensemble([good, middling, network], weights), soft, [])
             return {"good": good, "middling": middling, **bad}, rows
 
-        return self._on_digits(self._of_digits(widths=s.small_widths), told)
+        return self._on_digits("ensembles", self._of_digits(widths=s.small_widths), told)
 
     def _of_digits(self, **more: Any) -> digits.Training:
         return digits.Training(noise=self.settings.small_noise, side=self.settings.small_side, **more)
 
     def _on_digits(
-        self, shape: digits.Training, told: Callable[[int], tuple[dict[str, nn.Module], Told]]
+        self, part: str, shape: digits.Training, told: Callable[[int], tuple[dict[str, nn.Module], Told]]
     ) -> dict[str, Any]:
         """Accuracy on test digits, by seed and as means, of teachers and of students that all see the same few pictures."""
         s = self.settings
@@ -542,13 +554,18 @@ class Bench:
         for seed in range(s.seeds):
             shown = digits.pictures("transfer", s.small_pictures, seed, **kind).examples()
             teachers, rows = told(seed)
-            for name, network in teachers.items():
-                accuracy.setdefault(f"teacher: {name}", []).append(digits.accuracy(network, test))
-            for name, (teacher, on_logits, on_features) in rows.items():
+
+            def learned(row: str, rows: Told = rows, shown: list[Any] = shown, seed: int = seed) -> float:
+                teacher, on_logits, on_features = rows[row]
                 losses = Losses(on_logits=on_logits, on_features=on_features)
                 network = in_memory.taught_on(digits.build(shape, seed), teacher, losses, shown, training, seed=seed)
-                accuracy.setdefault(name, []).append(digits.accuracy(network, test))
-                print(seed, name, accuracy[name][-1], flush=True)
+                return digits.accuracy(network, test)
+
+            for name, network in teachers.items():
+                accuracy.setdefault(f"teacher: {name}", []).append(digits.accuracy(network, test))
+            for name in rows:
+                found = self._once(f"{part} {seed} {name}", lambda name=name: learned(name))
+                accuracy.setdefault(name, []).append(found)
         means = {name: statistics.mean(values) for name, values in accuracy.items()}
         return {"accuracy": accuracy, "means": means, "tested": len(test.labels)}
 
@@ -561,7 +578,7 @@ class Bench:
             for n in (s.written_start, s.written_steps)
         )
         found: dict[str, dict[str, list[float]]] = {}
-        for seed in range(s.seeds):
+        for seed in range(s.written_seeds):
             teacher = character_model.trained(seed)
             teacher.generation_config.eos_token_id = None
             with torch.random.fork_rng(devices=[]):
@@ -572,17 +589,22 @@ class Bench:
             text = Losses(on_logits=[HardLabels()], on_features=())
             in_memory.taught(student, None, text, windows, begun, seed=seed)
 
-            def judged(name: str, network: nn.Module, seed: int = seed, teacher: nn.Module = teacher) -> None:
-                row = {"perplexity": perplexity(network, test), **on_own_texts(network, teacher, test[:, :16], seed)}
+            def judged(network: nn.Module, seed: int = seed, teacher: nn.Module = teacher) -> dict[str, float]:
+                return {"perplexity": perplexity(network, test), **on_own_texts(network, teacher, test[:, :16], seed)}
+
+            def learned(
+                lesson: tuple[nn.Module | None, Losses], seed: int = seed, student: nn.Module = student,
+                windows: Tensor = windows, judged: Callable[[nn.Module], dict[str, float]] = judged,
+            ) -> dict[str, float]:  # fmt: skip
+                network = copy.deepcopy(student).requires_grad_(True)
+                return judged(in_memory.taught(network, *lesson, windows, longer, seed=seed + 1))
+
+            rows = {"teacher": judged(teacher), "untaught": judged(student)}
+            for name, lesson in self._lessons(teacher, seed).items():
+                rows[name] = self._once(f"written {seed} {name}", lambda lesson=lesson: learned(lesson))
+            for name, row in rows.items():
                 for key, value in row.items():
                     found.setdefault(name, {}).setdefault(key, []).append(value)
-                print(seed, name, row, flush=True)
-
-            judged("teacher", teacher)
-            judged("untaught", student)
-            for name, (by, losses) in self._lessons(teacher, seed).items():
-                network = copy.deepcopy(student).requires_grad_(True)
-                judged(name, in_memory.taught(network, by, losses, windows, longer, seed=seed + 1))
         means = {name: {key: statistics.mean(v) for key, v in row.items()} for name, row in found.items()}
         return {"rows": found, "means": means, "characters_tested": test.numel()}
 
