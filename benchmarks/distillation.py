@@ -493,6 +493,7 @@ class Bench:
                 rows |= {f"{name}_at_{t:g}": (teacher, [loss], []) for name, loss in every.items()}
             rows["dkd"] = (teacher, [DKD(), HardLabels()], [])
             rows["dist"] = (teacher, [DIST(between=2.0, within=2.0), HardLabels()], [])
+            rows["dist_at_4"] = (teacher, [DIST(between=2.0, within=2.0, temperature=4.0), HardLabels()], [])
             return {"teacher": teacher}, rows
 
         return self._on_digits("logits", self._of_digits(widths=self.settings.small_widths), told)
@@ -501,7 +502,7 @@ class Bench:
         """Beside labels, for a student of the same widths, as flows ask; the last block of each stage beside the teacher's."""
         s, labels = self.settings, HardLabels()
         losses: dict[str, Any] = {
-            "hints": Hints(blocks="skip"), "hints_needed": Hints(blocks="skip", project="needed"),
+            "hints": Hints(blocks="skip"),
             "attention_transfer": AttentionTransfer(blocks="skip", weight=s.transfer),
             "neuron_selectivity": NeuronSelectivity(blocks="skip", weight=s.selectivity),
             "flow_of_solution": FlowOfSolution(blocks="skip", weight=s.flow),
@@ -527,9 +528,7 @@ class Bench:
                 "mistaken": mistaken(seed, self._of_digits()),
             }  # fmt: skip
             rows: Told = {"labels": (None, [HardLabels()], []), "best_alone": (good, soft, [])}
-            rows["two_mean"] = (Ensemble([good, middling]), soft, [])
             for name, network in bad.items():
-                rows[f"{name}_alone"] = (network, soft, [])
                 for how, weights in (("mean", "mean"), ("weighted", s.weights), ("adaptive", "adaptive")):
                     rows[f"{name}_{how}"] = (Ensemble([good, middling, network], weights), soft, [])
             return {"good": good, "middling": middling, **bad}, rows
