@@ -16,7 +16,7 @@ help:
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
 	@echo "make bench-deploy  exports, encoders and decoding in each runtime, a stopwatch; keep the machine quiet"
 	@echo "make bench-prune   masks and solves against the published routines, MiniLM at half, a latency that was asked for; keep it quiet"
-	@echo "make bench-distill students of four teachers beside what they learn without one (most of an hour); keep the machine quiet"
+	@echo "make bench-distill every loss, students beside what they learn without a teacher (over an hour); keep the machine quiet"
 	@echo "make bench-scale   Llama-2-7B's shapes on this machine, costs over four sizes, runs that are killed (an hour, 40 GB of disk)"
 
 # torch goes first and alone, pinned, so that pip takes the plain CPU build; bring your own with VENV=... if you have a GPU.
@@ -82,7 +82,6 @@ bench-distill: $(VENV)/.ready
 	$(BIN)/compresslab peers install trl
 	$(BIN)/python benchmarks/distill_loss.py
 	$(BIN)/python benchmarks/distillation.py --work $(TAUGHT) --out results/distillation.json \
-		--parts language encoder data_free $(if $(SST2),sentences) $(if $(CIFAR10),pictures) \
 		$(if $(SST2),--sst2 $(SST2)) $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
 clean:

@@ -36,6 +36,15 @@ def test_oracles_that_are_named_are_there() -> None:
     assert not missing, missing
 
 
+def test_every_essay_that_names_its_paper_has_a_row() -> None:
+    """Networks of others (architectures/) are no methods of ours."""
+    table, package = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8"), Path(compresslab.__file__).parent
+    files = [path for path in package.rglob("*.py") if path.parent.name != "architectures"]
+    essays = [path for path in files if re.search(r"^Papers?\. ", path.read_text(encoding="utf-8"), flags=re.M)]
+    rows = [f"`{path.relative_to(package).as_posix()}`" for path in essays]
+    assert len(rows) > 60 and not [row for row in rows if row not in table]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_relative_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", document.read_text(encoding="utf-8"))

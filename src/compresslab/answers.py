@@ -27,12 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compresslab.contract import Paper
 from compresslab.data.labelled import Example, Labelled, examples_sha256
 from compresslab.distill.teacher_cache import SPAN, TeacherCache, Writer, digest
 from compresslab.endpoint import Answer, Asking
 from compresslab.errors import CompressLabError
 from compresslab.models import Source
 from compresslab.training import IGNORED_LABEL
+
+PAPERS = {
+    "answers": Paper(
+        title="Sequence-Level Knowledge Distillation",
+        authors="Kim, Rush",
+        year=2016,
+        arxiv="1606.07947",
+        claim="translation 10 times faster at little loss; pruned as well, 13 times fewer weights for 0.4 BLEU [abstract]",
+    ),
+}
 
 FEWEST_ENTRIES = 4  # of a record of a cache
 

@@ -35,7 +35,10 @@ Along = Literal["in", "out"]
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """Where a method comes from, and the figure that the paper is known for (docs/papers.md is made of these)."""
+    """Where a method comes from, and the figure that the paper is known for.
+
+    docs/papers.md is made of these: a method's own, and those in `PAPERS`, by name, of a module that is no method.
+    """
 
     title: str
     authors: str

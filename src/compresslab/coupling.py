@@ -43,7 +43,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compresslab.channel_rules import RULES, first, varies
+from compresslab.contract import Paper
 from compresslab.errors import CompressLabError
+
+PAPERS = {
+    "coupled channels": Paper(
+        title="DepGraph: Towards Any Structural Pruning",
+        authors="Fang et al.",
+        year=2023,
+        arxiv="2301.12900",
+        claim="one algorithm for ResNe(X)t, DenseNet, MobileNet, vision transformers, GAT, DGCNN and LSTM [abstract]",
+    ),
+}
 
 Role = Literal["makes", "reads", "scales"]
 Kind = Literal["channels", "heads", "width"]

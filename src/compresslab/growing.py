@@ -34,13 +34,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compresslab.contract import Removal
+from compresslab.contract import Paper, Removal
 from compresslab.errors import CompressLabError
 from compresslab.groups import FEED_FORWARDS, Group, groups_of, with_units
 from compresslab.models import Source, linear_layers, materialise
 from compresslab.removing import cut_out, plain_stack, told_by
 from compresslab.solving import read_weight
 from compresslab.weights import OverlaidWeights, RenamedWeights
+
+PAPERS = {
+    "growing": Paper(
+        title="Net2Net: Accelerating Learning via Knowledge Transfer",
+        authors="Chen, Goodfellow, Shlens",
+        year=2015,
+        arxiv="1511.05641",
+        claim="larger Inception networks begin where a smaller one stopped; a new best on ImageNet of its time [abstract]",
+    ),
+}
 
 # What writes to the residual stream.
 WRITERS = tuple(

@@ -40,11 +40,29 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from compresslab.contract import Paper
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError, unknown
 from compresslab.masked import BUFFER, fewer, masking
 from compresslab.recipe import Training
 from compresslab.training import KEPT, Loss, Record, split, train_
+
+PAPERS = {
+    "lottery ticket": Paper(
+        title="The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks",
+        authors="Frankle and Carbin",
+        year=2018,
+        arxiv="1803.03635",
+        claim="tickets of less than 10 to 20 % of networks for MNIST and CIFAR-10 learn as well as the whole [abstract]",
+    ),
+    "lottery ticket: rewinding": Paper(
+        title="Linear Mode Connectivity and the Lottery Ticket Hypothesis",
+        authors="Frankle et al.",
+        year=2019,
+        arxiv="1912.05671",
+        claim="ResNet-20 on CIFAR-10 and ResNet-50 on ImageNet have tickets from a step early in training on [abstract]",
+    ),
+}
 
 CONTROLS = ("reinitialised", "shuffled", "random")
 Masks = Mapping[str, Tensor]

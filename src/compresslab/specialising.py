@@ -42,8 +42,11 @@ from compresslab.search.evolution import Found
 from compresslab.search.latency import LatencyTable, Predictor
 from compresslab.search.searchers import searched
 from compresslab.search.widths import Costs, Limit
+from compresslab.supernet import PAPERS as SUPERNET
 from compresslab.supernet import Shape, ShapeSpace, Supernet
 from compresslab.training import collate
+
+PAPERS = {"specialising": SUPERNET["once for all"]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from typing import Any, Literal
 
 from compresslab import models
 from compresslab.artifact import MANIFEST, Artifact, partial_of
+from compresslab.contract import Paper
 from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
 from compresslab.growing import deeper, wider
@@ -45,6 +46,30 @@ from compresslab.pipeline import Progress, recipe_of
 from compresslab.recipe import Recipe
 from compresslab.report.schema import Report, read_report
 from compresslab.students import Shape, student_of, write
+
+PAPERS = {
+    "assistants": Paper(
+        title="Improved Knowledge Distillation via Teacher Assistant",
+        authors="Mirzadeh et al.",
+        year=2019,
+        arxiv="1902.03393",
+        claim="students of CIFAR-10, CIFAR-100 and ImageNet are better through a network of a size between [abstract]",
+    ),
+    "shrinking": Paper(
+        title="Compact Language Models via Pruning and Knowledge Distillation",
+        authors="Muralidharan et al.",
+        year=2024,
+        arxiv="2407.14679",
+        claim="8B and 4B from a 15B model with up to 40 times fewer tokens than from scratch; MMLU up to 16 % better [abstract]",
+    ),
+    "born-again": Paper(
+        title="Born-Again Neural Networks",
+        authors="Furlanello et al.",
+        year=2018,
+        arxiv="1805.04770",
+        claim="DenseNets of the teacher's own shape: errors of 3.5 % on CIFAR-10 and 15.5 % on CIFAR-100 [abstract]",
+    ),
+}
 
 Origin = Literal["first", "last"]
 PLAN = "stages.json"

@@ -49,10 +49,21 @@ from compresslab.architectures.inverted_residuals import (
     InvertedResidualsForImageClassification,
 )
 from compresslab.batch_norms import renew_batch_norms_
+from compresslab.contract import Paper
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.recipe import Training
 from compresslab.training import Record, collate, split, train_
+
+PAPERS = {
+    "once for all": Paper(
+        title="Once for All: Train One Network and Specialize it for Efficient Deployment",
+        authors="Cai et al.",
+        year=2019,
+        arxiv="1908.09791",
+        claim="ImageNet 80.0 % top-1 under 600M multiply-accumulates; MobileNetV3's accuracy 1.5 times faster [abstract]",
+    ),
+}
 
 PHASES = ("largest", "kernels", "depths", "expansions")
 SHAPES = 2  # drawn in a step

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compresslab.contract import Paper
 from compresslab.damage import whole_model
 from compresslab.distill.mutual import ADAPTIVE, MEAN
 from compresslab.distill.mutual import log_weights as by_name
@@ -31,6 +32,23 @@ from compresslab.errors import CompressLabError
 from compresslab.losses import Losses
 from compresslab.models import Source
 from compresslab.pairing import Pair
+
+PAPERS = {
+    "ensemble: mean": Paper(
+        title="Learning from Multiple Teacher Networks",
+        authors="You et al.",
+        year=2017,
+        arxiv=None,
+        claim="a thin student as accurate as all its teachers or more so, with far fewer weights [abstract, KDD]",
+    ),
+    "ensemble: adaptive": Paper(
+        title="Confidence-Aware Multi-Teacher Knowledge Distillation",
+        authors="Zhang, Chen, Wang",
+        year=2021,
+        arxiv="2201.00007",
+        claim="weights by labels, which ours do without: above all that was compared for various pairs of networks [abstract]",
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)

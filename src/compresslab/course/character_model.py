@@ -85,10 +85,10 @@ def _drawn(generator: torch.Generator, count: int, length: int) -> Tensor:
     return torch.stack([row[start : start + length] for start in starts.tolist()])
 
 
-def build(settings: Training) -> nn.Module:
-    """The untrained network."""
+def build(settings: Training, *, tokens: int = len(ALPHABET)) -> nn.Module:
+    """The untrained network; of so many tokens."""
     config = transformers.LlamaConfig(
-        vocab_size=len(ALPHABET), hidden_size=settings.hidden, intermediate_size=settings.intermediate,
+        vocab_size=tokens, hidden_size=settings.hidden, intermediate_size=settings.intermediate,
         num_hidden_layers=settings.blocks, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
@@ -116,12 +116,18 @@ def trained(seed: int, settings: Training | None = None) -> nn.Module:
 def save(model: nn.Module, folder: Path) -> None:
     """The model as a folder that transformers opens, with a tokenizer of one token per character, for tools that want one."""
     model.save_pretrained(folder)  # type: ignore[operator]
-    table = {character: i for i, character in enumerate(ALPHABET)}
+    tokenizer().save_pretrained(folder)
+
+
+def tokenizer(alphabet: str = ALPHABET) -> transformers.PreTrainedTokenizerFast:
+    """Of one token per character, numbered as they stand."""
+    table = {character: i for i, character in enumerate(alphabet)}
     spelled = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token=" "))
+    spelled.decoder = tokenizers.decoders.Fuse()  # without one, a blank comes between any two tokens
     spelled.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")
-    transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=spelled, eos_token="\n", pad_token="\n", model_max_length=256
-    ).save_pretrained(folder)
+    )
 
 
 def _cached_as(seed: int, settings: Training) -> Path:

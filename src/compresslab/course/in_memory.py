@@ -5,7 +5,9 @@ the codes stand for, and the bytes that its tensors take on disk, scales and zer
 other number.
 
 Inputs of layers are rounded as the runtime rounds them. Training with rounding goes through aware.train, as in the pipeline.
-Oracle: tests/course/test_lab_3_3.py holds it against an artifact that pipeline.compress wrote and transformers opened.
+Students are taught by the loop of distilling.distill.
+Oracle: tests/course/ holds it against artifacts that pipeline.compress (test_lab_3_3.py) and distilling.distill
+(test_in_memory.py) wrote.
 """
 
 from __future__ import annotations
@@ -176,7 +178,7 @@ def taught_on(
     student: nn.Module, teacher: nn.Module | TeacherCache | None, losses: Losses, shown: Sequence[Example],
     training: Training, *, seed: int = 0,
 ) -> nn.Module:  # fmt: skip
-    """The same on any texts: an encoder's differ in length, and have no labels."""
+    """The same on any examples: an encoder's texts differ in length and have no labels, pictures are no texts."""
     examples, held_back = split(shown, training.held_back, seed)
     with teaching.at_work(losses, student, teacher, examples, seed) as lesson, tempfile.TemporaryDirectory() as folder:
         train_(student, examples, training, Path(folder), seed=seed, held_back=held_back, loss=lesson)

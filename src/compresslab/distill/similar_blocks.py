@@ -37,8 +37,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compresslab.contract import Feature
+from compresslab.contract import Feature, Paper
 from compresslab.distill.pairs import aligned
+
+PAPERS = {
+    "similar blocks": Paper(
+        title="Similarity of Neural Network Representations Revisited",
+        authors="Kornblith et al.",
+        year=2019,
+        arxiv="1905.00414",
+        claim="finds which layers of networks from other initial weights correspond, as measures before could not [abstract]",
+    ),
+}
 
 
 def similarities(student: Sequence[Feature], teacher: Sequence[Feature]) -> list[list[float]]:

@@ -13,9 +13,20 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from compresslab.contract import Paper
 from compresslab.errors import CompressLabError
 from compresslab.search.evolution import Found, Judge, Judged
 from compresslab.search.widths import Costs, Limit, Space, Widths, fitted
+
+PAPERS = {
+    "Bayesian search": Paper(
+        title="Optuna: A Next-generation Hyperparameter Optimization Framework",
+        authors="Akiba et al.",
+        year=2019,
+        arxiv="1907.10902",
+        claim="search spaces written as the program runs, trials that promise nothing ended early [abstract]",
+    ),
+}
 
 
 def optuna_here() -> Any:

@@ -32,8 +32,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compresslab.contract import Paper
 from compresslab.errors import CompressLabError
 from compresslab.search.widths import Costs, Limit, Space, Widths, drawn, fitted
+
+PAPERS = {
+    "evolution": Paper(
+        title="Regularized Evolution for Image Classifier Architecture Search",
+        authors="Real et al.",
+        year=2018,
+        arxiv="1802.01548",
+        claim="AmoebaNet-A, made larger: ImageNet 83.9 % top-1 [abstract]",
+    ),
+}
 
 TRIES = 40  # draws for every child: a small space may hold no more that are new
 

@@ -25,8 +25,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from compresslab.contract import Paper
 from compresslab.errors import CompressLabError
 from compresslab.search.widths import Widths
+
+PAPERS = {
+    "latency tables": Paper(
+        title="NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications",
+        authors="Yang et al.",
+        year=2018,
+        arxiv="1804.03230",
+        claim="MobileNets up to 1.7 times faster as measured, at the same accuracy or above [abstract]",
+    ),
+}
 
 Named = Callable[[Widths], Sequence[str]]
 
