@@ -13,6 +13,9 @@
     pictures   ResNet-56, trained on CIFAR-10 here, to ResNet-20: accuracy; the control likewise; both also on few pictures
     data_free  a ResNet of digits taught to a narrower one on pictures drawn out of it (DeepInversion): accuracy on real digits;
                the controls: as many pictures of noise, and drawn out without the statistics of batch norms; real digits beside
+    stages     the characters' model to half of its neurons, heads and residual stream: perplexity after one cut and after two,
+               each by what is loud on text and by the norms of weights, for as many steps in all; fresh weights of that shape
+               beside; and after one cut its blocks taught one by one, or by hints first, in place of all at once
 
 An encoder has no loss without a teacher, so its control needs one: two readings of a passage, with other neurons dropped,
 shall be nearer to each other than to the other passages of the batch (Gao et al., SimCSE, arXiv 2104.08821).
@@ -43,7 +46,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compresslab import data, models, pairing, recipe
-from compresslab.course import digits, encoders, in_memory, own_pictures
+from compresslab.course import character_model, digits, encoders, in_memory, own_pictures
 from compresslab.course.timing import one_thread
 from compresslab.data.labelled import Example
 from compresslab.distill.contrastive import Contrastive
@@ -56,8 +59,12 @@ from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distilling import distill
 from compresslab.features import FeatureTerms
 from compresslab.measure import embedding, environment, fresh
+from compresslab.measure.perplexity import perplexity
 from compresslab.pairing import Losses
+from compresslab.plan import OUTSIDE, make_plan
 from compresslab.recipe import Training
+from compresslab.solving import Pass
+from compresslab.staging import parameters_of
 from compresslab.students import Shape, student_of, write
 from compresslab.training import collate, split, train_
 
@@ -67,7 +74,7 @@ AIM_RECOVERED, AIM_SECONDS = 0.5, 1200.0
 AIM_CORRELATION, AIM_FASTER = 0.97, 1.8
 BATCHES, TOKENS = (1, 16), 128
 
-PARTS = ("language", "text", "encoder", "features", "sentences", "pictures", "data_free")
+PARTS = ("language", "text", "encoder", "features", "sentences", "pictures", "data_free", "stages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +119,10 @@ class Settings:
     digits_batch: int = 50
     digits_rate: float = 1e-2
     digits_temperature: float = 4.0
+    stages_seeds: int = 5
+    stages_steps: int = 96
+    stages_batch: int = 8
+    stages_rate: float = 4e-3
     inversion: Mapping[str, float] = field(default_factory=lambda: {"batch": 100, "steps": 200, "shift": 0})
 
 
@@ -414,6 +425,72 @@ class Bench:
                 print(seed, name, accuracy[name][-1], flush=True)
         means = {name: statistics.mean(values) for name, values in accuracy.items()}
         return {"accuracy": accuracy, "means": means, "making_processor_seconds": seconds, "tested": len(test.labels)}
+
+    def stages(self) -> dict[str, Any]:
+        """In memory, on other windows for each seed and always the same test."""
+        rows: dict[str, list[float]] = {}
+        for seed in range(self.settings.stages_seeds):
+            for name, value in self._stages_of(seed):
+                rows.setdefault(name, []).append(value)
+                print(seed, name, value, flush=True)
+        return {
+            "perplexity": rows,
+            "means": {name: statistics.mean(values) for name, values in rows.items()},
+            "less": {f"{a} than {b}": apart(rows[b], rows[a]) for a, b in (
+                ("one cut, loud", "one cut, norms"), ("two cuts, loud", "two cuts, norms"), ("two cuts, loud", "one cut, loud"),
+                ("two cuts, norms", "one cut, norms"), ("one cut, loud", "fresh"), ("blocks in turn", "one cut, loud"),
+                ("hints first", "one cut, loud"),
+            )},
+        }  # fmt: skip
+
+    def _stages_of(self, seed: int) -> Iterator[tuple[str, float]]:
+        s, whole, window = self.settings, character_model.trained(seed), character_model.Training().window
+        windows = character_model.calibration_windows(2048, window, seed)
+        test, soft = character_model.held_out_windows(96, 2 * window), Losses(on_logits=[SoftLabels()], on_features=())
+        hints = Losses(on_logits=(), on_features=[Hints(blocks="skip")])
+        shown = [{"input_ids": windows[: pairing.EXAMPLES_SHOWN]}]
+
+        def judged(network: nn.Module) -> float:
+            losses, tokens = perplexity(network, test, batch_size=32).parts.sum(axis=0)
+            return math.exp(losses / tokens)
+
+        def cut(network: nn.Module, **shape: Any) -> models.Source:
+            source = models.find(network)
+            looking = Pass(source=source, plan=make_plan(source, (OUTSIDE,)), batches=shown)
+            return student_of(source, Shape(seed=seed, **shape), calibration=looking)[0]
+
+        def taught(source: models.Source, steps: int, losses: Losses = soft, only: Sequence[str] = ("*",)) -> nn.Module:
+            network = models.materialise(source).float().requires_grad_(True)
+            training = Training(
+                steps=steps, batch=s.stages_batch, learning_rate=s.stages_rate, warmup=0.1, checks=1, held_back=0.02,
+                only=tuple(only),
+            )  # fmt: skip
+            return in_memory.taught(network, whole, losses, windows, training, seed=seed)
+
+        yield "whole", judged(whole)
+        half = {"width": 0.5, "hidden": 0.5}
+        yield "fresh", judged(taught(cut(whole, **half, fresh=True), s.stages_steps))
+        for name, by in (("loud", "activation-norm"), ("norms", "group-magnitude")):
+            once = cut(whole, **half, by=by)
+            yield f"untaught, {name}", judged(models.materialise(once).float().eval())
+            yield f"one cut, {name}", judged(taught(once, s.stages_steps))
+            between = taught(cut(whole, width=0.75, hidden=0.75, by=by), s.stages_steps // 2)
+            twice = cut(between, width=0.5 / 0.75, hidden=0.5 / 0.75, by=by)
+            assert twice.config.to_dict() == once.config.to_dict()
+            yield f"two cuts, {name}", judged(taught(twice, s.stages_steps // 2))
+        start = cut(whole, **half, by="activation-norm")
+        network, count = start, len(whole.model.layers)
+        for place in range(count):
+            network = models.find(taught(network, s.stages_steps // count, soft, parameters_of(network, place, count)))
+        yield "blocks in turn", judged(models.materialise(network).float().eval())
+        hinted = models.find(taught(start, s.stages_steps // 2, hints))
+        yield "hints first", judged(taught(hinted, s.stages_steps // 2))
+
+
+def apart(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, float]:
+    """By how much, and the standard error of that over the seeds."""
+    differences = [a - b for a, b in zip(larger, smaller, strict=True)]
+    return {"mean": statistics.mean(differences), "error": statistics.stdev(differences) / math.sqrt(len(differences))}
 
 
 def share(found: Mapping[str, float], scale: Callable[[float], float]) -> float:

@@ -154,6 +154,7 @@ class Training(Strict):
         checks: how often in all the loss on the examples held back is taken, and a checkpoint written.
         held_back: share of the examples that only this loss sees.
         shard: under torchrun, each rank keeps a part of every weight, gradient and moment in place of all (sharding.py).
+        only: shell patterns of the parameters that learn; all others stand still.
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -167,6 +168,7 @@ class Training(Strict):
     checks: int = Field(default=10, ge=1)
     held_back: float = Field(default=0.1, gt=0, lt=1)
     shard: bool = False
+    only: tuple[str, ...] = Field(default=("*",), min_length=1, strict=False)
 
     def seen(self, examples: int) -> int:
         """Examples that pass through the network in all."""
