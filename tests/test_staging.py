@@ -253,16 +253,11 @@ def test_other_teachers_speak_along_and_a_cache_speaks_for_the_first(
     caching.teach_cache(str(teacher), chosen(), text, out=cache, k=16)
     other = tiny.save("llama", tmp_path / "other", num_hidden_layers=2, seed=4)
     stages = shrinking([Shape(layers=2), Shape(layers=1)])
-    alone, cached, both = (
-        run(teacher, stages, tmp_path / name, **more)
-        for name, more in (
-            ("alone", {}), ("cached", {"cache": cache}), ("both", {"others": [str(other)], "ensemble": [1, 3]})
-        )
-    )  # fmt: skip
+    cached = run(teacher, stages, tmp_path / "cached", cache=cache)
+    both = run(teacher, stages, tmp_path / "both", others=[str(other)], ensemble=[1, 3])
     assert "a cache of the model above" in read_report(cached[1]).model["changed"]
     assert f"the model above with {other} ((1.0, 3.0))" in read_report(both[1]).model["changed"]
-    made = [(folders[1] / "model.safetensors").read_bytes() for folders in (alone, cached, both)]
-    assert len(set(made)) == 3
+    assert (cached[1] / "model.safetensors").read_bytes() != (both[1] / "model.safetensors").read_bytes()
     assert run(teacher, stages, tmp_path / "both", others=[str(other)], ensemble=(1.0, 3.0)) == both
     with pytest.raises(CompressLabError, match=r"another plan \(ensemble, others differ\)"):
         run(teacher, stages, tmp_path / "both")
@@ -295,7 +290,7 @@ def test_the_command(
 ) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(chosen().to_yaml())
-    common = ("--recipe", recipe, "--data", teacher.parent / "text.txt")
+    common = ("--recipe", recipe, "--data", teacher.parent / "text.txt", "--windows", "2", "--set", "training.steps=2")
 
     def said(*arguments: Any) -> tuple[int, str, str]:
         return tiny.run_cli(monkeypatch, capsys, "distill-stages", teacher, *arguments, *common)
@@ -305,11 +300,9 @@ def test_the_command(
     assert "stage 1:" in told and "stage 2:" in told and str(tmp_path / "out" / "stage-2") in told.replace("\n", "")
     code, told, complaint = said("in-turn", "--layers", "2", "--groups", "2", "--out", tmp_path / "turn")
     assert code == 0 and "stage 2:" in told, complaint
-    code, told, complaint = said(
-        "shrinking", "--width", "0.75", "--samples", "8", "--set", "training.steps=2", "--out", tmp_path / "shrunk"
-    )
+    code, _, complaint = said("shrinking", "--width", "0.75", "--samples", "8", "--out", tmp_path / "shrunk")
     assert code == 0, complaint
-    assert "96 of 192 channels" not in told and read_report(tmp_path / "shrunk" / "stage-1").data["samples"] == 8
+    assert read_report(tmp_path / "shrunk" / "stage-1").data["samples"] == 8
     shape = json.loads((tmp_path / "shrunk" / staging.PLAN).read_text())["stages"][0]["shape"]
     assert {name: shape[name] for name in MEASURED} == MEASURED
     for arguments, words in (

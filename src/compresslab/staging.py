@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compresslab import models
+from compresslab import models, ranks
 from compresslab.artifact import MANIFEST, Artifact
 from compresslab.cutting import tied_skeleton
 from compresslab.distill.mutual import MEAN
@@ -213,13 +213,14 @@ def staged(
         raise CompressLabError("a plan without stages teaches nothing")
     if cache is not None and any(stage.taught_by == LAST for stage in stages[1:]):
         raise CompressLabError("a cache holds what the first teacher says, and these stages have others: leave it out")
-    out, first = Path(out), models.find(teacher)
+    out, first, team = Path(out), models.find(teacher), ranks.started()
     told = [
         (recipe_of(stage.recipe or recipe, settings), data if stage.data is None else stage.data) for stage in stages
     ]
     loud = ensemble if isinstance(ensemble, str) else [float(weight) for weight in ensemble]
     besides = {"cache": cache and str(cache), "others": [str(other) for other in others], "ensemble": loud}
-    _check_plan(out, _key(first, stages, told, seed) | besides)
+    with team.leader_first():
+        _check_plan(out, _key(first, stages, told, data, seed) | besides)
     found: list[tuple[Artifact, Report]] = []
     for number, (stage, (chosen, own)) in enumerate(zip(stages, told, strict=True), start=1):
         folder, last = out / f"stage-{number}", str(found[-1][0].folder) if found else str(teacher)
@@ -228,7 +229,8 @@ def staged(
             continue
         origin = models.find({FIRST: str(teacher), LAST: last}.get(stage.student_of, stage.student_of))
         try:
-            student = _begun(origin, stage, out / f"student-{number}", chosen, own, seed, device)
+            with team.leader_first():
+                student = _begun(origin, stage, out / f"student-{number}", chosen, own, seed, device)
             found.append(
                 distill(
                     teacher if stage.taught_by == FIRST else last, str(student), _of_group(chosen, stage, student), own,
@@ -281,19 +283,26 @@ def parameters_of(student: models.Source, place: int, count: int) -> list[str]:
 
 
 def _key(
-    teacher: models.Source, stages: Sequence[Stage], told: Sequence[tuple[Recipe, Any]], seed: int
+    teacher: models.Source, stages: Sequence[Stage], told: Sequence[tuple[Recipe, Any]], data: Any, seed: int
 ) -> dict[str, Any]:  # fmt: skip
-    """All that the stages depend on."""
-    plan = [dataclasses.asdict(dataclasses.replace(stage, recipe=None, data=None)) for stage in stages]
-    recipes = "".join(recipe.to_yaml() for recipe, _ in told)
+    """All that the stages depend on; `told` is what each is taught by."""
+    hashes = [hashlib.sha256(recipe.to_yaml().encode()).hexdigest() for recipe, _ in told]
+    plan = []
+    for stage, recipe in zip(stages, hashes, strict=True):
+        own = {"recipe": None if stage.recipe is None else recipe, "data": _name_of(stage.data)}
+        plan.append(dataclasses.asdict(dataclasses.replace(stage, recipe=None, data=None)) | own)
     return {
         "teacher": teacher.weights.sha256,
         "stages": json.loads(json.dumps(plan)),
-        "recipe": hashlib.sha256(recipes.encode()).hexdigest(),
-        # distill() compares what it holds
-        "data": [data if isinstance(data, str) else type(data).__name__ for _, data in told],
+        "recipe": next((hashed for stage, hashed in zip(stages, hashes, strict=True) if stage.recipe is None), None),
+        "data": _name_of(data),
         "seed": seed,
     }
+
+
+def _name_of(data: Any) -> str | None:
+    """distill() compares what it holds."""
+    return data if data is None or isinstance(data, str) else type(data).__name__
 
 
 def _check_plan(out: Path, key: dict[str, Any]) -> None:

@@ -36,10 +36,11 @@ def distill_stages(
     out: Annotated[Path, typer.Option(help="A folder for the stages; the same command goes on where it was killed.")],
     layers: Annotated[str | None, typer.Option(help="Blocks of each stage's student, with commas: 5,4,3.")] = None,
     width: Annotated[
-        str | None, typer.Option(help="Share of neurons and heads that each stage keeps: 0.9,0.8,0.7.")
+        str | None,
+        typer.Option(help="Share of neurons and heads that each stage keeps of what it starts from: 0.9,0.8,0.7."),
     ] = None,
     hidden: Annotated[
-        str | None, typer.Option(help="Share of the residual stream that each stage keeps: 0.9,0.8,0.7.")
+        str | None, typer.Option(help="Share of the residual stream that each stage keeps of it: 0.9,0.8,0.7.")
     ] = None,
     take: Annotated[str | None, typer.Option(help=f"{TAKE} Of shrinking, influence unless it is named.")] = None,
     by: Annotated[str | None, typer.Option(help=f"{BY} Of shrinking, activation-norm unless it is named.")] = None,
