@@ -119,7 +119,7 @@ class Settings:
     digits_batch: int = 50
     digits_rate: float = 1e-2
     digits_temperature: float = 4.0
-    stages_seeds: int = 5
+    stages_seeds: int = 3
     stages_steps: int = 96
     stages_batch: int = 8
     stages_rate: float = 4e-3
