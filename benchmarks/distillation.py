@@ -22,6 +22,9 @@
     written    a language model of characters to half its blocks by shipped recipes and others, in equal steps from equal
                weights: perplexity, and divergence from the teacher on what the student writes; the controls: the text alone,
                and what the teacher says of it; texts of the student's own, and teachers of other tokens, among the rows
+    stages     the characters' model to half of its neurons, heads and residual stream: perplexity after one cut and after two,
+               each by what is loud on text and by the norms of weights, for as many steps in all; fresh weights of that shape
+               beside; and after one cut its blocks taught one by one, or by hints first, in place of all at once
 
 An encoder has no loss without a teacher, so its control needs one: simcse.py.
 
@@ -78,7 +81,10 @@ from compresslab.distilling import distill
 from compresslab.features import FeatureTerms
 from compresslab.losses import Losses
 from compresslab.measure import embedding, environment, fresh
+from compresslab.plan import OUTSIDE, make_plan
 from compresslab.recipe import Training
+from compresslab.solving import Pass
+from compresslab.staging import parameters_of
 from compresslab.students import Shape, student_of, write
 from compresslab.teachers import Ensemble, Translated
 from compresslab.training import collate
@@ -89,7 +95,7 @@ AIM_RECOVERED, AIM_SECONDS = 0.5, 1200.0
 AIM_CORRELATION, AIM_FASTER = 0.97, 1.8
 BATCHES, TOKENS = (1, 16), 128
 
-SMALL = ("logits", "maps", "ensembles", "written")  # networks that learn in seconds
+SMALL = ("logits", "maps", "ensembles", "written", "stages")  # networks that learn in seconds
 PARTS = ("language", "text", "encoder", "features", "sentences", "pictures", "data_free", *SMALL)
 
 
@@ -156,6 +162,10 @@ class Settings:
     written_batch: int = 16
     written_rate: float = 2e-3
     written_tokens: int = 256
+    stages_seeds: int = 3
+    stages_steps: int = 96
+    stages_batch: int = 8
+    stages_rate: float = 4e-3
     inversion: Mapping[str, float] = field(default_factory=lambda: {"batch": 100, "steps": 200, "shift": 0})
 
 
@@ -458,6 +468,65 @@ class Bench:
         means = {name: statistics.mean(values) for name, values in accuracy.items()}
         return {"accuracy": accuracy, "means": means, "making_processor_seconds": seconds, "tested": len(test.labels)}
 
+    def stages(self) -> dict[str, Any]:
+        """In memory, on other windows for each seed and always the same test."""
+        rows: dict[str, list[float]] = {}
+        for seed in range(self.settings.stages_seeds):
+            for name, value in self._stages_of(seed):
+                rows.setdefault(name, []).append(value)
+                print(seed, name, value, flush=True)
+        return {
+            "perplexity": rows,
+            "means": {name: statistics.mean(values) for name, values in rows.items()},
+            "less": {f"{a} than {b}": apart(rows[b], rows[a]) for a, b in (
+                ("one cut, loud", "one cut, norms"), ("two cuts, loud", "two cuts, norms"), ("two cuts, loud", "one cut, loud"),
+                ("two cuts, norms", "one cut, norms"), ("one cut, loud", "fresh"), ("blocks in turn", "one cut, loud"),
+                ("hints first", "one cut, loud"),
+            )},
+        }  # fmt: skip
+
+    def _stages_of(self, seed: int) -> Iterator[tuple[str, float]]:
+        s, whole, window = self.settings, character_model.trained(seed), character_model.Training().window
+        windows = character_model.calibration_windows(2048, window, seed)
+        test, soft = character_model.held_out_windows(96, 2 * window), Losses(on_logits=[SoftLabels()], on_features=())
+        hints = Losses(on_logits=(), on_features=[Hints(blocks="skip")])
+        shown = [{"input_ids": windows[: teaching.EXAMPLES_SHOWN]}]
+
+        def judged(network: nn.Module) -> float:
+            return perplexity(network, test)
+
+        def cut(network: nn.Module, **shape: Any) -> models.Source:
+            source = models.find(network)
+            looking = Pass(source=source, plan=make_plan(source, (OUTSIDE,)), batches=shown)
+            return student_of(source, Shape(seed=seed, **shape), calibration=looking)[0]
+
+        def taught(source: models.Source, steps: int, losses: Losses = soft, only: Sequence[str] = ("*",)) -> nn.Module:
+            network = models.materialise(source).float().requires_grad_(True)
+            training = Training(
+                steps=steps, batch=s.stages_batch, learning_rate=s.stages_rate, warmup=0.1, checks=1, held_back=0.02,
+                only=tuple(only),
+            )  # fmt: skip
+            return in_memory.taught(network, whole, losses, windows, training, seed=seed)
+
+        yield "whole", judged(whole)
+        half = {"width": 0.5, "hidden": 0.5}
+        yield "fresh", judged(taught(cut(whole, **half, fresh=True), s.stages_steps))
+        for name, by in (("loud", "activation-norm"), ("norms", "group-magnitude")):
+            once = cut(whole, **half, by=by)
+            yield f"untaught, {name}", judged(models.materialise(once).float().eval())
+            yield f"one cut, {name}", judged(taught(once, s.stages_steps))
+            between = taught(cut(whole, width=0.75, hidden=0.75, by=by), s.stages_steps // 2)
+            twice = cut(between, width=0.5 / 0.75, hidden=0.5 / 0.75, by=by)
+            assert numbers(twice) == numbers(once)  # of weights
+            yield f"two cuts, {name}", judged(taught(twice, s.stages_steps // 2))
+        start = cut(whole, **half, by="activation-norm")
+        network, count = start, len(whole.model.layers)
+        for place in range(count):
+            network = models.find(taught(network, s.stages_steps // count, soft, parameters_of(network, place, count)))
+        yield "blocks in turn", judged(models.materialise(network).float().eval())
+        hinted = models.find(taught(start, s.stages_steps // 2, hints))
+        yield "hints first", judged(taught(hinted, s.stages_steps // 2))
+
     # -- networks that learn in seconds ----------------------------------------------------------------------------------
 
     def logits(self) -> dict[str, Any]:
@@ -697,6 +766,16 @@ def on_own_texts(student: nn.Module, teacher: nn.Module, prompts: Tensor, seed: 
         "divergence_on_own_texts": float((ours.exp() * (ours - theirs)).sum(-1).mean()),
         "teacher_nats_on_own_texts": -float(said.mean()),
     }
+
+
+def numbers(source: models.Source) -> int:
+    return sum(math.prod(source.weights.shape(name)) for name in source.weights.names())
+
+
+def apart(larger: Sequence[float], smaller: Sequence[float]) -> dict[str, float]:
+    """By how much, and the standard error of that over the seeds."""
+    differences = [a - b for a, b in zip(larger, smaller, strict=True)]
+    return {"mean": statistics.mean(differences), "error": statistics.stdev(differences) / math.sqrt(len(differences))}
 
 
 def share(found: Mapping[str, float], scale: Callable[[float], float]) -> float:

@@ -139,6 +139,14 @@ def test_a_student_of_the_blocks_that_matter(place: Path, tmp_path: Path) -> Non
     assert told[0] == told[1] and told[0].startswith("blocks ") and " of 4, taught by" in told[0]
 
 
+def test_a_narrower_student_is_measured_on_the_recipes_text(place: Path, tmp_path: Path) -> None:
+    """The residual stream is cut, and taught on; plain transformers opens what is left."""
+    artifact, report = taught(place, tmp_path / "out", student=Shape(layers=2, width=0.5, hidden=0.5))
+    changed = report.model["changed"]
+    assert changed.startswith("blocks ") and "16 of 32 channels of the embedding" in changed and "heads" in changed
+    assert transformers.AutoModelForCausalLM.from_pretrained(artifact.folder).config.hidden_size == 16
+
+
 def test_the_same_bytes_every_time_and_after_a_kill(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

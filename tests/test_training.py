@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -276,3 +277,83 @@ def test_epochs_or_steps() -> None:
     assert Training(epochs=2, batch=10).steps_for(95) == 20
     assert Training(batch=10).steps_for(95) == 30
     assert Training(steps=1, epochs=5.0, batch=10).steps_for(95) == 1
+
+
+def test_what_a_training_is_only_of_is_what_a_plain_loop_trains(tmp_path: Path) -> None:
+    """AdamW by hand on the parameters of one block, all examples in one batch; whatever is not named has no gradient and the
+    same bits, whether below or above."""
+    model, plain, examples = vit(), vit(), images(8)
+    only = ("vit.layers.1.*", "classifier.bias")
+    settings = Training(
+        steps=5, learning_rate=1e-2, batch=8, checks=1, warmup=0.2, weight_decay=0.1, max_grad_norm=0.5, only=only
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def look(progress: float) -> None:
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == learnt
+        assert all(p.grad is None for name, p in model.named_parameters() if name not in learnt)
+
+    learnt = {
+        name for name, _ in model.named_parameters() if name.startswith("vit.layers.1.") or name == "classifier.bias"
+    }
+    train_(model, examples, settings, tmp_path, held_back=examples[:2], on_step=look)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    parameters = {name: p for name, p in plain.named_parameters() if name in learnt}
+    means = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+    batch = collate(examples)
+    for step in range(5):
+        rate = 1e-2 * (step if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 4)))
+        gradients = torch.autograd.grad(plain(**batch).loss, list(parameters.values()))
+        norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                first, second = means[name]
+                clipped = gradient * min(1.0, 0.5 / (norm + 1e-6))
+                first.mul_(0.9).add_(0.1 * clipped)
+                second.mul_(0.999).add_(0.001 * clipped**2)
+                decays = 0.1 if parameter.dim() > 1 else 0.0  # as Trainer has it: neither biases nor norms
+                parameter.mul_(1 - rate * decays)
+                unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+                parameter.sub_(rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8))
+    for name, value in model.state_dict().items():
+        if name in learnt:
+            assert not torch.equal(value, before[name])
+            if not name.endswith("k_proj.bias"):  # its gradient is nought but for rounding, and Adam blows that up
+                assert torch.allclose(value, parameters[name], rtol=1e-4, atol=1e-5), name
+        else:
+            assert torch.equal(value, before[name])
+
+
+def test_batch_norms_that_stand_still_keep_their_statistics(tmp_path: Path) -> None:
+    def trained(**more: Any) -> dict[str, Tensor]:
+        model = tiny.make_convnet("resnet", num_labels=2).requires_grad_(True)
+        train_(
+            model, images(), Training(steps=3, learning_rate=1e-3, batch=8, checks=1, **more), tmp_path / str(len(more))
+        )
+        assert all(not module._forward_pre_hooks for module in model.modules())
+        return dict(model.state_dict())
+
+    before, after, whole = (
+        tiny.make_convnet("resnet", num_labels=2).state_dict(),
+        trained(only=("classifier.*",)),
+        trained(),
+    )
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "classifier.1.weight",
+        "classifier.1.bias",
+    }
+    assert sum(not torch.equal(before[name], whole[name]) for name in before if "running" in name) > 4
+
+
+def test_what_only_names_must_be_there_and_have_a_part_in_the_loss(tmp_path: Path) -> None:
+    with pytest.raises(
+        CompressLabError, match=r"training.only: no parameter of \w+ is called 'head\.\*': they are vit\."
+    ):
+        run(tmp_path / "a", Training(steps=2, only=("vit.*", "head.*")))
+
+    def lowest(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = model.vit.embeddings(batch["pixel_values"]).square().mean()
+        return found
+
+    with pytest.raises(CompressLabError, match="nothing that learns has a part in the loss"):
+        run(tmp_path / "b", Training(steps=2, only=("classifier.*",)), loss=lowest)

@@ -169,7 +169,7 @@ def _plain_config(source: Source, coupling: Coupling, keep: Keep, entries: Entri
         for kind, counts in left.items():
             before, after = next(iter(counts))
             if before != after:
-                config = _with_width(config, before, after) if kind == "width" else with_units(
+                config = with_width(config, before, after) if kind == "width" else with_units(
                     config, "neurons" if kind == "channels" else kind, before, after)  # fmt: skip
         models.reread(config)
         built = tied_skeleton(dataclasses.replace(source, config=config))
@@ -182,8 +182,8 @@ def _plain_config(source: Source, coupling: Coupling, keep: Keep, entries: Entri
     return config if same and set(coupling.shapes) <= set(tensors) else None
 
 
-def _with_width(config: Any, before: int, after: int) -> Any:
-    """A config whose embedding is `after` wide; it is changed."""
+def with_width(config: Any, before: int, after: int) -> Any:
+    """A config whose embedding is `after` wide; it is changed. CompressLabError if the architecture has no number for that."""
     heads = getattr(config, "num_attention_heads", None)
     if heads:
         config.head_dim = getattr(config, "head_dim", None) or before // heads

@@ -34,8 +34,9 @@ from compresslab.distill.similar_blocks import rising, similarities
 from compresslab.errors import CompressLabError
 from compresslab.heads import head_input
 from compresslab.models import attention_watched, blocks, is_language_model
+from compresslab.training import OURS
 
-JUDGES = "compresslab_judges"
+JUDGES = f"{OURS}judges"
 INPUT, ATTENTION, LOGITS = "@input", "@attention", "@logits"
 
 

@@ -22,7 +22,7 @@ from compresslab.models import Source
 from compresslab.plan import OUTSIDE, make_plan
 from compresslab.recipe import Recipe
 from compresslab.solving import Pass
-from compresslab.students import INFLUENCE, Shape, student_of
+from compresslab.students import Shape, student_of
 from compresslab.teaching import EXAMPLES_SHOWN
 from compresslab.training import collate
 
@@ -44,7 +44,7 @@ class Pair:
         cls, teacher: Any, student: Any, others: Sequence[Any] = (), ensemble: str | Sequence[float] = "mean",
         shown: Callable[[Source], Pass] | None = None,
     ) -> Pair:  # fmt: skip
-        """Args: shown, a pass over what is learnt from, for a student whose blocks are chosen by measurement."""
+        """Args: shown, a pass over what is learnt from, for a student of which something is chosen by measurement."""
         weights = ensemble if isinstance(ensemble, str) else tuple(float(weight) for weight in ensemble)
         pair = cls._of_two(teacher, student, shown)
         return dataclasses.replace(pair, others=tuple(models.find(other) for other in others), ensemble=weights)
@@ -55,7 +55,7 @@ class Pair:
             raise CompressLabError("a black box has no blocks to build a student from: name a student")
         found = models.find(student if isinstance(teacher, Answered) else teacher)
         if isinstance(student, Shape):
-            looking = shown(found) if shown is not None and student.take == INFLUENCE else None
+            looking = shown(found) if shown is not None and student.needs_text else None
             built, told = student_of(found, student, calibration=looking)
             return cls(teacher=found, student=dataclasses.replace(built, name=f"a student of {found.name}"), told=told)
         named = models.find(student)

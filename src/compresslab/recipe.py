@@ -157,6 +157,7 @@ class Training(Strict):
         shard: under torchrun, each rank keeps a part of every weight, gradient and moment in place of all (sharding.py).
         teacher_dtype: what a teacher that reads tokens is opened in, "float32" or "stored", as its weights are on disk: half the
             memory of one in bfloat16, whose logits have three digits.
+        only: shell patterns of the parameters that learn; all others stand still.
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -171,6 +172,7 @@ class Training(Strict):
     held_back: float = Field(default=0.1, gt=0, lt=1)
     shard: bool = False
     teacher_dtype: Literal["float32", "stored"] = "float32"
+    only: tuple[str, ...] = Field(default=("*",), min_length=1, strict=False)
 
     def seen(self, examples: int) -> int:
         """Examples that pass through the network in all."""

@@ -1,19 +1,20 @@
 """Students: a smaller network of the teacher's own kind, from a shape.
 
-teacher -> its chosen blocks, numbered anew -> narrower ones -> (fresh weights) -> a plain transformers folder.
+teacher -> its chosen blocks, numbered anew -> narrower ones, on a narrower residual stream -> (fresh weights) -> a plain
+transformers folder.
 
-A shape says how many blocks (`layers`) and which (`take`), what share of every block's neurons and heads (`width`), and what
-share of the residual stream (`hidden`). Which blocks is a layer map, or measured: "influence" takes those that change the
-residual stream most on some text (prune/block_influence.py). Weights are the teacher's wherever they fit. Which neurons and
-heads stay is `removing.py`'s affair, by the norms of their weights unless a calibrated method is named. A narrower residual
-stream has nothing to copy from, as every weight of the network reads it: such a student starts with fresh weights, under a
-seed.
+A shape says how many blocks (`layers`) and which (`take`), what share of every block's neurons and heads (`width`) and of the
+residual stream (`hidden`), and what these are chosen `by`. Which blocks is a layer map, or measured: "influence" takes those
+that change the residual stream most on some text (prune/block_influence.py). Neurons, heads and channels are chosen by a method
+that takes out such units, by its name in recipes: by the norms of their weights unless one is named, and a residual stream by
+what is loud on some text, as every weight reads it. Whatever is measured is measured on the network that is being cut.
 
 BERT, GPT-2 and their kin have no number for heads apart from the width of the residual stream: of them `width` takes neurons
-alone, and what is told says so.
+alone, `hidden` takes heads along with the stream, in whole heads, and what is told says so.
 
 Laws (tests/distill/test_students.py): a shape that asks for all of the teacher is the teacher, bit for bit; a student of some
-blocks computes what the teacher does without the others; the same seed makes the same bytes.
+blocks computes what the teacher does without the others; one that is cut and a fresh one of the same shape have the same
+config; the same seed makes the same bytes.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compresslab import groups, removing
-from compresslab.contract import UnitRemover
+from compresslab import groups, methods, removing
+from compresslab.contract import ChannelRemover, UnitRemover
+from compresslab.cutting import WIDTH_KEYS, with_width
 from compresslab.distill.layer_maps import chosen
-from compresslab.errors import CompressLabError
+from compresslab.errors import CompressLabError, unknown
 from compresslab.models import Source, initialised
 from compresslab.plan import OUTSIDE, make_plan
-from compresslab.prune.filter_norm import FilterNorm
+from compresslab.prune.channels import Channels
+from compresslab.prune.units import Units
 from compresslab.solving import Pass
 from compresslab.weights import MemoryWeights, TensorSpec, goes_along, write_safetensors
 
 INFLUENCE = "influence"
+CHOOSERS = tuple(name for name, cls in methods.METHODS.items() if issubclass(cls, Units | Channels))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +52,11 @@ class Shape:
         layers: how many blocks; None for as many as the teacher has.
         take: which of the teacher's: "uniform", "skip", "first", "last", or their numbers (see layer_maps.py); or "influence".
         width: share of the neurons of every feed-forward and of the heads of every attention.
-        hidden: share of the residual stream, in whole heads; below 1 only with `fresh`.
+        hidden: share of the residual stream.
+        by: what chooses neurons, heads and channels: one of CHOOSERS. None for "filter-norm", or, where the residual stream is
+            narrowed, which that cannot, "activation-norm".
         fresh: start from new weights instead of the teacher's.
-        multiple: neurons are kept in multiples of this, which products on hardware prefer.
+        multiple: neurons and channels are kept in multiples of this, which products on hardware prefer.
         seed: of the new weights.
     """
 
@@ -58,6 +64,7 @@ class Shape:
     take: str | Sequence[int] = "uniform"
     width: float = 1.0
     hidden: float = 1.0
+    by: str | None = None
     fresh: bool = False
     multiple: int = 8
     seed: int = 0
@@ -66,24 +73,36 @@ class Shape:
         for name in ("width", "hidden"):
             if not 0 < getattr(self, name) <= 1:
                 raise CompressLabError(f"{name} is a share above 0 and at most 1, not {getattr(self, name)}")
-        if self.hidden < 1 and not self.fresh:
+        if self.by is not None and self.by not in CHOOSERS:
+            raise unknown("method that takes out neurons, heads or channels", self.by, CHOOSERS)
+        if self.hidden < 1 and not self.fresh and not issubclass(self.chooser, Channels):
+            others = ", ".join(name for name in CHOOSERS if issubclass(methods.METHODS[name], Channels))
             raise CompressLabError(
-                f"a student with {self.hidden:g} of the residual stream has no weights to copy: start it fresh, or leave "
-                "hidden at 1 and take less width"
+                f"{self.by} takes neurons and heads, and no channels of a residual stream: take one of {others}, leave hidden at "
+                "1, or start the student fresh"
             )
         if self.multiple < 1:
             raise CompressLabError(f"multiple is a positive number, not {self.multiple}")
 
+    @property
+    def chooser(self) -> type[Any]:
+        """The method that chooses neurons, heads and channels."""
+        if self.fresh:  # whichever are taken, new weights have no memory of them
+            return methods.METHODS["filter-norm"]
+        return methods.METHODS[self.by or ("activation-norm" if self.hidden < 1 else "filter-norm")]
 
-def student_of(
-    teacher: Source, shape: Shape, *, remover: type[Any] = FilterNorm, calibration: Pass | None = None
-) -> tuple[Source, str]:
+    @property
+    def needs_text(self) -> bool:
+        """Whether something of the student is chosen by measurement."""
+        is_narrower = self.width < 1 or self.hidden < 1
+        return self.take == INFLUENCE or (is_narrower and bool(self.chooser.needs_data))
+
+
+def student_of(teacher: Source, shape: Shape, *, calibration: Pass | None = None) -> tuple[Source, str]:
     """The student, not yet in memory, and what to tell of how it was made.
 
     Args:
-        remover: the method that chooses neurons and heads: a class with the settings of `prune.units.Units`.
-        calibration: a pass over text through the teacher, for "influence" and for a remover that needs data; only its batches
-            are used.
+        calibration: a pass over text, where the shape needs some (`Shape.needs_text`); only its batches and device are used.
 
     Raises:
         CompressLabError: a shape that the teacher does not have, or an architecture that cannot be cut so.
@@ -92,8 +111,8 @@ def student_of(
     if shape.layers is not None or not isinstance(shape.take, str):
         student, said = _of_blocks(teacher, shape, calibration)
         told += said
-    if shape.width < 1:
-        student, said = _narrower(student, shape, remover, calibration)
+    if shape.width < 1 or (shape.hidden < 1 and not shape.fresh):
+        student, said = _narrower(student, shape, calibration)
         told += said
     if shape.fresh:
         student, said = _fresh(student, shape)
@@ -146,63 +165,94 @@ def _influential(teacher: Source, names: Sequence[str], count: int, calibration:
     return sorted(sorted(range(len(names)), key=influence.__getitem__)[-count:])
 
 
-def _narrower(student: Source, shape: Shape, remover: type[Any], calibration: Pass | None) -> tuple[Source, list[str]]:
-    """The student with a share of its neurons, and of its heads where the architecture has a number for them."""
-    shares, told = {"neuron_frac": 1 - shape.width, "head_frac": 0.0}, []
+def _narrower(student: Source, shape: Shape, calibration: Pass | None) -> tuple[Source, list[str]]:
+    """The student with a share of its neurons and heads and of its residual stream, as far as a plain config can say so."""
+    method, told = _chooser(student, shape)
+    if method.needs_data and calibration is None:
+        raise CompressLabError(
+            f"{type(method).__name__} chooses by what units say about some text, and there is none here: give it some"
+        )
+    plan = make_plan(student, (OUTSIDE,))
+    looking = Pass(source=student, plan=plan, batches=None)
+    if calibration is not None:
+        looking = dataclasses.replace(calibration, source=student, plan=plan)
+    narrower, said = removing.removed(looking, [method])
+    if narrower.edits != student.edits:
+        raise CompressLabError(
+            f"{student.architecture} has no config that says these shapes, and a student is a plain folder: leave hidden at 1, "
+            "or start it fresh"
+        )
+    return narrower, [*told, said]
+
+
+def _chooser(student: Source, shape: Shape) -> tuple[UnitRemover | ChannelRemover, list[str]]:
+    """The method that takes out what the shape does not keep, and what to tell of that."""
+    told, neurons, heads, width = [], 0.0, 0.0, 0.0  # shares of whole numbers, so that the method has nothing to round
+    heads_apart = _has_heads_apart(student)
+    if shape.width < 1:
+        count = groups.groups_of(student, "neurons")[0].count
+        try:
+            left = Units(neuron_frac=1 - shape.width, multiple=shape.multiple).kept_of("neurons", count)
+        except ValueError as error:
+            raise CompressLabError(f"width {shape.width:g} of {student.name}: {error}") from None
+        neurons = 1 - left / count
+        if heads_apart:
+            count = groups.key_heads(student.config)
+            heads = 1 - max(1, round(shape.width * count)) / count
+        elif shape.hidden == 1:
+            told = [f"all heads, as {student.architecture} has no number for them apart from the residual stream's"]
+    if shape.hidden < 1 and not shape.fresh:
+        heads_left, left = _stream(student, shape)
+        width = 1 - left / _width(student)
+        heads = heads if heads_apart else 1 - heads_left / groups.key_heads(student.config)
+    by = shape.chooser
+    if issubclass(by, Units):
+        chosen: Any = by(neuron_frac=neurons, head_frac=heads, multiple=1)
+        return chosen, told
+    return by(channel_frac=neurons, head_frac=heads, width_frac=width, multiple=1, scope="local"), told
+
+
+def _stream(student: Source, shape: Shape) -> tuple[int, int]:
+    """Heads and channels of the residual stream that are left by `hidden`. CompressLabError if that is all of them, or none."""
+    heads, width = groups.key_heads(student.config), _width(student)
+    step = shape.multiple if _has_heads_apart(student) else width // heads
+    left = step * round(shape.hidden * width / step)
+    if shape.hidden < 1 and not 0 < left < width:
+        raise CompressLabError(
+            f"hidden {shape.hidden:g} of {student.name} leaves {left} of {width} channels, in whole {step}s: choose another share"
+        )
+    return heads if _has_heads_apart(student) else heads * left // width, left
+
+
+def _width(student: Source) -> int:
+    """Channels of the residual stream. CompressLabError if the config has no number that is called so."""
+    found = [getattr(student.config, key) for key in WIDTH_KEYS if isinstance(getattr(student.config, key, None), int)]
+    if not found:
+        raise CompressLabError(f"no number in {type(student.config).__name__} says how wide its residual stream is")
+    return int(found[0])
+
+
+def _has_heads_apart(student: Source) -> bool:
+    """Whether a plain config can have fewer heads on the same residual stream, each of the same size."""
     try:
         found = groups.groups_of(student, "heads")
-        heads, left = found[0].count, max(1, round(shape.width * found[0].count))
-        config = groups.with_units(copy.deepcopy(student.config), "heads", heads, left)
-        if "edits" in removing.told_by(student, config, found, {"heads": left}):
-            raise CompressLabError("a student is a plain folder, and plain transformers would not build it so")
-        shares["head_frac"] = 1 - left / heads
+        left = max(1, found[0].count // 2)
+        config = groups.with_units(copy.deepcopy(student.config), "heads", found[0].count, left)
+        return "edits" not in removing.told_by(student, config, found, {"heads": left})
     except CompressLabError:
-        told = [f"all heads, as {student.architecture} has no number for them apart from the residual stream's"]
-    try:
-        method = remover(**shares, multiple=shape.multiple)
-        method.kept_of("neurons", groups.groups_of(student, "neurons")[0].count)
-    except ValueError as error:
-        raise CompressLabError(f"width {shape.width:g} of {student.name}: {error}") from None
-    assert isinstance(method, UnitRemover)
-    batches = None if calibration is None else calibration.batches
-    plan = make_plan(student, (OUTSIDE,))
-    if calibration is None:
-        looking = Pass(source=student, plan=plan, batches=batches)
-    else:
-        looking = dataclasses.replace(calibration, source=student, plan=plan)
-    if method.needs_data and batches is None:
-        raise CompressLabError(f"{remover.__name__} chooses neurons by what they say about text: give it some")
-    student, said = removing.removed(looking, [method])
-    return student, [*told, said]
+        return False
 
 
 def _fresh(student: Source, shape: Shape) -> tuple[Source, list[str]]:
     config = copy.deepcopy(student.config)
     if shape.hidden < 1:
-        _with_hidden_(config, student, shape)
+        heads, left = _stream(student, shape)
+        config = with_width(config, _width(student), left)
+        if heads < (before := groups.key_heads(config)):
+            config = groups.with_units(config, "heads", before, heads)
     model = initialised(config, shape.seed)
     tensors = {name: t for name, t in model.state_dict().items() if name not in student.tied}
     tensors = {name: t.to(student.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    size = f", residual stream of {config.hidden_size}" if shape.hidden < 1 else ""
+    size = f", residual stream of {left}" if shape.hidden < 1 else ""
     fresh = dataclasses.replace(student, config=config, weights=MemoryWeights(tensors), unused=())
     return fresh, [f"fresh weights of seed {shape.seed}{size}"]
-
-
-def _with_hidden_(config: Any, student: Source, shape: Shape) -> None:
-    """Give a config a narrower residual stream: fewer heads of the same size, and feed-forwards that shrink along."""
-    heads, keys = config.num_attention_heads, groups.key_heads(config)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    neurons = groups.groups_of(student, "neurons")[0].count
-    per_key = heads // keys
-    wanted = max(1, round(keys * shape.hidden))
-    config.num_attention_heads = wanted * per_key
-    if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = wanted
-    share = wanted / keys
-    config.hidden_size = round(config.hidden_size * share)
-    if config.hidden_size % config.num_attention_heads:
-        raise CompressLabError(
-            f"hidden {shape.hidden:g} of {student.name} leaves {config.hidden_size} channels for "
-            f"{config.num_attention_heads} heads of {head_size}: choose a share in whole heads of {keys}"
-        )
-    groups.with_units(config, "neurons", neurons, max(1, round(neurons * share / shape.multiple)) * shape.multiple)

@@ -199,13 +199,18 @@ class _Trainer(transformers.Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        outputs: Any = {}
         if not self.team.is_alone:
             found = model(inputs)
-            return (found, {}) if return_outputs else found
-        if self.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        found = self.loss(model, inputs)
-        return (found, {}) if return_outputs else found
+        elif self.loss is not None:
+            found = self.loss(model, inputs)
+        else:
+            found, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and not found.requires_grad:
+            raise CompressLabError(
+                "nothing that learns has a part in the loss: name other parameters in training.only, or other places to compare"
+            )
+        return (found, outputs) if return_outputs else found
 
     def training_step(self, *arguments: Any, **more: Any) -> Tensor:
         found = super().training_step(*arguments, **more)

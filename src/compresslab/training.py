@@ -9,17 +9,22 @@ accelerate, by which several ranks share out every batch (`torchrun`).
 - A share of the examples is held back (or given), and the network that leaves is the one with the lowest loss on them.
 - A loss that is not a finite number ends the training: at the best checkpoint, or where there is none yet with the network as it
   was before, and the record says so. It is an error where nothing is known to be good: at the first step, or before `best_from`.
+- What a training is `only` of leaves the rest as it was, to the bit: it has no gradient, no step and no weight decay, and batch
+  norms keep their statistics.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
@@ -28,6 +33,7 @@ from compresslab.recipe import Training
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 IGNORED_LABEL = -100
+OURS = "compresslab_"  # begins the names of modules that a training puts beside a network's own, and which always learn
 KEPT = "kept"  # of a training's folder: the checkpoint that was to be kept
 
 
@@ -90,7 +96,7 @@ def train_(
 
     Raises:
         CompressLabError: too few examples; no labels where they are needed; a loss that is not finite at the first step, or
-            before `best_from`.
+            before `best_from`; a pattern of `settings.only` that no parameter has.
     """
     if held_back is None:
         examples, held_back = split(examples, settings.held_back, seed)
@@ -98,11 +104,12 @@ def train_(
         raise CompressLabError("the examples have no labels to train towards: give each one 'labels'")
     from compresslab.trainer import run_  # with all that it brings it takes 90 MB, which only a training shall pay for
 
-    state, notice = run_(
-        model, examples, held_back, settings, folder,
-        seed=seed, loss=loss, collate=collate, on_step=on_step, after_step=after_step, best_from=best_from,
-        keep_step=keep_step, device=device or torch.device("cpu"),
-    )  # fmt: skip
+    with learning(model, settings.only):
+        state, notice = run_(
+            model, examples, held_back, settings, folder,
+            seed=seed, loss=loss, collate=collate, on_step=on_step, after_step=after_step, best_from=best_from,
+            keep_step=keep_step, device=device or torch.device("cpu"),
+        )  # fmt: skip
     losses, training = (
         {int(entry["step"]): float(entry[name]) for entry in state.log_history if name in entry}
         for name in ("eval_loss", "loss")
@@ -112,6 +119,45 @@ def train_(
         steps=state.global_step, examples=len(examples), losses=tuple(losses.items()),
         training_losses=tuple(training.items()), best_step=best, notice=notice,
     )  # fmt: skip
+
+
+@contextmanager
+def learning(network: nn.Module, only: Sequence[str]) -> Iterator[None]:
+    """Have all parameters stand still, for as long as it lasts, but those whose names match one of these shell patterns.
+
+    A batch norm of which neither parameters nor statistics are named normalises by the statistics that it has, and keeps them.
+
+    Raises:
+        CompressLabError: a pattern that no parameter matches.
+    """
+    named = dict(network.named_parameters(remove_duplicate=False))  # a tensor of two names learns by either
+
+    def is_named(name: str) -> bool:
+        return name.startswith(OURS) or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)
+
+    for pattern in only:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in named):
+            known = ", ".join([*named][:3])
+            raise CompressLabError(
+                f"training.only: no parameter of {type(network).__name__} is called '{pattern}': they are {known} and so on"
+            )
+    learns = {parameter for name, parameter in named.items() if is_named(name)}
+    still = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter not in learns]
+    handles = [
+        module.register_forward_pre_hook(lambda norm, given: norm.eval() and None)
+        for path, module in network.named_modules()
+        if isinstance(module, _BatchNorm)
+        and not any(is_named(f"{path}.{name}") for name, _ in (*module.named_parameters(), *module.named_buffers()))
+    ]
+    for parameter in still:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in still:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
 
 
 def own_loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,6 @@ from compresslab.distill.layer_maps import MAPS, chosen
 from compresslab.errors import CompressLabError
 from compresslab.groups import groups_of
 from compresslab.plan import make_plan
-from compresslab.prune.ziplm import ZipLM
 from compresslab.solving import Pass
 from compresslab.students import Shape, student_of, write
 
@@ -100,16 +99,64 @@ def test_half_the_width_opens_and_has_half_the_neurons(kind: str, tmp_path: Path
         assert groups_of(again, "heads")[0].count * 2 == groups_of(teacher, "heads")[0].count
 
 
-def test_a_calibrated_method_chooses_the_neurons() -> None:
-    teacher = models.find(deep("llama"))
-    looking = Pass(source=teacher, plan=make_plan(teacher, ("@outside-blocks",)), batches=tiny.token_batches(8, size=4))
-    by_text, _ = student_of(teacher, Shape(layers=2, width=0.5), remover=ZipLM, calibration=looking)
+def looking(teacher: Any, kind: str = "llama") -> Pass:
+    return Pass(source=teacher, plan=make_plan(teacher, ("@outside-blocks",)), batches=[batch(kind)])
+
+
+@pytest.mark.parametrize("by", ["ziplm", "activation-norm", "taylor"])
+def test_a_calibrated_method_chooses_the_neurons(by: str) -> None:
+    teacher, shape = models.find(deep("llama")), Shape(layers=2, width=0.5, by=by)
+    by_text, _ = student_of(teacher, shape, calibration=looking(teacher))
     by_norm, _ = student_of(teacher, Shape(layers=2, width=0.5))
     name = "model.layers.0.mlp.down_proj.weight"
     assert by_text.weights.shape(name) == by_norm.weights.shape(name)
     assert not torch.equal(by_text.weights.get(name), by_norm.weights.get(name))
-    with pytest.raises(CompressLabError, match="text: give it some"):
-        student_of(teacher, Shape(width=0.5), remover=ZipLM)
+    assert shape.needs_text and not Shape(layers=2, width=0.5).needs_text
+    with pytest.raises(CompressLabError, match="there is none here: give it some"):
+        student_of(teacher, shape)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2", "vit"])
+def test_a_narrower_residual_stream_has_the_loudest_channels(kind: str, tmp_path: Path) -> None:
+    """Channels that are made a hundred times as loud are those that stay, and a fresh student of that shape has that config."""
+    model = deep(kind)
+    embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding | nn.Conv2d)).weight
+    loud = torch.tensor([1, 2, 3, 5, 8, 13, 14, 16, 17, 19, 21, 22, 25, 28, 29, 31])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position" in name or "wpe" in name:  # they are as loud in all channels
+                parameter.zero_()
+        embedding.index_copy_(*((1, loud, 100 * embedding[:, loud]) if embedding.dim() == 2 else
+                                (0, loud, 100 * embedding[loud])))  # fmt: skip
+    teacher, shape = models.find(model), Shape(layers=3, hidden=0.5)
+    with pytest.raises(CompressLabError, match="there is none here"):
+        student_of(teacher, shape)
+    student, told = student_of(teacher, shape, calibration=looking(teacher, kind))
+    name = next(
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor is not None and tensor.data_ptr() == embedding.data_ptr()
+    )
+    kept = student.weights.get(name)
+    assert torch.equal(kept, embedding[:, loud] if embedding.dim() == 2 else embedding[loud])
+    assert "16 of 32 channels of the embedding" in told
+    folder = write(student, tmp_path / "student")
+    assert said(opened(folder), batch(kind)).isfinite().all()
+    fresh, _ = student_of(teacher, Shape(layers=3, hidden=0.5, fresh=True))
+    assert fresh.config.to_dict() == student.config.to_dict()
+    heads = models.find(folder).config.num_attention_heads
+    assert heads == (2 if kind == "gpt2" else 4)  # whose config has no number for heads apart from the stream's
+
+
+@pytest.mark.parametrize("by", ["group-magnitude", "activation-norm"])
+def test_neurons_heads_and_stream_become_narrower_together(by: str, tmp_path: Path) -> None:
+    teacher = models.find(deep("llama"))
+    student, _ = student_of(teacher, Shape(width=0.5, hidden=0.75, by=by), calibration=looking(teacher))
+    again = models.find(write(student, tmp_path / "student"))
+    assert again.config.hidden_size == 24 and groups_of(again, "neurons")[0].count == 32
+    assert groups_of(again, "heads")[0].count * 2 == groups_of(teacher, "heads")[0].count
+    fresh, _ = student_of(teacher, Shape(width=0.5, hidden=0.75, by=by, fresh=True))
+    assert fresh.config.to_dict() == student.config.to_dict()
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -155,7 +202,8 @@ def test_fresh_weights_are_those_of_their_seed(kind: str, tmp_path: Path) -> Non
     assert first == second != third
     config = transformers.AutoConfig.from_pretrained(folders[0])
     assert config.hidden_size == tiny.HIDDEN // 2 and config.num_hidden_layers == 2
-    assert config.hidden_size // config.num_attention_heads == tiny.HIDDEN // 4
+    assert config.num_attention_heads == (2 if kind in ("bert", "gpt2") else 4)
+    assert config.head_dim == tiny.HIDDEN // 4
     assert said(opened(folders[0]), batch(kind)).isfinite().all()
 
 
@@ -181,7 +229,10 @@ def test_maps_are_whole_and_rising(take: str) -> None:
         ({"layers": 2, "take": (0, 4)}, "not 2 different ones from 0 to 3"),
         ({"layers": 2, "take": (3, 0)}, "in rising order"),
         ({"width": 0.0}, "width is a share"),
-        ({"hidden": 0.5}, "start it fresh"),
+        ({"hidden": 0.5, "by": "ziplm"}, "takes neurons and heads, and no channels.* one of .*activation-norm"),
+        ({"hidden": 0.01, "by": "group-magnitude"}, "leaves 0 of 32 channels, in whole 8s"),
+        ({"hidden": 0.99, "by": "group-magnitude"}, "leaves 32 of 32 channels"),
+        ({"width": 0.5, "by": "filter-nrom"}, "did you mean 'filter-norm'"),
         ({"width": 0.01, "multiple": 64}, "would leave none"),
     ],
 )

@@ -23,6 +23,12 @@ LossRecipe = Annotated[
 Data = Annotated[
     str, typer.Option(help="Text, or texts with labels: a name from `compresslab datasets`, a file, a hub id.")
 ]
+TAKE = "Which of the teacher's blocks: uniform, skip, first, last, influence (measured), or numbers with commas."
+BY = "What chooses neurons, heads and channels: filter-norm, group-magnitude; measured: activation-norm, ziplm, taylor, ..."
+Cache = Annotated[Path | None, typer.Option(help="A folder of `compresslab teach-cache`, in place of the teacher.")]
+Also = Annotated[list[str] | None, typer.Option(help="One more teacher; repeatable.")]
+Ensemble = Annotated[str, typer.Option(help="How loud each is: mean, adaptive, or numbers with commas.")]
+Windows = Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")]
 
 
 @app.command()
@@ -35,24 +41,20 @@ def distill(
     layers: Annotated[
         int | None, typer.Option(help="Build the student from this many of the teacher's blocks.")
     ] = None,
-    take: Annotated[
-        str,
-        typer.Option(help="Which of them: uniform, skip, first, last, influence (measured), or numbers with commas."),
-    ] = "uniform",
+    take: Annotated[str, typer.Option(help=TAKE)] = "uniform",
     width: Annotated[float, typer.Option(help="Share of every block's neurons and heads.")] = 1.0,
-    hidden: Annotated[float, typer.Option(help="Share of the residual stream; below 1 with --fresh.")] = 1.0,
+    hidden: Annotated[float, typer.Option(help="Share of the residual stream.")] = 1.0,
+    by: Annotated[str | None, typer.Option(help=BY)] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="New weights instead of the teacher's.")] = False,
     recipe: LossRecipe = "distill-soft-labels",
     data: Data = "wiki",
-    cache: Annotated[
-        Path | None, typer.Option(help="A folder of `compresslab teach-cache`, in place of the teacher.")
-    ] = None,
-    also: Annotated[list[str] | None, typer.Option(help="One more teacher; repeatable.")] = None,
-    ensemble: Annotated[str, typer.Option(help="How loud each is: mean, adaptive, or numbers with commas.")] = "mean",
+    cache: Cache = None,
+    also: Also = None,
+    ensemble: Ensemble = "mean",
     set_: Set = None,
     samples: Samples = None,
     sequence_length: Length = None,
-    windows: Annotated[int, typer.Option(help="Windows of the test split to measure quality on.")] = 24,
+    windows: Windows = 24,
     seed: Seed = 0,
     device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace what the output folder holds.")] = False,
@@ -67,7 +69,7 @@ def distill(
 
     if os.environ.get("RANK", "0") != "0":  # the leader speaks for all
         quiet, as_json = True, False
-    shape = Shape(layers=layers, take=_take(take), width=width, hidden=hidden, fresh=fresh, seed=seed)
+    shape = Shape(layers=layers, take=blocks_of(take), width=width, hidden=hidden, by=by, fresh=fresh, seed=seed)
     if (shape == Shape(seed=seed)) == (student is None):
         raise CompressLabError(
             "name a student, or say how to build one from the teacher (--layers, --width, --fresh): one of the two"
@@ -78,7 +80,7 @@ def distill(
     with bars(silent=quiet or as_json) as progress:
         artifact, report = distilling.distill(
             teacher, student or shape, recipe, data, out=out, cache=cache, others=also or (),
-            ensemble=_loud(ensemble), settings=settings, seed=seed, device=device,
+            ensemble=loud(ensemble), settings=settings, seed=seed, device=device,
             force=force, measure=measure, evaluation_windows=windows, progress=progress,
         )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
@@ -144,7 +146,7 @@ def teach_cache(
     out_console.print(f"cache     {kept.folder}", highlight=False, soft_wrap=True)
 
 
-def _loud(said: str) -> str | list[float]:
+def loud(said: str) -> str | list[float]:
     """'1,2' is a weight for each teacher."""
     try:
         return [float(part) for part in said.split(",")]
@@ -152,7 +154,7 @@ def _loud(said: str) -> str | list[float]:
         return said
 
 
-def _take(said: str) -> str | list[int]:
+def blocks_of(said: str) -> str | list[int]:
     """'0,2,5' is a list of blocks."""
     parts = said.split(",")
     return [int(part) for part in parts] if all(part.strip().isdigit() for part in parts) else said

@@ -22,8 +22,8 @@ Cost. A matrix product per pair; memory: the hidden states of the pairs.
 
 Differences from the paper. There one pair in the middle, the regressor convolutional with the kernel of a guided layer, and a
 first stage of training of its own before soft labels; here any pairs, a matrix at each position, and the term stands beside the
-others of a recipe (a stage of its own is a recipe of its own, see staging.py). The mean over channels in the place of their
-sum divides the weight by d / 2.
+others of a recipe (a stage of its own is a recipe of its own, in the plan `in-turn` of staging.py). The mean over channels in the
+place of their sum divides the weight by d / 2.
 
 Oracle. tests/oracles/features.py: loops over examples, positions and channels in float64.
 """

@@ -17,7 +17,7 @@ each times its setting. The paper's last term, soft labels on the logits, is a s
       - {method: tinybert}
       - {method: soft-labels, temperature: 1.0}
 
-and its two stages (general text without soft labels, then the task) are two recipes.
+and its two stages (all layers without soft labels, then those) are two recipes in the plan `in-turn` of staging.py.
 
 Cost. Hidden states and queries and keys of all pairs; heads positions^2 scores for each pair and example.
 
