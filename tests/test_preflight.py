@@ -249,3 +249,14 @@ def test_ranks_that_keep_parts_need_less(folder: Path, monkeypatch: pytest.Monke
     together = preflight.of_teaching(source, None, 0, torch.device("cpu"), shards=True)
     parameters = sum(preflight.numel(source, name) for name in source.weights.names())
     assert alone.memory_bytes - together.memory_bytes == (20 - 9) * parameters
+
+
+def test_the_process_that_measures_is_foretold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model is solved in less than it takes to open it whole in float32; under a ceiling it is opened in blocks."""
+    monkeypatch.setattr(preflight, "PROGRAM_BYTES", 0)
+    source = models.find(folder)
+    numbers = sum(preflight.numel(source, name) for name in source.weights.names())
+    nothing = preflight.Estimate(memory_bytes=1, disk_bytes=0, seconds=0.0, artifact_bytes=0, parts={})
+    assert preflight.with_measuring(nothing, source, None).memory_bytes == pytest.approx(4.4 * numbers, abs=1)
+    under = preflight.with_measuring(nothing, source, int(4.3 * numbers)).memory_bytes
+    assert 4 * numbers / 3 < under < 4.3 * numbers

@@ -329,7 +329,7 @@ def plan_only(
         seconds = foretelling.seconds(source, chosen, narrow, chosen.calibration.samples, length) if fits else 0.0
         estimate = preflight.with_search(estimate, source, seconds)
     estimate, _ = _kept_within(estimate, _ceiling(memory), chosen, can_spill=stages.can_spill and not has_budget)
-    return plan, estimate, chosen
+    return plan, preflight.with_measuring(estimate, source, _ceiling(memory)), chosen
 
 
 def _with_budget(

@@ -25,7 +25,7 @@ from compresslab.contract import NetworkPruner, Solver
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
 from compresslab.measure import hardware, perplexity, quality
-from compresslab.models import Source, blocks, channels_last, is_transposed, matrix_shape
+from compresslab.models import Source, blocks, channels_last, is_transposed, matrix_shape, tie_weights
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
 from compresslab.pruning import Unrounded
@@ -46,7 +46,7 @@ class Estimate:
     """What a run will need.
 
     Attributes:
-        memory_bytes: peak resident memory of the process.
+        memory_bytes: peak resident memory of a process of the run.
         disk_bytes: what the partial folder holds at most.
         seconds: wall time until the artifact has been opened in a fresh process and compared bit by bit, without measuring.
         artifact_bytes: the weight files in the end.
@@ -485,10 +485,26 @@ def fits_whole(source: Source, ceiling: int | None = None, logits: int = 0) -> b
         ceiling: bytes that it may take; by default all that is free.
         logits: see streamed_bytes.
     """
-    numbers = sum(parameter.numel() for parameter in source.skeleton().parameters()) + 2 * logits
-    whole = PROGRAM_BYTES + 4.4 * numbers
     free = hardware.memory().available_bytes
-    return whole < (free if ceiling is None else min(ceiling, free))
+    return whole_bytes(source, logits) < (free if ceiling is None else min(ceiling, free))
+
+
+def with_measuring(found: Estimate, source: Source, ceiling: int | None) -> Estimate:
+    """With the process that opens the artifact in the end, to compare every weight and to measure."""
+    return found.with_whole(whole_bytes(source) if fits_whole(source, ceiling) else streamed_bytes(source, 0))
+
+
+def whole_bytes(source: Source, logits: int = 0) -> int:
+    """What a process takes that has all of a model in float32. Args: logits: see streamed_bytes."""
+    numbers = sum(parameter.numel() for parameter in _skeleton(source).parameters()) + 2 * logits
+    return int(PROGRAM_BYTES + 4.4 * numbers)
+
+
+def _skeleton(source: Source) -> torch.nn.Module:
+    """With one parameter where two names share a tensor."""
+    skeleton = source.skeleton()
+    tie_weights(skeleton)
+    return skeleton
 
 
 def streamed_bytes(source: Source, logits: int) -> int:
@@ -497,7 +513,7 @@ def streamed_bytes(source: Source, logits: int) -> int:
     Args:
         logits: how many numbers it has of a batch's answer, and of the loss that it takes of it.
     """
-    skeleton = source.skeleton()
+    skeleton = _skeleton(source)
     inside = [sum(p.numel() for p in block.parameters()) for block in blocks(skeleton).values()]
     outside = sum(p.numel() for p in skeleton.parameters()) - sum(inside)
     return int(PROGRAM_BYTES + 4.4 * (outside + max(inside, default=0) + 2 * logits))
