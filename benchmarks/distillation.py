@@ -57,6 +57,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compresslab import data, models, pairing, recipe, teaching
+from compresslab.artifact import partial_of
 from compresslab.course import character_model, digits, encoders, in_memory, own_pictures
 from compresslab.course.timing import one_thread
 from compresslab.data.labelled import Example
@@ -79,7 +80,7 @@ from compresslab.distill.tinybert import TinyBERT
 from compresslab.distill.total_variation import TotalVariation
 from compresslab.distilling import distill
 from compresslab.features import FeatureTerms
-from compresslab.losses import Losses
+from compresslab.losses import Losses, losses_of
 from compresslab.measure import embedding, environment, fresh
 from compresslab.plan import OUTSIDE, make_plan
 from compresslab.recipe import Training
@@ -662,7 +663,7 @@ class Bench:
 
         def shipped(name: str, **given: float) -> Losses:
             told = {f"{name}.{setting}": value for setting, value in given.items()}
-            return pairing.losses_of(recipe.read(f"distill-{name}").override(told))
+            return losses_of(recipe.read(f"distill-{name}").override(told))
 
         text, soft = HardLabels(), SoftLabels(temperature=1.0)
         kinds = ("soft-labels", "reverse-kl", "jensen-shannon", "total-variation", "on-policy", "distilbert")
@@ -789,8 +790,9 @@ def named(measurements: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def fresh_folder(folder: Path) -> Path:
-    """A place where nothing is yet."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """A place where nothing is yet, and no run that was stopped."""
+    for old in (folder, partial_of(folder)):
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

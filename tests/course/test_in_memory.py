@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from compresslab import models, pairing
+from compresslab import models
 from compresslab.course import character_model, digits, in_memory
 from compresslab.data.tokens import Calibration
 from compresslab.distill.attention_transfer import AttentionTransfer
 from compresslab.distill.hard_labels import HardLabels
 from compresslab.distilling import distill
+from compresslab.losses import Losses, losses_of
 from compresslab.measure import fresh
-from compresslab.pairing import Losses
 from compresslab.recipe import Training, parse
 from compresslab.students import Shape, student_of
 
@@ -53,7 +53,7 @@ def test_a_student_taught_in_memory_is_the_one_that_distill_writes(own: bool, tm
     found = in_memory.taught(
         models.materialise(student),
         models.load(teacher).float().eval(),
-        pairing.losses_of(chosen),
+        losses_of(chosen),
         ids,
         Training(**TRAINING),
     )
