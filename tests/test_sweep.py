@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -209,15 +211,28 @@ def test_the_command_compresses_and_compares(
     assert code == 2 and "--seeds takes whole numbers" in err
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dying(Sweep):
+    """The process that is to run seed 1 ends as if its machine had."""
+
+    def command(self, trial: Trial) -> list[str]:
+        if trial.seed == 1:
+            os._exit(1)
+        return super().command(trial)
+
+
 def test_on_ray(sweep: Sweep, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+    """One that dies however often it is started leaves the others alone."""
+    ray = pytest.importorskip("ray")
     model, recipe = tiny.save("llama", tmp_path / "model"), tmp_path / "tiny.yaml"
     recipe.write_text(tiny.recipe("rtn", bits=8).to_yaml(), encoding="utf-8")
-    real = Sweep(**vars(sweep) | {
-        "model": str(model), "data": str(tiny.write_text(tmp_path / "text.txt")), "arguments": ("--no-measure",)
+    real = Dying(**vars(sweep) | {
+        "model": str(model), "data": str(tiny.write_text(tmp_path / "text.txt")), "arguments": ("--no-measure",),
+        "attempts": 1,
     })  # fmt: skip
-    found = sweeps.run(real, trials([str(recipe)], [None], [0, 1]), on_ray=True)
-    assert [outcome.state for outcome in found] == ["finished", "finished"]
-    import ray
-
-    ray.shutdown()
+    try:
+        found = sweeps.run(real, trials([str(recipe)], [None], [0, 1, 2]), on_ray=True)
+    finally:
+        ray.shutdown()
+    assert [outcome.state for outcome in found] == ["finished", "failed", "finished"]
+    assert "Ray gave it up" in found[1].why

@@ -173,15 +173,25 @@ def _here(sweep: Sweep, wanted: Sequence[Trial], workers: int) -> Iterator[Outco
 
 
 def _on_ray(sweep: Sweep, wanted: Sequence[Trial]) -> Iterator[Outcome]:
-    """As tasks of as many processors as a trial has threads. A task whose machine dies is started again elsewhere."""
+    """As tasks of as many processors as a trial has threads. A task whose process or machine dies is started again, elsewhere if
+    need be; one that dies each time fails alone.
+    """
     import ray
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     task = ray.remote(num_cpus=sweep.threads, max_retries=sweep.attempts)(attempt)
-    waiting = [task.remote(sweep, trial) for trial in wanted]
+    trials = {task.remote(sweep, trial): trial for trial in wanted}
+    waiting = list(trials)
     while waiting:
         (done,), waiting = ray.wait(waiting, num_returns=1)
-        yield ray.get(done)
+        try:
+            yield ray.get(done)
+        except ray.exceptions.RayError as error:
+            trial = trials[done]
+            why = f"Ray gave it up: {str(error).splitlines()[0]}"
+            yield Outcome(
+                trial=trial, folder=sweep.out / trial.name, state="failed", attempts=sweep.attempts + 1, why=why
+            )
 
 
 def _sha256(path: Path) -> str | None:
