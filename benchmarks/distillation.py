@@ -79,16 +79,15 @@ from compresslab.distill.soft_labels import SoftLabels
 from compresslab.distill.tinybert import TinyBERT
 from compresslab.distill.total_variation import TotalVariation
 from compresslab.distilling import distill
-from compresslab.features import FeatureTerms
 from compresslab.losses import Losses, losses_of
 from compresslab.measure import embedding, environment, fresh
+from compresslab.measure.perplexity import perplexity
 from compresslab.plan import OUTSIDE, make_plan
 from compresslab.recipe import Training
 from compresslab.solving import Pass
 from compresslab.staging import parameters_of
 from compresslab.students import Shape, student_of, write
 from compresslab.teachers import Ensemble, Translated
-from compresslab.training import collate
 
 LANGUAGE, ENCODER = "smollm2-135m", "minilm-l6"
 WINDOWS, LENGTH = 24, 512  # of the test split
@@ -356,9 +355,11 @@ class Bench:
             network = models.materialise(student).float().requires_grad_(True)
             on_features = Losses(on_logits=(), on_features=told)
             judged(name, in_memory.taught_on(network, teacher, on_features, shown, training, seed=0))
-        batch = collate([{"input_ids": one["input_ids"]} for one in shown[: teaching.EXAMPLES_SHOWN]])
         network = models.materialise(student).float()
-        pairs = FeatureTerms(network, teacher, losses["hints_similar"], batch, examples=len(shown)).found
+        similar = Losses(on_logits=(), on_features=losses["hints_similar"])
+        with teaching.at_work(similar, network, teacher, shown, 0) as lesson:
+            assert lesson.features is not None
+            pairs = lesson.features.found
         steps = training.steps_for(len(shown) - round(len(shown) * training.held_back))
         return {"rows": rows, "steps": steps, "similar_blocks": pairs}
 
@@ -494,7 +495,7 @@ class Bench:
         shown = [{"input_ids": windows[: teaching.EXAMPLES_SHOWN]}]
 
         def judged(network: nn.Module) -> float:
-            return perplexity(network, test)
+            return perplexity(network, test, batch_size=32).value
 
         def cut(network: nn.Module, **shape: Any) -> models.Source:
             source = models.find(network)
@@ -640,7 +641,10 @@ class Bench:
             in_memory.taught(student, None, text, windows, begun, seed=seed)
 
             def judged(network: nn.Module, seed: int = seed, teacher: nn.Module = teacher) -> dict[str, float]:
-                return {"perplexity": perplexity(network, test), **on_own_texts(network, teacher, test[:, :16], seed)}
+                return {
+                    "perplexity": perplexity(network, test, batch_size=50).value,
+                    **on_own_texts(network, teacher, test[:, :16], seed),
+                }
 
             def learned(
                 lesson: tuple[nn.Module | None, Losses], seed: int = seed, student: nn.Module = student,
@@ -742,12 +746,6 @@ def pieces_of(text: str, count: int) -> Any:
     learning = tokenizers.trainers.BpeTrainer(vocab_size=count, show_progress=False)
     made.train_from_iterator(text.splitlines(keepends=True), learning)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-@torch.no_grad()
-def perplexity(network: nn.Module, windows: Tensor) -> float:
-    losses = [float(network(input_ids=part, labels=part, use_cache=False).loss) for part in windows.split(50)]
-    return math.exp(statistics.mean(losses))
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from torch import nn
 
 from compresslab import data, models, pipeline
 from compresslab.measure import environment
+from compresslab.measure.perplexity import perplexity
 from compresslab.recipe import Recipe, parse
+from compresslab.report.sparsity import zeros_frac
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TEXT, LENGTH = "smollm2-135m", "wiki", 512
@@ -50,7 +51,7 @@ def main() -> None:
     )
     rows = told["rows"]
     if "float" not in rows:
-        rows["float"] = {"perplexity": perplexity(models.load(located, dtype=torch.bfloat16), tested.batches)}
+        rows["float"] = {"perplexity": of_text(models.load(located, dtype=torch.bfloat16), tested.batches)}
     for name in options.rows or [name for name in asked() if name not in rows]:
         rows[name] = row(name, options.samples, tested.batches)
         print(f"{name:<40} {rows[name]['perplexity']:9.2f}  {rows[name]['seconds']:5.0f} s", flush=True)
@@ -81,24 +82,16 @@ def row(name: str, samples: int, batches: Any) -> dict[str, Any]:
         )  # fmt: skip
         seconds = time.perf_counter() - started
         model = models.load(artifact.folder, dtype=torch.bfloat16)
-        sizes = {layer.name: layer.shape[0] * layer.shape[1] for layer in report.layers}
-        left = sum(layer.nonzero_frac * sizes[layer.name] for layer in report.layers) / sum(sizes.values())
         return {
-            "perplexity": perplexity(model, batches),
-            "nonzero": left,
+            "perplexity": of_text(model, batches),
+            "nonzero": 1 - zeros_frac(report),
             "sparsities": [min(x.sparsity or 0 for x in report.layers), max(x.sparsity or 0 for x in report.layers)],
             "seconds": seconds,
         }
 
 
-@torch.inference_mode()
-def perplexity(model: nn.Module, batches: Any) -> float:
-    losses = []
-    for batch in batches:
-        for ids in batch["input_ids"].split(1):
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            losses.append(nn.functional.cross_entropy(logits, ids[0, 1:]))
-    return float(torch.stack(losses).mean().exp())
+def of_text(model: torch.nn.Module, batches: Any) -> float:
+    return perplexity(model, torch.cat([batch["input_ids"] for batch in batches]), batch_size=1).value
 
 
 if __name__ == "__main__":

@@ -22,17 +22,17 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
 from compresslab import supernet, zero_cost
 from compresslab.architectures.inverted_residuals import InvertedResidualsForImageClassification
 from compresslab.course import digits
-from compresslab.measure import environment
+from compresslab.measure import environment, intervals
 from compresslab.recipe import Training
 from compresslab.search.evolution import Journal, evolved
 from compresslab.search.widths import Limit, fitted
@@ -47,7 +47,7 @@ SPACE = ShapeSpace(
 HALF = Limit(frac=0.5, of="macs")
 ALONE = digits.Training(pictures=1400, epochs=4, learning_rate=1e-2)
 PHASES = {"largest": 160, "kernels": 60, "depths": 60, "expansions": 60}
-BATCH, TESTED, JUDGED, RENEWED, RESAMPLED = 64, 2000, 400, 192, 2000
+BATCH, TESTED, JUDGED, RENEWED = 64, 2000, 400, 192
 KINDS = ("any", "half")
 SEARCH = {"size": 6, "generations": 2}
 
@@ -159,14 +159,11 @@ def trained(
 
 def correlation(scores: Sequence[float], accuracies: Sequence[float]) -> dict[str, float]:
     """Spearman's, with the ends of its 95 % interval."""
-    a, b = np.argsort(np.argsort(scores)), np.array(accuracies)  # ranks: a score may be minus infinity
-    draws, again = np.random.default_rng(0), []
-    for _ in range(RESAMPLED):
-        rows = draws.integers(0, len(a), len(a))
-        if len(set(a[rows])) > 1 and len(set(b[rows])) > 1:
-            again.append(float(spearmanr(a[rows], b[rows]).statistic))
-    low, high = np.quantile(again, [0.025, 0.975])
-    return {"value": float(spearmanr(a, b).statistic), "low": float(low), "high": float(high)}
+    parts = np.stack([np.asarray(scores), np.asarray(accuracies)], axis=1)  # ranks count: a score may be minus infinity
+    ends = intervals.bootstrap(partial(intervals.spearman, parts), len(parts))
+    assert ends is not None
+    value = float(intervals.spearman(parts, np.ones((1, len(parts))))[0])
+    return {"value": value, "low": ends[0], "high": ends[1]}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -780,6 +780,10 @@ def test_the_commands(
     assert code == 2
     assert "name a student, or say how to build one" in told
     code, _, told = tiny.run_cli(
+        monkeypatch, capsys, "distill", place / "teacher", *common, "--out", tmp_path / "no", "--by", "taylor"
+    )
+    assert code == 2 and "--hidden" in told  # which says how to choose, and not what
+    code, _, told = tiny.run_cli(
         monkeypatch, capsys, "distill", place / "untaught", place / "teacher", *common, "--out", tmp_path / "worse", "--quiet",
         "--no-measure",
     )  # fmt: skip

@@ -244,9 +244,9 @@ def test_what_may_not_wait_on_disk_is_told_what_a_ceiling_must_be(folder: Path) 
 
 def test_ranks_that_keep_parts_need_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = models.find(folder)
-    alone = preflight.of_teaching(source, None, 0, torch.device("cpu"), shards=True)
+    alone = preflight.of_teaching(source, (), 0, torch.device("cpu"), shards=True)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    together = preflight.of_teaching(source, None, 0, torch.device("cpu"), shards=True)
+    together = preflight.of_teaching(source, (), 0, torch.device("cpu"), shards=True)
     parameters = sum(preflight.numel(source, name) for name in source.weights.names())
     assert alone.memory_bytes - together.memory_bytes == (20 - 9) * parameters
 

@@ -559,3 +559,28 @@ def test_the_plan_foretells_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taught.memory_bytes - alone.memory_bytes == 4 * sum(p.numel() for p in model.parameters())
     assert taught.parts["train"] == pytest.approx(8 / 6 * alone.parts["train"])
     assert (labels.memory_bytes, labels.parts["train"]) == (alone.memory_bytes, alone.parts["train"])
+    model, settings = model.bfloat16(), {"training": TRAINING | {"teacher_dtype": "stored"}}
+    _, half, _ = pipeline.plan_only(model, recipe(HALF, SOFT, **settings))
+    assert half.memory_bytes - pipeline.plan_only(model, recipe(HALF))[1].memory_bytes == 2 * sum(
+        p.numel() for p in model.parameters()
+    )
+
+
+def test_a_teacher_is_opened_as_it_is_stored_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[torch.dtype] = []
+    whole_model = pipeline.whole_model
+
+    def seen(*given: Any) -> Any:
+        opened.append(given[2])
+        return whole_model(*given)
+
+    monkeypatch.setattr(pipeline, "whole_model", seen)
+    model, text = tmp_path / "model", str(tiny.write_text(tmp_path / "text.txt"))
+    tiny.make("llama").bfloat16().save_pretrained(model)
+    tiny.save_tokenizer(model)
+    for number, dtype in enumerate(("float32", "stored")):
+        training = TRAINING | {"teacher_dtype": dtype}
+        run(tmp_path / f"out-{number}", HALF, SOFT, model=model, given=text, training=training)
+    assert opened == [torch.float32, torch.bfloat16]

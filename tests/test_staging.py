@@ -278,6 +278,8 @@ def test_what_does_not_fit_is_said(teacher: Path, tmp_path: Path) -> None:
         run(teacher, [], tmp_path / "c")
     with pytest.raises(CompressLabError, match="stage 1 of 4: 4 groups of the 2 blocks"):
         run(teacher, in_turn(Shape(layers=2), groups=4), tmp_path / "d")
+    with pytest.raises(CompressLabError, match=r"stage 1 of 2: --groups say what learns, and so does training\.only"):
+        run(teacher, in_turn(Shape(layers=2), groups=2), tmp_path / "e", recipe=chosen(only=("*norm*",)))
     with pytest.raises(CompressLabError, match="2 recipes and 3 sources of data"):
         in_turn(Shape(), [None, None], ["a", "b", "c"])
     with pytest.raises(CompressLabError, match="groups of blocks are 1 or more"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ import tiny
 from compresslab import models, pipeline, thinning
 from compresslab.budget import parse_budget
 from compresslab.errors import CompressLabError
+from compresslab.learning import Material
 from compresslab.plan import make_plan
 from compresslab.pruning import pruners_of
 from compresslab.recipe import Recipe, parse
 from compresslab.report.schema import Report, read_report
 from compresslab.solving import Pass
-from compresslab.stages import planned
+from compresslab.stages import planned, stages_of
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +167,20 @@ def test_what_is_refused(tmp_path: Path, recipe: str, budget: str, why: str) -> 
 def test_one_threshold_for_all_layers_is_a_choice_already() -> None:
     with pytest.raises(CompressLabError, match="and magnitude both say .* or set scope=layer"):
         thinning.check(recipe_of(scope="global"), parse_budget("0.5nonzero"))
+
+
+def test_a_classifier_that_trains_shares_out_by_its_pictures() -> None:
+    """As one that does not train: the zeros are chosen before any training, and by what data say."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = [
+        {"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": torch.tensor(i % 2)} for i in range(24)
+    ]
+    raw = recipe_of().model_dump(mode="json") | {"training": {"steps": 2, "batch": 4}}
+    recipe, source = parse(raw, "test"), models.find(tiny.make("vit"))
+    for thins in (False, True):
+        stages = dataclasses.replace(stages_of(recipe), thins=thins)
+        material = Material.of(source, stages, recipe, pictures, 0)
+        assert material.labelled is not None and (material.calibration is not None) == thins
 
 
 def test_a_dry_run_foretells_the_survey(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ While a run is under way, everything is in `OUT.partial/` beside the output fold
       lock              held while a run writes here
       owner.json        which run that is: process, host, command, since when
       progress.json     what this run is (recipe, model, data, seed, versions), and every finished unit; replaced atomically
-      bits-*, widths-*  what a search has chosen by a budget; search-* what it has measured so far
+      bits-*, zeros-*, widths-*  what a search has chosen by a budget; search-* what it has measured so far
       units/*.safetensors   the packed tensors of each finished unit
       states/*          what the last finished block returned for every calibration batch: the point to go on from
       training-*/       checkpoints, where anything is trained
@@ -540,7 +540,7 @@ def join_safetensors(files: Sequence[Path], target: Path) -> None:
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CompressLabError(f"cannot write {target} ({error.strerror}): free some disk and run again") from error
+        raise (of_disk(error, target) or error) from error
 
 
 def _this_run() -> dict[str, Any]:

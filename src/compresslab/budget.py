@@ -250,7 +250,7 @@ def _decoding_step_ms(source: Source) -> float:
 
 
 def check(folder: Path, budget: Budget, source: Source, layers: Sequence[str]) -> None:
-    """That a finished folder keeps to its budget, by its files; milliseconds and shares of operations are in its report.
+    """That a finished folder keeps to its budget, by its files; milliseconds and shares are in its report.
 
     Args:
         layers: those that the budget in bits is about.

@@ -22,13 +22,12 @@ from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
 from compresslab.heads import after_head
 from compresslab.learning import Material
-from compresslab.losses import DEFAULT, Losses, losses_of
+from compresslab.losses import DEFAULT, Losses, dtype_of, losses_of
 from compresslab.measure import environment
 from compresslab.models import Source
 from compresslab.pairing import material_of
 from compresslab.pipeline import Progress, pick_device, recipe_of
 from compresslab.recipe import Recipe
-from compresslab.teachers import dtype_of
 from compresslab.training import IGNORED_LABEL, collate
 
 CHUNK_BYTES = 64_000_000  # of logits

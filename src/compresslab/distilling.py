@@ -28,7 +28,7 @@ from compresslab.data.labelled import Example
 from compresslab.distill.teacher_cache import TeacherCache
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
-from compresslab.losses import DEFAULT, Losses, losses_of
+from compresslab.losses import DEFAULT, Losses, dtype_of, losses_of
 from compresslab.measure import environment, gpu, size
 from compresslab.models import Source
 from compresslab.pairing import Pair, drawn_out, material_of, shown
@@ -50,7 +50,7 @@ from compresslab.questions import Questions
 from compresslab.recipe import Recipe, Training
 from compresslab.report.schema import Parity, Report
 from compresslab.students import Shape
-from compresslab.teachers import MEAN, dtype_of, network_of
+from compresslab.teachers import MEAN, network_of
 from compresslab.training import Record, collate, split, train_
 
 TEXT = "wiki"  # to learn from, unless something else is named
@@ -304,13 +304,11 @@ def _needs(
     tokens = recipe.training.seen(len(examples)) * length
     if losses.cohort is not None:
         return preflight.of_teaching(
-            pair.student, None, tokens, where, peers=(pair.teacher, *pair.others), shards=recipe.training.shard
+            pair.student, (), tokens, where, peers=(pair.teacher, *pair.others), shards=recipe.training.shard
         )
-    teacher = None if cached else pair.teacher
-    itemsize = dtype_of(pair.teacher, recipe.training.teacher_dtype).itemsize
-    return preflight.of_teaching(
-        pair.student, teacher, tokens, where, shards=recipe.training.shard, teacher_itemsize=itemsize
-    )
+    asked = () if cached else (pair.teacher, *pair.others)
+    teachers = [(source, dtype_of(source, recipe.training.teacher_dtype)) for source in asked]
+    return preflight.of_teaching(pair.student, teachers, tokens, where, shards=recipe.training.shard)
 
 
 def _key(

@@ -60,7 +60,7 @@ def judged(
     if isinstance(teacher, TeacherCache):
         return _judged_by_cache(student, teacher, chance, held_back, batch)
     several = list(teacher.networks) if isinstance(teacher, Ensemble) else [teacher]
-    return _judged_each(student, several, names, chance, held_back, batch)
+    return _judged_each(cross_entropy(student, held_back, batch), several, names, chance, held_back, batch)
 
 
 def judged_peers(
@@ -69,9 +69,9 @@ def judged_peers(
 ) -> Judged:  # fmt: skip
     """Of networks that learn along with the student."""
     chance = entropy_of_labels([*examples, *held_back], models.is_language_model(student))
-    found = _judged_each(student, peers, names, chance, held_back, batch)
-    begins_untaught = cross_entropy(student, held_back, batch) > KNOWS_NOTHING * chance
-    return Judged(told=found.told) if begins_untaught else found
+    own = cross_entropy(student, held_back, batch)
+    found = _judged_each(own, peers, names, chance, held_back, batch)
+    return Judged(told=found.told) if own > KNOWS_NOTHING * chance else found
 
 
 def untrained(name: str, nats: float, chance: float) -> list[str]:
@@ -110,10 +110,9 @@ def of_cache(kept: TeacherCache) -> list[str]:
 
 
 def _judged_each(
-    student: nn.Module, teachers: Sequence[nn.Module], names: Sequence[str], chance: float, held_back: Sequence[Example],
-    batch: int,
+    own: float, teachers: Sequence[nn.Module], names: Sequence[str], chance: float, held_back: Sequence[Example], batch: int
 ) -> Judged:  # fmt: skip
-    own = cross_entropy(student, held_back, batch)
+    """Args: own, the student's nats of the labels held back."""
     told = [f"student {own:.3f}", f"by frequency alone {chance:.3f}"]
     doubts = []
     for name, network in zip(names, teachers, strict=True):

@@ -31,8 +31,8 @@ class Material:
     def of(cls, source: models.Source, stages: Stages, recipe: Recipe, data: Any, seed: int) -> Material:
         """CompressLabError where a method needs data and there is none that it can use."""
         labelled = _labelled(source, stages, recipe, data, seed)
-        # A training whose rounding is its own takes no Gram matrix, but for what smooths before it.
-        reads_more = bool(stages.smoothers) or (stages.solving_needs_data and not stages.trains)
+        # A training whose rounding is its own takes no Gram matrix, but for what smooths or shares out zeros before it.
+        reads_more = bool(stages.smoothers) or stages.thins or (stages.solving_needs_data and not stages.trains)
         if labelled is None:
             return cls(calibration=_calibration(source, stages, recipe, data, seed), labelled=None)
         if not reads_more:
@@ -102,7 +102,9 @@ class Material:
             return needs
         examples = self.examples
         length = max(len(example.get("input_ids", ())) for example in examples)
-        training = partial(preflight.with_training, shards=recipe.training.shard, has_teacher=stages.has_teacher)
+        training = partial(
+            preflight.with_training, shards=recipe.training.shard, teacher_itemsize=stages.teacher_itemsize(source, recipe)
+        )  # fmt: skip
         foretell = training if trains_codes or stages.recovers else preflight.with_tuning
         return foretell(needs, source, recipe.training.seen(len(examples)) * length, device)
 

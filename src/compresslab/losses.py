@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from compresslab.contract import CohortLoss, FeatureLoss, LogitLoss, PictureMaking, TextWriting
 from compresslab.errors import CompressLabError
+from compresslab.models import Source
 from compresslab.recipe import Recipe
 
 DEFAULT = "distill-soft-labels"
@@ -107,3 +110,15 @@ def said_of(recipe: Recipe) -> str:
     taught = {step.method: method for step in recipe.steps if isinstance(method := step.build(), KINDS)}
     asks = Losses.of(recipe.name, list(taught.values())).need_teacher
     return ", ".join(taught) + (" from the network as it was" if asks else "")
+
+
+def dtype_of(source: Source, asked: str) -> torch.dtype:
+    """What a teacher is opened in by `training.teacher_dtype`. CompressLabError where it cannot be."""
+    if asked == "float32":
+        return torch.float32
+    if source.reads_images:
+        raise CompressLabError(
+            f"teacher_dtype={asked} is for teachers that read tokens, and '{source.name}' reads pictures, which come in float32: "
+            "leave it out"
+        )
+    return source.dtype

@@ -9,8 +9,8 @@ special about such a run, and the recipe in its report repeats it without a sear
 already keeps those settings.
 
 The survey takes its layers from the uncompressed network, not one after the other as the solving does: the layers' noises are
-to be compared, and none is to be measured through another's. A run that was killed surveys again, finds the same recipe, and
-goes on from there.
+to be compared, and none is to be measured through another's. What was chosen is kept over a kill (pipeline._searched); a run
+that was killed before it had chosen surveys again.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
       -> each group cut alone, their exact allocation, and an evolution (or another of search/searchers.py) that starts from it
          and from the uniform configuration
       -> of a latency: what was chosen is cut and measured; where the table was wrong there, corrected by that, and searched
-         again; the best of those that were measured within the budget, or else the fastest, and the report says that it is over
+         again; the best of those that were measured within 3 % of the budget, or else the fastest, which the report says is over
       -> the recipe with its `widths` filled in
 
 From there on nothing is special about such a run, and the recipe in its report repeats it without a search. What is judged is
@@ -442,7 +442,7 @@ def share_out(
         name=source.name,
     )
     some = _first(batches, EXAMPLES)
-    costs = NetworkCosts(choices, stored=Stored.of(calibration, choices.coupling))
+    costs = NetworkCosts(choices, stored=Stored.of(calibration, choices.coupling) if budget.unit == "MB" else None)
     stored, inputs = model, dict[str, Tensor]()
     if budget.unit == "ms/forward":
         stored = model if source.dtype == torch.float32 else copy.deepcopy(model).to(source.dtype)

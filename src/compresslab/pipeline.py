@@ -51,7 +51,7 @@ from compresslab.deploy import kv_cache
 from compresslab.deploy.layouts import Layout, read_weights
 from compresslab.errors import CompressLabError
 from compresslab.learning import Material
-from compresslab.losses import Losses
+from compresslab.losses import Losses, dtype_of
 from compresslab.losses import said_of as said_of_losses
 from compresslab.measure import environment, fresh, gpu, size
 from compresslab.numerics.gram import best_precision
@@ -222,9 +222,7 @@ def _ceiling(memory: str | None) -> int | None:
     return None if memory is None else parse_bytes(memory)
 
 
-def _budgets(
-    text: str | None, recipe: Recipe, search_by: str = "evolution"
-) -> tuple[budgets.Budget | None, budgets.Budget | None]:
+def _budgets(text: str | None, recipe: Recipe, search_by: str) -> tuple[budgets.Budget | None, budgets.Budget | None]:
     """A budget as that of bits, or else as that of channels. CompressLabError for a search that is not to be had."""
     searchers.check(search_by)
     found = None if text is None else budgets.parse_budget(text)
@@ -245,7 +243,7 @@ def _stages(recipe: Recipe, wanted: budgets.Budget | None, narrow: budgets.Budge
         narrowing.check(recipe, narrow)
     if wanted is not None and thins:
         thinning.check(recipe, wanted)
-    return dataclasses.replace(stages, judges=thins)
+    return dataclasses.replace(stages, thins=thins)
 
 
 def _judging(stages: Stages, narrow: budgets.Budget | None, team: ranks.Ranks, data: Any) -> Stages:
@@ -253,12 +251,12 @@ def _judging(stages: Stages, narrow: budgets.Budget | None, team: ranks.Ranks, d
     processes.
     """
     if narrow is None:
-        return dataclasses.replace(stages, judges=stages.judges and data is not None)
+        return dataclasses.replace(stages, thins=stages.thins and data is not None)
     if data is None:
         raise CompressLabError(f"a budget of {narrow} judges networks on data: name some with --data")
     if not team.is_alone:
         raise CompressLabError(f"a budget of {narrow} is searched by one process: start it without torchrun")
-    return dataclasses.replace(stages, judges=True)
+    return dataclasses.replace(stages, narrows=True)
 
 
 def _transformed(given: models.Source, stages: Stages) -> models.Source:
@@ -319,7 +317,7 @@ def plan_only(
     if chosen.training is not None:
         seen = chosen.training.seen(chosen.calibration.samples) * chosen.calibration.sequence_length
         training = partial(
-            preflight.with_training, shards=chosen.training.shard, has_teacher=stages.has_teacher
+            preflight.with_training, shards=chosen.training.shard, teacher_itemsize=stages.teacher_itemsize(source, chosen)
         )  # fmt: skip
         foretell = preflight.with_tuning if stages.tuner is not None else training
         estimate = foretell(estimate, source, seen, pick_device(device))
@@ -339,11 +337,11 @@ def _with_budget(
     """Args: wanted: the budget of bits, or None for one of channels, whose time a dry run alone foretells."""
     if wanted is None:
         return preflight.with_search(found, source, 0.0)
-    name = sensitivity or best_sensitivity(source, has_text)
-    tokens = (
-        tokens_read(name, len(plan.layers), len(mixed.WIDTHS) + len(recipes.HALVES)) if name in SENSITIVITIES else 0
-    )
-    return preflight.with_budget(found, source, len(mixed.WIDTHS), tokens, FISHER_TOKENS, where)
+    name, thins = sensitivity or best_sensitivity(source, has_text), wanted.unit == thinning.UNIT
+    solves = thinning.LEVELS if thins else len(mixed.WIDTHS)
+    options = solves if thins else solves + len(recipes.HALVES)
+    tokens = tokens_read(name, len(plan.layers), options) if name in SENSITIVITIES else 0
+    return preflight.with_budget(found, source, solves, tokens, FISHER_TOKENS, where)
 
 
 def recipe_of(recipe: str | Path | Recipe, settings: dict[str, Any] | None) -> Recipe:
@@ -430,9 +428,9 @@ def _shared_out(
     thins = budget.unit == thinning.UNIT
     with clock("share out"):
         progress.stage("survey", len(calibration.plan.layers))
-        by_method = partial(thinning.share_out, calibration, recipe, methods.pruners)
+        share_out = partial(thinning.share_out, calibration, recipe, methods.pruners)
         search = partial(
-            by_method if thins else partial(mixed.share_out, calibration, recipe), methods.solvers, budget,
+            share_out if thins else partial(mixed.share_out, calibration, recipe), methods.solvers, budget,
             sensitivity=sensitivity, smoothers=stages.smoothers, activations=methods.activations, on_layer=progress.step,
         )  # fmt: skip
         recipe, told = kept("zeros" if thins else "bits", search)
@@ -528,7 +526,9 @@ def _recovered(
             recovering.Lesson(
                 examples=material.examples, settings=recipe.training, folder=folder, seed=seed,
                 device=job.device, on_step=lambda done: progress.step("a step of the training"),
-                loss_of=None if stages.losses is None else _lesson_of(stages.losses, whole, job.device, seed),
+                loss_of=None if stages.losses is None else _lesson_of(
+                    stages.losses, whole, dtype_of(whole, recipe.training.teacher_dtype), job.device, seed
+                ),
             ),
         )  # fmt: skip
     batches = job.batches if stages.rounding_needs_data else None
@@ -538,11 +538,13 @@ def _recovered(
     return job, {"training": told_of(outcome.record) | before | by}
 
 
-def _lesson_of(losses: Losses, whole: models.Source, device: torch.device, seed: int) -> recovering.LossOf:
+def _lesson_of(
+    losses: Losses, whole: models.Source, dtype: torch.dtype, device: torch.device, seed: int
+) -> recovering.LossOf:
     """Losses with the whole network as their teacher, which is in memory for as long as the training lasts."""
 
     def at_work(network: nn.Module, examples: Sequence[Example]) -> AbstractContextManager[teaching.Lesson]:
-        teacher = whole_model(whole, device, torch.float32) if losses.need_teacher else None
+        teacher = whole_model(whole, device, dtype) if losses.need_teacher else None
         return teaching.at_work(losses, network, teacher, examples, seed)
 
     return at_work

@@ -22,10 +22,11 @@ from torch import Tensor
 from compresslab.artifact import SINGLE_FILE_BYTES, weight_hash
 from compresslab.aware import Untrained
 from compresslab.contract import NetworkPruner, Solver
+from compresslab.cutting import tied_skeleton
 from compresslab.errors import CompressLabError
 from compresslab.flow import shell_of
 from compresslab.measure import hardware, perplexity, quality
-from compresslab.models import Source, blocks, channels_last, is_transposed, matrix_shape, tie_weights
+from compresslab.models import Source, blocks, channels_last, is_transposed, matrix_shape
 from compresslab.numerics.gram import Gram, best_precision
 from compresslab.plan import Plan
 from compresslab.pruning import Unrounded
@@ -262,21 +263,21 @@ def with_training(
     device: torch.device,
     *,
     shards: bool = False,
-    has_teacher: bool = False,
+    teacher_itemsize: int = 0,
 ) -> Estimate:
     """The estimate with a training before it, and three checkpoints.
 
     Args:
         tokens: that pass through the network in all; 0 where examples are no text, and time is not foretold.
         shards: whether each rank keeps a part of the network.
-        has_teacher: whether the network as it was, in float32, reads the same tokens beside it.
+        teacher_itemsize: bytes of a weight of the network as it was, which reads the same tokens beside it; 0 where it does not.
     """
     parameters = sum(numel(source, name) for name in source.weights.names())
-    its = parameters if has_teacher else 0
+    its = parameters if teacher_itemsize else 0
     seconds = (6 * parameters + 2 * its) * tokens / rates(device)[2] if tokens else 0.0
     return replace(
         found,
-        memory_bytes=found.memory_bytes + _bytes_of_training(parameters, shards) + 4 * its,
+        memory_bytes=found.memory_bytes + _bytes_of_training(parameters, shards) + teacher_itemsize * its,
         disk_bytes=found.disk_bytes + 3 * 12 * parameters,
         seconds=found.seconds + seconds,
         parts=found.parts | {"train": seconds},
@@ -320,27 +321,28 @@ def with_scores(
 
 
 def of_teaching(
-    student: Source, teacher: Source | None, tokens: int, device: torch.device, peers: Sequence[Source] = (), *,
-    shards: bool = False, teacher_itemsize: int = 4,
+    student: Source, teachers: Sequence[tuple[Source, torch.dtype]], tokens: int, device: torch.device,
+    peers: Sequence[Source] = (), *, shards: bool = False,
 ) -> Estimate:  # fmt: skip
-    """What it takes to train a student: its weights, gradients, two moments and a copy in float32, and a teacher's weights.
+    """What it takes to train a student: its weights, gradients, two moments and a copy in float32, and its teachers' weights.
 
     Args:
-        teacher: None where it has been asked before.
+        teachers: with what they are opened in; none where they have been asked before.
         tokens: that pass through the student in all; 0 where examples are no text, and time is not foretold.
         peers: networks that learn along with the student and are not written.
         shards: whether each rank keeps a part of the student.
-        teacher_itemsize: bytes of a weight of the teacher.
     """
-    own, its, *more = (
-        sum(numel(source, name) for name in source.weights.names()) if source is not None else 0
-        for source in (student, teacher, *peers)
-    )
-    learning = own + sum(more)
-    seconds = (6 * learning + 2 * its) * tokens / rates(device)[2] if tokens else 0.0
+
+    def count(source: Source) -> int:
+        return sum(numel(source, name) for name in source.weights.names())
+
+    own = count(student)
+    learning, theirs = own + sum(map(count, peers)), [count(source) for source, _ in teachers]
+    held = sum(its * dtype.itemsize for its, (_, dtype) in zip(theirs, teachers, strict=True))
+    seconds = (6 * learning + 2 * sum(theirs)) * tokens / rates(device)[2] if tokens else 0.0
     written = own * student.dtype.itemsize
     return Estimate(
-        memory_bytes=PROGRAM_BYTES + _bytes_of_training(learning, shards) + teacher_itemsize * its,
+        memory_bytes=PROGRAM_BYTES + _bytes_of_training(learning, shards) + held,
         disk_bytes=3 * 12 * learning + 2 * written,
         seconds=seconds,
         artifact_bytes=written,
@@ -496,15 +498,8 @@ def with_measuring(found: Estimate, source: Source, ceiling: int | None) -> Esti
 
 def whole_bytes(source: Source, logits: int = 0) -> int:
     """What a process takes that has all of a model in float32. Args: logits: see streamed_bytes."""
-    numbers = sum(parameter.numel() for parameter in _skeleton(source).parameters()) + 2 * logits
+    numbers = sum(parameter.numel() for parameter in tied_skeleton(source).parameters()) + 2 * logits
     return int(PROGRAM_BYTES + 4.4 * numbers)
-
-
-def _skeleton(source: Source) -> torch.nn.Module:
-    """With one parameter where two names share a tensor."""
-    skeleton = source.skeleton()
-    tie_weights(skeleton)
-    return skeleton
 
 
 def streamed_bytes(source: Source, logits: int) -> int:
@@ -513,7 +508,7 @@ def streamed_bytes(source: Source, logits: int) -> int:
     Args:
         logits: how many numbers it has of a batch's answer, and of the loss that it takes of it.
     """
-    skeleton = _skeleton(source)
+    skeleton = tied_skeleton(source)
     inside = [sum(p.numel() for p in block.parameters()) for block in blocks(skeleton).values()]
     outside = sum(p.numel() for p in skeleton.parameters()) - sum(inside)
     return int(PROGRAM_BYTES + 4.4 * (outside + max(inside, default=0) + 2 * logits))

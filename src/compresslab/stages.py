@@ -35,7 +35,7 @@ from compresslab.contract import (
 from compresslab.deploy.dense import DenseLayout
 from compresslab.deploy.layouts import Layout, check_formats, layout_for
 from compresslab.errors import CompressLabError
-from compresslab.losses import KINDS, Losses
+from compresslab.losses import KINDS, Losses, dtype_of
 from compresslab.models import Source
 from compresslab.plan import Plan, check_patterns, make_plan
 from compresslab.pruning import Ungated, Unrounded, Unscored, pruners_of
@@ -73,7 +73,7 @@ class Stages:
     """The methods of a recipe, by what they do; `name` is the solver's, or the pruner's where nothing is rounded.
 
     Attributes:
-        judges: whether a budget of channels or zeros is shared out by what data say.
+        narrows, thins: whether a budget of channels, or one of zeros, is shared out by what data say.
         recovers: whether the network is trained after neurons, heads or blocks were taken out, or with the zeros of a pruner.
         losses: what this training learns by from the network as it was; None for the network's own loss.
     """
@@ -93,7 +93,8 @@ class Stages:
     tuner: Tuner | None
     recovers: bool
     losses: Losses | None = None
-    judges: bool = False
+    narrows: bool = False
+    thins: bool = False
 
     @property
     def trains(self) -> bool:
@@ -111,7 +112,9 @@ class Stages:
     @property
     def passes_need_data(self) -> bool:
         """Whether anything walks through the network block by block on calibration data."""
-        return self.judges or self.solving_needs_data or any(needs_data(method) for method in self.removers)
+        return (
+            self.narrows or self.thins or self.solving_needs_data or any(needs_data(method) for method in self.removers)
+        )
 
     @property
     def scorer(self) -> NetworkPruner | None:
@@ -159,6 +162,12 @@ class Stages:
     def has_teacher(self) -> bool:
         """Whether the network as it was is at work beside the one that is trained."""
         return self.losses is not None and self.losses.need_teacher
+
+    def teacher_itemsize(self, whole: Source, recipe: Recipe) -> int:
+        """Bytes of a weight of that network; 0 where there is none."""
+        if not self.has_teacher or recipe.training is None:
+            return 0
+        return dtype_of(whole, recipe.training.teacher_dtype).itemsize
 
     @property
     def rounds(self) -> bool:

@@ -274,7 +274,7 @@ def _begun(
 ) -> Path:  # fmt: skip
     """The student that a stage begins with, as a plain folder; made once."""
     if not folder.exists():
-        temporary = folder.with_name(folder.name + ".partial")
+        temporary = partial_of(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         looking = shown(origin, recipe, data, seed, pick_device(device)) if stage.shape.needs_text else None
         student, told = stage.student(origin, seed, looking)
@@ -288,6 +288,8 @@ def _of_group(recipe: Recipe, stage: Stage, student: Path) -> Recipe:
     """The recipe, for what of the student learns in a stage."""
     if stage.group is None:
         return recipe
+    if recipe.training is not None and recipe.training.only != ("*",):
+        raise CompressLabError("--groups say what learns, and so does training.only: leave one of them out")
     return recipe.override({"training.only": parameters_of(models.find(student), *stage.group)})
 
 

@@ -95,7 +95,8 @@ class Shape:
     def needs_text(self) -> bool:
         """Whether something of the student is chosen by measurement."""
         is_narrower = self.width < 1 or self.hidden < 1
-        return self.take == INFLUENCE or (is_narrower and bool(self.chooser.needs_data))
+        takes = self.take == INFLUENCE and self.layers is not None
+        return takes or (is_narrower and bool(self.chooser.needs_data))
 
 
 def student_of(teacher: Source, shape: Shape, *, calibration: Pass | None = None) -> tuple[Source, str]:

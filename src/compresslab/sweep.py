@@ -186,6 +186,8 @@ def _on_ray(sweep: Sweep, wanted: Sequence[Trial]) -> Iterator[Outcome]:
         (done,), waiting = ray.wait(waiting, num_returns=1)
         try:
             yield ray.get(done)
+        except ray.exceptions.RayTaskError:  # a fault of this program, not of the cluster
+            raise
         except ray.exceptions.RayError as error:
             trial = trials[done]
             why = f"Ray gave it up: {str(error).splitlines()[0]}"

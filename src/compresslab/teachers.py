@@ -29,8 +29,7 @@ from compresslab.damage import whole_model
 from compresslab.distill.mutual import ADAPTIVE, MEAN
 from compresslab.distill.mutual import log_weights as by_name
 from compresslab.errors import CompressLabError
-from compresslab.losses import Losses
-from compresslab.models import Source
+from compresslab.losses import Losses, dtype_of
 from compresslab.pairing import Pair
 
 PAPERS = {
@@ -134,18 +133,6 @@ def log_weights(log_probs: Tensor, weights: str | Sequence[float]) -> Tensor:
         return by_name(log_probs, weights)
     numbers = torch.tensor(list(weights), dtype=log_probs.dtype, device=log_probs.device)
     return (numbers / numbers.sum()).log().view(-1, *[1] * (log_probs.dim() - 1))
-
-
-def dtype_of(source: Source, asked: str) -> torch.dtype:
-    """What a teacher is opened in by `training.teacher_dtype`. CompressLabError where it cannot be."""
-    if asked == "float32":
-        return torch.float32
-    if source.reads_images:
-        raise CompressLabError(
-            f"teacher_dtype={asked} is for teachers that read tokens, and '{source.name}' reads pictures, which come in float32: "
-            "leave it out"
-        )
-    return source.dtype
 
 
 def network_of(pair: Pair, losses: Losses, where: torch.device, dtype: str = "float32") -> nn.Module:

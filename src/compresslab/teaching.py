@@ -68,11 +68,6 @@ class Lesson:
             lesson(student, batch)  # so that what does not fit is told before the first step
         return lesson
 
-    @property
-    def learns_along(self) -> bool:
-        """Whether it is another loss after a training than before: its judges have parameters, or remember examples."""
-        return self.features is not None and bool(self.features.judges.state_dict())
-
     def __call__(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         if self.writing is not None and network.training and self.writing.drawn():
             try:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compresslab.errors import CompressLabError
+from compresslab.errors import CompressLabError, of_disk
 from compresslab.wheels import file_sha256
 
 # As the headers of safetensors files name them.
@@ -408,6 +408,4 @@ def write_safetensors(
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CompressLabError(
-            f"cannot write {path} ({error.strerror}): free some disk and run the same command again"
-        ) from error
+        raise (of_disk(error, path) or error) from error

@@ -136,6 +136,7 @@ def sweep(
     seeds: Annotated[str, typer.Option(help="Such as 0,1,2.")] = "0",
     data: Annotated[str, typer.Option(help="As `compress` takes it.")] = "wiki",
     sensitivity: Annotated[str | None, typer.Option(help="As `compress` takes it.")] = None,
+    search_by: Annotated[str | None, typer.Option(help="As `compress` takes it.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="As `compress` takes it; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="As `compress` takes it.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="4GB", help="Of each process of each run.")] = None,
@@ -176,7 +177,7 @@ def sweep(
         parse_bytes(memory)
     for option, value in (
         ("--samples", samples), ("--sequence-length", sequence_length), ("--sensitivity", sensitivity),
-        ("--device", device), ("--memory", memory),
+        ("--search-by", search_by), ("--device", device), ("--memory", memory),
     ):  # fmt: skip
         arguments += [] if value is None else [option, str(value)]
     cores = psutil.cpu_count(logical=False) or 1

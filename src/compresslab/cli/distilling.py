@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -70,9 +71,10 @@ def distill(
     if os.environ.get("RANK", "0") != "0":  # the leader speaks for all
         quiet, as_json = True, False
     shape = Shape(layers=layers, take=blocks_of(take), width=width, hidden=hidden, by=by, fresh=fresh, seed=seed)
-    if (shape == Shape(seed=seed)) == (student is None):
+    is_whole = dataclasses.replace(shape, by=None) == Shape(seed=seed)
+    if is_whole == (student is None) or (is_whole and by is not None):
         raise CompressLabError(
-            "name a student, or say how to build one from the teacher (--layers, --width, --fresh): one of the two"
+            "name a student, or say how to build one from the teacher (--layers, --width, --hidden, --fresh): one of the two"
         )
     if not (quiet or as_json):
         announce_fetch(teacher)

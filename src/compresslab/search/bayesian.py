@@ -15,7 +15,7 @@ from typing import Any
 
 from compresslab.contract import Paper
 from compresslab.errors import CompressLabError
-from compresslab.search.evolution import Found, Judge, Judged
+from compresslab.search.evolution import Found, Judge, found_of
 from compresslab.search.widths import Costs, Limit, Space, Widths, fitted
 
 PAPERS = {
@@ -68,5 +68,4 @@ def proposed_best(
             seen[widths] = judge(widths)
         study.tell(trial, seen[widths])
         least.append(min(seen.values()))
-    judged = tuple(Judged(widths=widths, damage=damage) for widths, damage in seen.items())
-    return Found(best=min(judged, key=lambda one: one.damage), judged=judged, generations=tuple(least))
+    return found_of(seen, least)

@@ -171,7 +171,7 @@ def evolved(
             guess=guess, proposals=proposals,
         )  # fmt: skip
         population = judged(made)
-    return _found(seen, [*least, min(seen.values())])
+    return found_of(seen, [*least, min(seen.values())])
 
 
 def drawn_best(
@@ -180,7 +180,7 @@ def drawn_best(
     """The best of configurations that are drawn and made to fit: the control that a search is held against."""
     generator = random.Random(seed)
     seen = {one: judge(one) for one in _fitting(space, costs, limit, generator, evaluations, start)}
-    return _found(seen, [min(seen.values())])
+    return found_of(seen, [min(seen.values())])
 
 
 def _fitting(
@@ -202,7 +202,7 @@ def _fitting(
     return [*given, *_promising(list(found)[len(given) :], left, guess)]
 
 
-def _found(seen: dict[Widths, float], least: Sequence[float]) -> Found:
+def found_of(seen: dict[Widths, float], least: Sequence[float]) -> Found:
     judged = tuple(Judged(widths=widths, damage=damage) for widths, damage in seen.items())
     return Found(best=min(judged, key=lambda one: one.damage), judged=judged, generations=tuple(least))
 
