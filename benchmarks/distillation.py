@@ -57,7 +57,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compresslab import data, models, pairing, recipe, teaching
-from compresslab.artifact import partial_of
 from compresslab.course import character_model, digits, encoders, in_memory, own_pictures
 from compresslab.course.timing import one_thread
 from compresslab.data.labelled import Example
@@ -88,6 +87,7 @@ from compresslab.solving import Pass
 from compresslab.staging import parameters_of
 from compresslab.students import Shape, student_of, write
 from compresslab.teachers import Ensemble, Translated
+from compresslab.weights import partial_of
 
 LANGUAGE, ENCODER = "smollm2-135m", "minilm-l6"
 WINDOWS, LENGTH = 24, 512  # of the test split

@@ -1,15 +1,18 @@
 """A model of 7 thousand million parameters on a small machine, costs over four sizes, and runs that are killed.
 
-    python benchmarks/scale.py --work FOLDER [--parts copy rounding hqq gptq layers tokens kills ceiling ranks exports]
+    python benchmarks/scale.py --work FOLDER [--parts rounding hqq gptq layers tokens kills ceiling ranks exports]
 
 Checkpoints are random weights in a real model's exact shapes (`compresslab random-model`), made in FOLDER once; the largest
 takes 13.5 GB and its artifact 4 GB. Every compression is a process of its own, whose peak of resident memory the system
 tells at its end (wait4: the process and those it started, whichever was largest). What the preflight foretold stands beside it,
 and beside the most that the output and its partial folder had on disk.
 
-    copy      the checkpoint copied and synced to disk: what rounding is compared with
-    rounding, hqq, gptq   all of it by w4a16-rtn, -hqq and -gptq, the last one with 16 x 512 tokens; like the copy, they find no
-              page of the checkpoint in memory
+    rounding  all of it by w4a16-rtn, and the checkpoint copied and synced to disk, in turn, three times: no two copies take
+              equally long here; the run whose ratio to its copy is the median is told whole. `times_copy` is all of the process,
+              which knows the checkpoint by its hash first, and compares every weight at its end; `solved_times_copy` reading,
+              rounding and writing alone
+    hqq, gptq by w4a16-hqq and -gptq, the last one with 16 x 512 tokens; like rounding and copy, they find no page of the
+              checkpoint in memory
     exports   the rounded 7B artifact to other formats: seconds, and the peak of memory beside the model's bytes
     layers, tokens        seconds of solving at four depths, and at four lengths of calibration
     kills     20 runs, each killed by SIGKILL at random moments, twice each, and run again: are the artifact's bytes the same?
@@ -41,11 +44,12 @@ from typing import Any
 import torch
 
 from compresslab.measure import environment
+from compresslab.weights import partial_of
 
 SMALL = "qwen2.5-0.5b"  # its shapes for what needs many runs
 DEPTHS = (2, 4, 8, 16)
 LENGTHS = (16, 32, 64, 128)  # samples of 128 tokens
-KILLS = 20
+KILLS, PAIRS = 20, 3
 CEILING = "1.8GB"
 EXPORTS = ("safetensors-bf16", "awq", "gguf")
 UNTOUCHED = ("model.safetensors", "config.json", "tokenizer.json")  # reports have times of day in them
@@ -98,7 +102,7 @@ class Disk:
     """What a folder and its .partial hold while this is entered: bytes at the most, looked at ten times a second."""
 
     def __init__(self, out: Path) -> None:
-        self.folders, self.most_bytes = (out, out.with_name(out.name + ".partial")), 0
+        self.folders, self.most_bytes = (out, partial_of(out)), 0
         self._ended = threading.Event()
         self._looking = threading.Thread(target=self._look)
 
@@ -144,7 +148,7 @@ def forget(folder: Path) -> None:
 
 
 def fresh(out: Path) -> Path:
-    for folder in (out, out.with_name(out.name + ".partial")):
+    for folder in (out, partial_of(out)):
         shutil.rmtree(folder, ignore_errors=True)
     return out
 
@@ -165,7 +169,7 @@ def compressed(
             the layers' own seconds are all there.
     """
     command = job(model, out, recipe, data, settings or {}, foretell=True, memory=memory)
-    went_on = go_on and out.with_name(out.name + ".partial").exists()
+    went_on = go_on and partial_of(out).exists()
     if not went_on:
         forget(model)
         fresh(out)
@@ -204,19 +208,28 @@ class Bench:
             subprocess.run(command, check=True)
         return folder
 
-    def copy(self) -> dict[str, Any]:
+    def copy(self) -> float:
+        """Seconds until the checkpoint lies on disk a second time."""
         source, target = self.model(self.shape), self.work / "copy"
         forget(source)
         started = time.perf_counter()
         shutil.copytree(source, target, dirs_exist_ok=True)
         os.sync()
         seconds = time.perf_counter() - started
-        size = sum(path.stat().st_size for path in target.iterdir())
         shutil.rmtree(target)
-        return {"seconds": seconds, "bytes": size}
+        return seconds
 
     def rounding(self) -> dict[str, Any]:
-        return compressed(self.model(self.shape), self.out, "w4a16-rtn")
+        runs: list[dict[str, Any]] = []
+        for _ in range(PAIRS):
+            copied = self.copy()
+            run = compressed(self.model(self.shape), self.out, "w4a16-rtn")
+            times = {"times_copy": run["seconds"] / copied, "solved_times_copy": run["solved"] / copied}
+            runs.append({"copy_seconds": copied} | times | run)
+        runs.sort(key=lambda run: run["times_copy"])
+        pairs = [[run["copy_seconds"], run["seconds"], run["foretold"]["seconds"]] for run in runs]
+        size = sum(path.stat().st_size for path in self.model(self.shape).iterdir())
+        return runs[PAIRS // 2] | {"copy_run_foretold_seconds": pairs, "checkpoint_bytes": size}
 
     def hqq(self) -> dict[str, Any]:
         return compressed(self.model(self.shape), self.out, "w4a16-hqq", go_on=True)
@@ -315,7 +328,7 @@ def _line(sizes: Any, seconds: list[float]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parts = ("copy", "rounding", "hqq", "gptq", "layers", "tokens", "kills", "ceiling", "ranks", "exports")
+    parts = ("rounding", "hqq", "gptq", "layers", "tokens", "kills", "ceiling", "ranks", "exports")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--shape", default="llama-2-7b")
     parser.add_argument("--data", default="wiki")
@@ -326,7 +339,7 @@ def main() -> None:
     kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {"parts": {}}
     for part in chosen.parts:
         measure: Callable[[], dict[str, Any]] = getattr(bench, part)
-        of = bench.shape if part in ("copy", "rounding", "hqq", "gptq", "exports") else SMALL
+        of = bench.shape if part in ("rounding", "hqq", "gptq", "exports") else SMALL
         kept["parts"][part] = measure() | {"shape": of}
         kept["environment"] = environment.describe(torch.device("cpu"))
         chosen.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

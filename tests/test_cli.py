@@ -273,3 +273,15 @@ def test_other_networks_come_back_from_disk_bit_by_bit(kind: str, saved: Path, t
         chosen, text = (tiny.recipe("rtn"), None) if kind == "vit" else (tiny.recipe(), str(saved / "words.txt"))
         _, report = pipeline.compress(model, chosen, text, out=tmp_path / "out", measure=False)
     assert report.parity.tensors == (12 if kind == "vit" else 8)
+
+
+def test_a_folder_that_holds_no_model_is_said_so(run: Run, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, _, err = run("sparse", empty)
+    assert code == 1
+    assert f"{empty} has no config.json: is it a model folder?" in " ".join(err.split())
+    (empty / "config.json").write_text("{}", encoding="utf-8")
+    code, _, err = run("sparse", empty)
+    assert code == 1
+    assert "config.json: Unrecognized model" in " ".join(err.split())

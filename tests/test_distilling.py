@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 import tiny
-from compresslab import caching, doubting, models, pairing, pipeline, recipe, teaching
+from compresslab import caching, doubting, models, pairing, pipeline, teaching
 from compresslab.caching import teach_cache
 from compresslab.contract import TopK
 from compresslab.data.labelled import Example
@@ -40,24 +40,18 @@ from compresslab.teaching import Lesson
 from compresslab.training import collate
 
 SOFT = [{"method": "soft-labels", "temperature": 2.0, "weight": 0.9}, {"method": "hard-labels", "weight": 0.1}]
-TRAINING = {"epochs": 6, "learning_rate": 3e-3, "batch": 4, "held_back": 0.2, "checks": 3}
-
-
 MEASURE = fresh.measure
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fresh, "measure", tiny.fake_measure)
-    with tiny.quick():
+def _quick() -> Iterator[None]:
+    with tiny.unmeasured(), tiny.quick():
         yield
 
 
 def chosen(*steps: dict[str, Any], samples: int = 24, **training: Any) -> Recipe:
-    return recipe.parse(
-        {"name": "tiny", "version": 1, "steps": list(steps or SOFT), "training": TRAINING | training,
-         "calibration": {"samples": samples, "sequence_length": 16}}, "tiny",
-    )  # fmt: skip
+    longer = {"steps": None, "epochs": 6, "learning_rate": 3e-3, "checks": 3}
+    return tiny.teaching_recipe(*steps or SOFT, samples=samples, **longer | training)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     text = tiny.write_text(folder / "text.txt")
     tiny.save("llama", folder / "untaught", num_hidden_layers=4)
-    with tiny.quick(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh, "measure", tiny.fake_measure)
+    with tiny.quick(), tiny.unmeasured():
         control = chosen({"method": "hard-labels"}, samples=64, epochs=8)
         distill(folder / "untaught", folder / "untaught", control, str(text), out=folder / "teacher", measure=False)
     return folder

@@ -18,26 +18,21 @@ from compresslab import doubting, models
 from compresslab.caching import teach_cache
 from compresslab.data.labelled import Example
 from compresslab.distilling import distill
-from compresslab.measure import fresh
-from compresslab.recipe import Recipe, parse
+from compresslab.recipe import Recipe
 from compresslab.teachers import Translated
 
 UNTRAINED, WORSE = "was its head ever trained?", "is worse than the student on the examples held back"
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fresh, "measure", tiny.fake_measure)
-    with tiny.quick():
+def _quick() -> Iterator[None]:
+    with tiny.unmeasured(), tiny.quick():
         yield
 
 
 def recipe(*steps: dict[str, Any], samples: int = 24, **training: Any) -> Recipe:
-    settings = {"steps": 2, "learning_rate": 1e-4, "batch": 4, "held_back": 0.25, "checks": 1} | training
-    return parse(
-        {"name": "tiny", "version": 1, "steps": list(steps), "training": settings,
-         "calibration": {"samples": samples, "sequence_length": 16}}, "tiny",
-    )  # fmt: skip
+    brief = {"steps": 2, "learning_rate": 1e-4, "held_back": 0.25, "checks": 1}
+    return tiny.teaching_recipe(*steps, samples=samples, **brief | training)
 
 
 SOFT = {"method": "soft-labels", "temperature": 1.0}
@@ -49,8 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doubts")
     text = tiny.write_text(folder / "text.txt")
     tiny.save("llama", folder / "untaught", seed=1)
-    with tiny.quick(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh, "measure", tiny.fake_measure)
+    with tiny.quick(), tiny.unmeasured():
         learning = recipe({"method": "hard-labels"}, samples=64, steps=80, learning_rate=3e-3)
         distill(folder / "untaught", folder / "untaught", learning, str(text), out=folder / "taught", measure=False)
     for name in ("untaught", "taught"):

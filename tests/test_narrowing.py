@@ -304,7 +304,7 @@ def test_a_dry_run_foretells_what_the_search_judges_and_times(
     layers = sum(ms for name, ms in table.ms.items() if "network" not in name)
     others = (alone + foretelling.SHARE * bred + 3 * 20) * whole
     assert timed == pytest.approx((11 * layers + others) / 1e3)
-    table.save(narrowing.table_path(table.conditions))  # and what was timed before is not timed again
+    table.save(narrowing.tables())  # and what was timed before is not timed again
     assert foretelling.seconds(source, recipe_of(), parse_budget("5ms/forward"), 4, 12) == pytest.approx(others / 1e3)
     _, needs, _ = pipeline.plan_only(model, recipe_of(), budget="0.8macs", device="cpu")
     assert needs.parts["choose widths"] == pytest.approx(said)

@@ -64,11 +64,7 @@ def test_steps_are_drawn_by_share() -> None:
 
 
 def chosen(*steps: dict[str, Any], length: int = 16) -> Recipe:
-    training = {"steps": 6, "learning_rate": 1e-3, "batch": 4, "held_back": 0.2, "checks": 3}
-    size = {"samples": 12, "sequence_length": length}
-    return parse(
-        {"name": "tiny", "version": 1, "steps": list(steps), "calibration": size, "training": training}, "tiny"
-    )
+    return tiny.teaching_recipe(*steps, length=length, steps=6, checks=3)
 
 
 JSD: dict[str, Any] = {"method": "jensen-shannon"}

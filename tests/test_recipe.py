@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,23 @@ def test_overrides_that_are_wrong(settings: dict[str, object], pattern: str) -> 
     with pytest.raises(CompressLabError, match=pattern) as caught:
         tiny.recipe().override(settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-3", 3e-3), ("+1E5", 1e5), ("-2.5e2", -250.0), ("3e", "3e"), ("e3", "e3")]
+)
+def test_numbers_without_a_dot_are_numbers(text: str, value: object) -> None:
+    found = recipe.plain_value(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_learning_rate_without_a_dot(tmp_path: Path) -> None:
+    path = tmp_path / "fast.yaml"
+    written = recipe.read("distill-soft-labels").to_yaml()
+    path.write_text(re.sub("learning_rate: .*", "learning_rate: 3e-3", written), encoding="utf-8")
+    training = recipe.read(path).training
+    assert training is not None
+    assert training.learning_rate == 3e-3
 
 
 def test_a_file_may_bear_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from compresslab.errors import CompressLabError
 from compresslab.groups import groups_of
 from compresslab.measure import fresh
 from compresslab.pipeline import Progress
-from compresslab.recipe import Recipe, parse
+from compresslab.recipe import Recipe
 from compresslab.report.schema import read_report
 from compresslab.staging import MEASURED, Stage, assistants, born_again, growing, in_turn, shapes_of, shrinking, staged
 from compresslab.students import Shape
@@ -39,16 +39,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chosen(*steps: dict[str, Any], **training: Any) -> Recipe:
-    settings = {"steps": 4, "learning_rate": 1e-3, "batch": 4, "held_back": 0.2, "checks": 2} | training
-    size = {"samples": 12, "sequence_length": 16}
-    raw = {
-        "name": "tiny",
-        "version": 1,
-        "steps": list(steps) or [{"method": "soft-labels"}],
-        "calibration": size,
-        "training": settings,
-    }
-    return parse(raw, "tiny")
+    return tiny.teaching_recipe(*steps or [{"method": "soft-labels"}], **training)
 
 
 def run(teacher: Path, stages: list[Stage], out: Path, **more: Any) -> list[Path]:

@@ -22,7 +22,7 @@ from compresslab.distill.uld import ULD
 from compresslab.distilling import distill
 from compresslab.errors import CompressLabError
 from compresslab.measure import fresh
-from compresslab.recipe import Recipe, parse
+from compresslab.recipe import Recipe
 from compresslab.teachers import ADAPTIVE, Ensemble, Translated, mixed
 from oracles import uld as oracle
 
@@ -152,9 +152,7 @@ def test_weights_that_cannot_be_are_refused(weights: Any, words: str) -> None:
 
 
 def recipe(*steps: dict[str, Any]) -> Recipe:
-    training = {"steps": 16, "learning_rate": 3e-3, "batch": 4, "held_back": 0.2, "checks": 2}
-    raw = {"name": "tiny", "version": 1, "steps": list(steps), "calibration": {"samples": 16, "sequence_length": 16}}
-    return parse(raw | {"training": training}, "tiny")
+    return tiny.teaching_recipe(*steps, samples=16, steps=16, learning_rate=3e-3)
 
 
 def taught(place: Path, out: Path, teacher: str, chosen: Recipe, **more: Any) -> Any:

@@ -262,6 +262,14 @@ def recipe(method: str = "gptq", *, samples: int = 8, length: int = 16, ignore: 
     return parse(raw, "tiny")
 
 
+def teaching_recipe(*steps: dict[str, Any], samples: int = 12, length: int = 16, **training: Any) -> Recipe:
+    """A recipe whose steps are losses, for a few texts."""
+    settings = {"steps": 4, "learning_rate": 1e-3, "batch": 4, "held_back": 0.2, "checks": 2} | training
+    raw = {"name": "tiny", "version": 1, "steps": list(steps), "training": settings,
+           "calibration": {"samples": samples, "sequence_length": length}}  # fmt: skip
+    return parse(raw, "tiny")
+
+
 @dataclass
 class MemorySink:
     """A layerwise.Sink that keeps everything."""

@@ -49,7 +49,7 @@ from compresslab.numerics.grid import QuantWeight
 from compresslab.plan import Unit
 from compresslab.report.schema import Report, read_report
 from compresslab.solving import BlockState, Solved
-from compresslab.weights import TensorSpec, goes_along, safetensors_layout, write_safetensors
+from compresslab.weights import TensorSpec, goes_along, partial_of, safetensors_layout, write_safetensors
 from compresslab.wheels import file_sha256
 
 # One weight file up to this size, the finished units as shards of a larger model.
@@ -295,8 +295,8 @@ class Writer:
     def _damaged(self, units: dict[str, Any]) -> list[Path]:
         """Of the files of all units, and of the states to go on from, which are the last of every list of blocks."""
         states = {_siblings(name): entry["state"] for name, entry in units.items() if "state" in entry}
-        files = [(self.partial / entry["file"], entry["sha256"]) for entry in (*units.values(), *states.values())]
-        return [path for path, sha256 in files if not path.exists() or file_sha256(path) != sha256]
+        files = [(self.partial / entry["file"], entry["xxh3"]) for entry in (*units.values(), *states.values())]
+        return [path for path, digest in files if not path.exists() or _digest(path) != digest]
 
     def scratch(self, stage: str) -> Path:
         """A folder for what a stage before the solving must keep over a kill. A run with another key has another one."""
@@ -344,7 +344,7 @@ class Writer:
         write_safetensors(self.partial / file, specs, tensors.__getitem__, lasting=True)
         entry = {
             "file": file,
-            "sha256": file_sha256(self.partial / file),
+            "xxh3": _digest(self.partial / file),
             "layers": {
                 layer: dataclasses.asdict(found.record) | {"weight_xxh3": self._opened_hash(found)}
                 for layer, found in solved.items()
@@ -387,8 +387,8 @@ class Writer:
         }
         file = f"states/{unit}.safetensors"
         write_safetensors(self.partial / file, specs, get, lasting=True)
-        sha256 = file_sha256(self.partial / file)
-        return {"file": file, "sha256": sha256, "is_tensor": is_tensor, "batches": len(rows), "width": len(rows[0])}
+        digest = _digest(self.partial / file)
+        return {"file": file, "xxh3": digest, "is_tensor": is_tensor, "batches": len(rows), "width": len(rows[0])}
 
     def _drop_older_states(self, unit: str) -> None:
         """Of every list of blocks, only the outputs of the last finished block are needed again."""
@@ -464,12 +464,6 @@ class Writer:
 def _siblings(unit: str) -> str:
     """The list that a block is of."""
     return unit.rpartition(".")[0]
-
-
-def partial_of(out: Path) -> Path:
-    """Where a run keeps what it has done so far."""
-    out = out.resolve()
-    return out.parent / f"{out.name}.partial"
 
 
 def _holds_anything(out: Path) -> bool:
@@ -561,9 +555,15 @@ def atomic_write(path: Path, content: bytes) -> None:
 def weight_hash(weight: Tensor) -> str:
     """XXH3 (128 bits) of a weight's float32 values, row by row: it differs where any bit does.
 
-    It tells accidents, at the speed of memory; the files' own hashes are sha256.
+    It tells accidents, at the speed of memory; the hashes of a finished artifact's files are sha256.
     """
     return str(xxhash.xxh3_128(_values(weight)).hexdigest())
+
+
+def _digest(path: Path) -> str:
+    """XXH3 (128 bits) of a file's bytes: whether a kill or the disk has damaged what a run goes on from."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _values(weight: Tensor) -> Any:

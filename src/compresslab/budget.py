@@ -39,6 +39,7 @@ from compresslab.errors import CompressLabError
 from compresslab.measure import size, speed
 from compresslab.models import Source
 from compresslab.numerics.grid import QuantWeight
+from compresslab.search.widths import CountedCosts, Limit, Widths
 from compresslab.solving import Pass
 
 FILE_BYTES = 128  # of a weight file's header, beside its entries
@@ -67,6 +68,38 @@ class Budget:
     def __str__(self) -> str:
         length = "" if self.tokens is None else f"x{self.tokens}"
         return f"{self.amount:g}{self.unit}" + (f"@{self.batch}{length}" if self.batch > 1 or length else "")
+
+
+def rounded_up(amount: float) -> str:
+    """To four digits, so that what a message names can be had."""
+    unit = 10 ** (3 - math.floor(math.log10(amount)))
+    return f"{math.ceil(amount * unit) / unit:g}"
+
+
+def taken(costs: CountedCosts, budget: Budget, widths: Widths) -> float:
+    """What a configuration takes, in the unit of a budget of macs, megabytes or time of a forward."""
+    if budget.unit == "ms/forward":
+        return costs.latency_ms(widths, budget.batch)
+    return costs.bytes(widths) / 1e6 if budget.unit == "MB" else costs.macs_frac(widths)
+
+
+def limit_of(costs: CountedCosts, budget: Budget, least: Widths) -> Limit:
+    """Such a budget as a share of what the dense network takes.
+
+    Args:
+        least: the configuration that takes least.
+
+    Raises:
+        CompressLabError: if even that one is over the budget, naming what it takes.
+    """
+    if (most := taken(costs, budget, least)) > budget.amount:
+        raise CompressLabError(
+            f"a budget of {budget} cannot be met: the least possible is {rounded_up(most)}{budget.unit}"
+        )
+    frac = budget.amount / taken(costs, budget, costs.dense)
+    if budget.unit == "ms/forward":
+        return Limit(frac=frac, of="latency", batch=budget.batch)
+    return Limit(frac=frac, of="bytes" if budget.unit == "MB" else "macs")
 
 
 def parse_budget(text: str) -> Budget:

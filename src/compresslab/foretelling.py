@@ -35,11 +35,12 @@ from compresslab.narrowing import (
     Shapes,
     conditions_of,
     full_batch,
-    kept_table,
     sizes_of,
+    tables,
     widths_of,
 )
 from compresslab.recipe import Recipe
+from compresslab.search import latency
 from compresslab.search.widths import Space, dense, offered
 
 SHARE = 0.75  # of a forward's time that is left in the evolution under a latency, about
@@ -89,7 +90,7 @@ def _choices(source: Source, method: ChannelRemover, multiple: int) -> Choices:
 def _seconds_of_table(model: nn.Module, choices: Choices, inputs: Mapping[str, Tensor]) -> float:
     """Of the layers that the table of this machine lacks: each timed whole, and taken to grow with its weight."""
     shapes, full, found = Shapes(choices), dense(choices.space), 0.0
-    known = set(kept_table(conditions_of(model, inputs)).ms)
+    known = set(latency.kept(tables(), conditions_of(model, inputs)).ms)
     for layer in timing.seen(model, inputs):
         each = [sizes_of(layer, shapes, widths) for widths in widths_of(layer, shapes, choices.space)]
         lacks = {timing.layer_name(layer, sizes): sizes for sizes in each}

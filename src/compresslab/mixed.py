@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from compresslab import layerwise, methods
-from compresslab.budget import Books, Budget, books_of
+from compresslab.budget import Books, Budget, books_of, rounded_up
 from compresslab.contract import ActivationQuantizer, Along, Smoother, Solver
 from compresslab.damage import Damage, damage_of
 from compresslab.deploy.layouts import Layout, layout_for
@@ -100,12 +100,12 @@ def share_out(
     least = math.fsum(min(option.cost for option in mine) for mine in found.options.values())
     if least > books.left(budget):
         raise CompressLabError(
-            f"a budget of {budget} cannot be met: the least possible is {_rounded_up(books.amount(least))}{budget.unit}"
+            f"a budget of {budget} cannot be met: the least possible is {rounded_up(books.amount(least))}{budget.unit}"
         )
     chosen = allocate(found.options, books.left(budget))
     if all(option.name in UNROUNDED for option in chosen.chosen.values()):
         raise CompressLabError(
-            f"a budget of {budget} leaves no layer to round: the model takes {_rounded_up(books.amount(chosen.cost))}"
+            f"a budget of {budget} leaves no layer to round: the model takes {rounded_up(books.amount(chosen.cost))}"
             f"{budget.unit} without codes (compresslab export --to safetensors-bf16 writes one of 16 bits)"
         )
     uniform = {label: label for label in (*map(str, WIDTHS), *HALVES, FLOAT)}
@@ -253,9 +253,3 @@ def draft_of(solver: Solver) -> Solver:
     """A quicker solver on the same grid whose errors compare alike, if the method has one."""
     draft = getattr(solver, "draft", None)
     return solver if draft is None else draft()
-
-
-def _rounded_up(amount: float) -> str:
-    """To four digits, so that what is named can be had."""
-    unit = 10 ** (3 - math.floor(math.log10(amount)))
-    return f"{math.ceil(amount * unit) / unit:g}"

@@ -167,7 +167,7 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str]:
         ) from None
 
 
-def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
+def _plain_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -177,6 +177,11 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
         raise CompressLabError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise CompressLabError(f"{path} holds no mapping: is it a transformers config?")
+    return raw
+
+
+def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
+    path, raw = folder / "config.json", _plain_config(folder)
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise CompressLabError(f"'{name}' is quantised already ({method}): name the model in floating point")
@@ -339,8 +344,13 @@ def locate(model: str | Path) -> Path:
 
 
 def read_config(folder: Path | str) -> transformers.PretrainedConfig:
-    """The configuration of a model or an artifact."""
-    return transformers.AutoConfig.from_pretrained(folder)
+    """The configuration of a model or an artifact. CompressLabError: there is none that transformers knows."""
+    folder = Path(folder)
+    _plain_config(folder)
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise CompressLabError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
 def reads_images(folder: Path) -> bool:

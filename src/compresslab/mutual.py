@@ -24,6 +24,7 @@ from compresslab.models import Source
 from compresslab.recipe import Training
 from compresslab.students import write
 from compresslab.training import IGNORED_LABEL, Loss, Record, split, train_
+from compresslab.weights import partial_of
 
 TOLD = "mutual.json"
 
@@ -66,7 +67,7 @@ def mutual(
     loss = together(networks, lambda logits, labels: mutual_loss(logits, labels, weights=weights))
     cohort = Cohort(networks)
     training, held_back = split(examples, settings.held_back, seed)
-    scratch = out.with_name(out.name + ".partial")
+    scratch = partial_of(out)
     record = train_(cohort, training, settings, scratch, seed=seed, held_back=held_back, loss=loss, device=where)
     folders = []
     for number, (network, source) in enumerate(zip(networks, students, strict=True), start=1):

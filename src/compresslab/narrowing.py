@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from compresslab import models
 from compresslab.batch_norms import renew_batch_norms_
-from compresslab.budget import FILE_BYTES, Budget, entry_bytes
+from compresslab.budget import FILE_BYTES, Budget, entry_bytes, limit_of, taken
 from compresslab.channels import groups_taken_from, importances
 from compresslab.contract import ChannelRemover, Ranked
 from compresslab.coupling import Coupling
@@ -54,7 +54,7 @@ from compresslab.search import latency
 from compresslab.search.evolution import Found, Journal, Judged
 from compresslab.search.latency import LatencyTable, Predictor
 from compresslab.search.searchers import searched
-from compresslab.search.widths import Limit, Space, Widths, allocated, dense, narrowest, offered, uniform
+from compresslab.search.widths import CountedCosts, Limit, Space, Widths, allocated, dense, narrowest, offered, uniform
 from compresslab.solving import Pass
 from compresslab.wheels import cache_home
 
@@ -162,18 +162,18 @@ class Stored:
         )
 
 
-class NetworkCosts:
-    """search/widths.py's Costs of one network.
+class NetworkCosts(CountedCosts):
+    """Of one network.
 
     Attributes:
-        predictors: of its latency, by the batch that they were measured at.
         stored: what its bytes are counted by.
     """
 
     def __init__(
         self, choices: Choices, predictors: Mapping[int, Predictor] | None = None, stored: Stored | None = None
     ) -> None:
-        self.shapes, self.predictors, self.stored = Shapes(choices), dict(predictors or {}), stored
+        self.predictors: dict[int, Predictor] = dict(predictors or {})
+        self.shapes, self.stored = Shapes(choices), stored
         self._owners = _owners(choices)
         self.work = choices.coupling.work
         self.dense = dense(choices.space)
@@ -189,9 +189,6 @@ class NetworkCosts:
                 total += work.times * (torch.Size(self.shapes.of(work.tensor, widths)).numel() if work.tensor else 1)
         return total
 
-    def macs_frac(self, widths: Widths) -> float:
-        return self.macs(widths) / self.macs(self.dense)
-
     def bytes(self, widths: Widths) -> int:
         """Of the weight files, at most."""
         assert self.stored is not None, "nothing is known of its files"
@@ -199,19 +196,6 @@ class NetworkCosts:
             torch.Size(self.shapes.of(name, widths)).numel() * size for name, size in self.stored.itemsizes.items()
         )
         return sum(numbers) + self.stored.other_bytes
-
-    def bytes_frac(self, widths: Widths) -> float:
-        return self.bytes(widths) / self.bytes(self.dense)
-
-    def latency_ms(self, widths: Widths, batch: int) -> float:
-        if batch not in self.predictors:
-            raise CompressLabError(
-                f"no latency was measured at a batch of {batch}, only at {sorted(self.predictors)}: measure a table for it"
-            )
-        return self.predictors[batch].ms(widths)
-
-    def latency_frac(self, widths: Widths, batch: int) -> float:
-        return self.latency_ms(widths, batch) / self.latency_ms(self.dense, batch)
 
 
 def _owners(choices: Choices) -> dict[tuple[str, int, int], int]:
@@ -448,13 +432,13 @@ def share_out(
         stored = model if source.dtype == torch.float32 else copy.deepcopy(model).to(source.dtype)
         inputs = full_batch(some[0], budget, source.dtype)
         costs.predictors[budget.batch] = _table_of_this_machine(stored, choices, inputs)
-    least, whole = (_amount(costs, budget, widths) for widths in (narrowest(choices.space), costs.dense))
+    whole = taken(costs, budget, costs.dense)
     if budget.amount >= whole:
         raise CompressLabError(
             f"a budget of {budget} leaves the network as it is: it takes {whole:.3g} {budget.unit} whole"
         )
-    if least > budget.amount:
-        raise CompressLabError(f"a budget of {budget} cannot be met: the least possible is {least:.4g}{budget.unit}")
+    limit_of(costs, budget, narrowest(choices.space))  # refused before anything is judged
+    least = taken(costs, budget, narrowest(choices.space))
     judge: Callable[[Widths], float] = Judge(model, choices, some, renew=some if recipe.training else None)
     if journal is not None:
         key = _key(recipe, budget, choices, some, seed)
@@ -468,7 +452,7 @@ def share_out(
     damages = alone(choices.space, told)
 
     def tried() -> _Tried:
-        limit = _limit(costs, budget)
+        limit = limit_of(costs, budget, narrowest(choices.space))
         same = uniform(choices.space, costs, limit)
         shared = allocated(choices.space, damages, costs, limit)
         found = searched(
@@ -490,21 +474,6 @@ def share_out(
     settings = {f"{step.method}.widths": choices.named(best.found.best.widths), f"{step.method}.macs_frac": None}
     found = _described(best, costs, budget, told(best.same), search_by)
     return recipe.override(settings), found.model_copy(update={"notice": _notice(best, budget, least)})
-
-
-def _amount(costs: NetworkCosts, budget: Budget, widths: Widths) -> float:
-    """What a configuration takes, in the unit of the budget."""
-    if budget.unit == "ms/forward":
-        return costs.latency_ms(widths, budget.batch)
-    return costs.bytes(widths) / 1e6 if budget.unit == "MB" else costs.macs_frac(widths)
-
-
-def _limit(costs: NetworkCosts, budget: Budget) -> Limit:
-    """The budget as a share of what the whole network takes."""
-    frac = budget.amount / _amount(costs, budget, costs.dense)
-    if budget.unit == "ms/forward":
-        return Limit(frac=frac, of="latency", batch=budget.batch)
-    return Limit(frac=frac, of="bytes" if budget.unit == "MB" else "macs")
 
 
 def _corrected(
@@ -586,20 +555,15 @@ def _first(batches: Batches, count: int) -> list[dict[str, Tensor]]:
 
 def _table_of_this_machine(model: nn.Module, choices: Choices, inputs: Mapping[str, Tensor]) -> Predictor:
     """From the cache as far as it was measured before, and back into it."""
-    table = kept_table(conditions_of(model, inputs))
+    table = latency.kept(tables(), conditions_of(model, inputs))
     predictor = measured_predictor(model, choices, inputs, table)
-    table.save(table_path(table.conditions))
+    table.save(tables())
     return predictor
 
 
-def kept_table(wanted: latency.Conditions) -> LatencyTable:
-    path = table_path(wanted)
-    return latency.read(path, wanted) if path.exists() else LatencyTable(conditions=wanted)
-
-
-def table_path(wanted: latency.Conditions) -> Path:
-    digest = hashlib.sha256(json.dumps(vars(wanted), sort_keys=True).encode()).hexdigest()[:16]
-    return cache_home() / "latency" / f"{digest}.json"
+def tables() -> Path:
+    """Where this machine's latency tables are kept."""
+    return cache_home() / "latency"
 
 
 def _key(recipe: Recipe, budget: Budget, choices: Choices, batches: Batches, seed: int) -> str:

@@ -30,14 +30,13 @@ from torch import nn
 from compresslab import data, models, specialising, supernet, zero_cost
 from compresslab.architectures.inverted_residuals import InvertedResidualsForImageClassification
 from compresslab.artifact import atomic_write
-from compresslab.budget import Budget, parse_budget
+from compresslab.budget import Budget, limit_of, parse_budget
 from compresslab.data.labelled import Example, examples_sha256
 from compresslab.errors import CompressLabError, unknown
 from compresslab.measure import layers as timing
 from compresslab.recipe import Training
 from compresslab.search import latency, searchers
 from compresslab.search.evolution import Journal
-from compresslab.search.widths import Limit
 from compresslab.specialising import ShapeCosts, ShapeGuess, ShapeJudge
 from compresslab.supernet import Shape, ShapeSpace, Supernet
 from compresslab.training import collate
@@ -156,14 +155,9 @@ def specialise(
     rows["largest"] = _row(space.largest, net.taken(space.largest, renew), found, costs)
     for text, budget in wanted.items():
         say(f"search within {text}")
-        limit = Limit(frac=budget.amount, of="macs")
-        if budget.unit == "MB":
-            limit = Limit(frac=1e6 * budget.amount / costs.bytes(space.largest), of="bytes")
         if budget.unit == "ms/forward":
             costs.predictors[budget.batch] = _predictor(space, budget.batch, notes)
-            limit = Limit(
-                frac=budget.amount / costs.latency_ms(space.largest, budget.batch), of="latency", batch=budget.batch
-            )
+        limit = limit_of(costs, budget, space.smallest())
         best, _ = specialising.specialised(
             space, costs, limit, judge, seed=seed, size=settings.size, generations=settings.generations,
             search_by=settings.search_by, guess=guess, proposals=settings.proposals,
@@ -226,12 +220,9 @@ def _trained(
 
 
 def _predictor(space: ShapeSpace, batch: int, notes: Path) -> latency.Predictor:
-    wanted = timing.conditions(batch)
-    digest = hashlib.sha256(json.dumps(vars(wanted), sort_keys=True).encode()).hexdigest()[:16]
-    path = notes / f"latency-{digest}.json"
-    table = latency.read(path, wanted) if path.exists() else latency.LatencyTable(conditions=wanted)
+    table = latency.kept(notes, timing.conditions(batch))
     predictor = specialising.measured_predictor(space, batch, table)
-    table.save(path)
+    table.save(notes)
     return predictor
 
 
@@ -251,6 +242,7 @@ def _row(
         "shape": list(shape),
         "accuracy_percent": accuracy(network, found.tested),
         "macs_frac": costs.macs_frac(shape),
+        "bytes": costs.bytes(shape),
     }
     row["parameters"] = sum(parameter.numel() for parameter in network.parameters())
     if budget is not None and budget.unit == "ms/forward":

@@ -43,7 +43,7 @@ from compresslab import (
 )
 from compresslab import budget as budgets
 from compresslab import recipe as recipes
-from compresslab.artifact import Artifact, Writer, check_output, partial_of
+from compresslab.artifact import Artifact, Writer, check_output
 from compresslab.contract import Tuner
 from compresslab.damage import FISHER_TOKENS, SENSITIVITIES, best_sensitivity, tokens_read, whole_model
 from compresslab.data.labelled import Example
@@ -70,7 +70,7 @@ from compresslab.search import searchers
 from compresslab.smoothing import smoothed
 from compresslab.stages import LayerMethods, Stages, planned, stages_of
 from compresslab.training import Record
-from compresslab.weights import parse_bytes
+from compresslab.weights import parse_bytes, partial_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -290,6 +291,20 @@ def _settings_of(raw: dict[str, Any]) -> list[str]:
     return [*own, "ignore", *inner]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 3e-3 and 2.5e2 for texts; here they are the numbers they are in YAML 1.2, JSON and Python."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
+)
+
+
+def plain_value(text: str) -> Any:
+    """What a piece of YAML says, in plain values. yaml.YAMLError: it is none, or wants to construct objects."""
+    return yaml.load(text, _Loader)  # noqa: S506, it is a SafeLoader
+
+
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     folder = Path(str(resources.files("compresslab"))) / "recipes"
@@ -307,7 +322,7 @@ def read(name_or_file: str | Path) -> Recipe:
     if name not in shipped() and path.suffix not in (".yaml", ".yml"):
         raise unknown("recipe", name, shipped())
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = plain_value(path.read_text(encoding="utf-8"))
     except IsADirectoryError:
         raise CompressLabError(f"{path} is a folder: name a YAML file or a shipped recipe") from None
     except FileNotFoundError:

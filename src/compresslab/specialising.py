@@ -33,7 +33,7 @@ from torch import nn
 
 from compresslab import zero_cost
 from compresslab.architectures.inverted_residuals import InvertedResidual, InvertedResidualsForImageClassification
-from compresslab.budget import FILE_BYTES, entry_bytes
+from compresslab.budget import FILE_BYTES, entry_bytes, rounded_up
 from compresslab.data.labelled import Example
 from compresslab.errors import CompressLabError
 from compresslab.measure import layers as timing
@@ -41,7 +41,7 @@ from compresslab.search import latency
 from compresslab.search.evolution import Found
 from compresslab.search.latency import LatencyTable, Predictor
 from compresslab.search.searchers import searched
-from compresslab.search.widths import Costs, Limit
+from compresslab.search.widths import Costs, CountedCosts, Limit
 from compresslab.supernet import PAPERS as SUPERNET
 from compresslab.supernet import Shape, ShapeSpace, Supernet
 from compresslab.training import collate
@@ -99,15 +99,12 @@ def without_silent(space: ShapeSpace, shape: Shape) -> Shape:
     return tuple(found)
 
 
-class ShapeCosts:
-    """search/widths.py's Costs of a supernet's shapes.
-
-    Attributes:
-        predictors: of their latency, by the batch that they were measured at.
-    """
+class ShapeCosts(CountedCosts):
+    """Of a supernet's shapes."""
 
     def __init__(self, space: ShapeSpace, predictors: Mapping[int, Predictor] | None = None) -> None:
-        self.space, self.predictors = space, dict(predictors or {})
+        self.predictors: dict[int, Predictor] = dict(predictors or {})
+        self.space, self.dense = space, space.largest
 
     def macs(self, shape: Shape) -> int:
         """Multiply-accumulates for one picture."""
@@ -115,9 +112,6 @@ class ShapeCosts:
         stem = space.image_size**2 * space.stem_channels * space.num_channels * 9
         head = blocks[-1].side_out ** 2 * blocks[-1].out * space.head_channels
         return stem + sum(block.macs for block in blocks) + head + space.head_channels * space.num_labels
-
-    def macs_frac(self, shape: Shape) -> float:
-        return self.macs(shape) / self.macs(self.space.largest)
 
     def bytes(self, shape: Shape) -> int:
         """Of the weight file, at most: float32, and a header as long as the largest network's."""
@@ -134,19 +128,6 @@ class ShapeCosts:
         with torch.device("meta"):
             tensors = InvertedResidualsForImageClassification(self.space.config(self.space.largest)).state_dict()
         return FILE_BYTES + sum(entry_bytes(name, tensor.shape) for name, tensor in tensors.items())
-
-    def bytes_frac(self, shape: Shape) -> float:
-        return self.bytes(shape) / self.bytes(self.space.largest)
-
-    def latency_ms(self, shape: Shape, batch: int) -> float:
-        if batch not in self.predictors:
-            raise CompressLabError(
-                f"no latency was measured at a batch of {batch}, only at {sorted(self.predictors)}: measure a table for it"
-            )
-        return self.predictors[batch].ms(shape)
-
-    def latency_frac(self, shape: Shape, batch: int) -> float:
-        return self.latency_ms(shape, batch) / self.latency_ms(self.space.largest, batch)
 
 
 def measured_predictor(space: ShapeSpace, batch: int, table: LatencyTable | None = None) -> Predictor:
@@ -255,7 +236,8 @@ def specialised(
     if not limit.fits(costs, space.smallest()):
         least = limit.taken(costs, space.smallest())
         raise CompressLabError(
-            f"{limit.frac:.3g} of the largest network's {limit.of} cannot be reached: the smallest shape takes {least:.3g} of it"
+            f"{limit.frac:.3g} of the largest network's {limit.of} cannot be reached: the smallest shape takes "
+            f"{rounded_up(least)} of it"
         )
     found = searched(
         search_by, space.genes, costs, limit, judge, seed=seed, size=size, generations=generations, guess=guess,

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from compresslab import models, ranks
-from compresslab.artifact import MANIFEST, Artifact, partial_of
+from compresslab.artifact import MANIFEST, Artifact
 from compresslab.contract import Paper
 from compresslab.cutting import tied_skeleton
 from compresslab.distill.mutual import MEAN
@@ -57,6 +57,7 @@ from compresslab.recipe import Recipe
 from compresslab.report.schema import Report, read_report
 from compresslab.solving import Pass
 from compresslab.students import INFLUENCE, Shape, student_of, write
+from compresslab.weights import partial_of
 
 PAPERS = {
     "assistants": Paper(

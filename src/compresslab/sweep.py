@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from compresslab import recipe as recipes
-from compresslab.artifact import MANIFEST, atomic_write, partial_of
+from compresslab.artifact import MANIFEST, atomic_write
 from compresslab.budget import parse_budget
 from compresslab.errors import CompressLabError
+from compresslab.weights import partial_of
 from compresslab.wheels import file_sha256
 
 SHARED = "sweep.json"

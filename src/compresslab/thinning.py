@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from compresslab import methods
-from compresslab.budget import Budget
+from compresslab.budget import Budget, rounded_up
 from compresslab.contract import ActivationQuantizer, Pruner, Smoother, Solver
 from compresslab.damage import damage_of
 from compresslab.errors import CompressLabError
@@ -123,7 +123,7 @@ def share_out(
     if least > budget.amount * total:
         raise CompressLabError(
             f"a budget of {budget} cannot be met: with no layer sparser than {levels[0]:g}, at least "
-            f"{math.ceil(1e4 * least / total) / 1e4:g}{UNIT} stay"
+            f"{rounded_up(least / total)}{UNIT} stay"
         )
     chosen = allocate(options, budget.amount * total)
     uniform = {f"{100 * float(label):.4g} % zeros everywhere": label for label in built}

@@ -331,6 +331,12 @@ def _no_weights(folder: Path) -> CompressLabError:
     return CompressLabError(f"{folder} holds no *.safetensors file: is it a model folder?")
 
 
+def partial_of(out: Path) -> Path:
+    """Where what makes a folder keeps what it has done so far."""
+    out = out.resolve()
+    return out.parent / f"{out.name}.partial"
+
+
 def goes_along(name: str) -> bool:
     """Files of the model's folder that the artifact needs too: tokenizer, generation settings, pre-processing."""
     kept = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template", "generation_config",

@@ -41,18 +41,20 @@ def test_a_layer_that_was_not_measured_is_named() -> None:
 
 
 def test_a_table_comes_back_from_disk(tmp_path: Path) -> None:
-    path = tmp_path / "tables" / "one.json"
-    table().save(path)
-    assert latency.read(path, HERE) == table()
-    assert [one.name for one in path.parent.iterdir()] == ["one.json"]
+    folder = tmp_path / "tables"
+    assert latency.kept(folder, HERE).ms == {}
+    table().save(folder)
+    assert latency.kept(folder, HERE) == latency.read(latency.path_of(folder, HERE), HERE) == table()
+    assert list(folder.iterdir()) == [latency.path_of(folder, HERE)]
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch", 1), ("threads", 2), ("machine", "another"), ("torch", "2.9")])
 def test_a_table_of_other_conditions_is_refused(tmp_path: Path, name: str, value: object) -> None:
-    path = tmp_path / "one.json"
-    table().save(path)
+    table().save(tmp_path)
+    path, others = latency.path_of(tmp_path, HERE), Conditions(**vars(HERE) | {name: value})
+    assert path != latency.path_of(tmp_path, others)  # so that none is ever read for another
     with pytest.raises(CompressLabError, match=f"is of {name} .*, not {value}"):
-        latency.read(path, Conditions(**vars(HERE) | {name: value}))
+        latency.read(path, others)
 
 
 @pytest.mark.parametrize(

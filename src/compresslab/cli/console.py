@@ -51,13 +51,15 @@ def warn(notice: str) -> None:
 
 
 def settings_of(pairs: list[str], samples: int | None, sequence_length: int | None) -> dict[str, Any]:
+    from compresslab import recipe
+
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key:
             raise CompressLabError(f"--set takes KEY=VALUE, not '{pair}'")
         try:
-            settings[key.strip()] = yaml.safe_load(value)
+            settings[key.strip()] = recipe.plain_value(value)
         except yaml.YAMLError:
             raise CompressLabError(f"--set {key}: '{value}' is not a plain value") from None
     if samples is not None:

@@ -20,6 +20,7 @@ from typing import Any
 from compresslab import models
 from compresslab.errors import CompressLabError
 from compresslab.exporters.contract import EXPORT_MANIFEST, Exported, Exporter, Given
+from compresslab.weights import partial_of
 
 # name on the command line -> the file here and the exporter in it; imported when it is asked for.
 FORMATS: dict[str, str] = {
@@ -77,7 +78,7 @@ def export(
         raise CompressLabError(f"{to} cannot hold {given.folder}: {refused[0]}{more}")
     out = Path(out).resolve()
     _check_output(out, given.folder, force)
-    partial = out.parent / f"{out.name}.partial"
+    partial = partial_of(out)
     shutil.rmtree(partial, ignore_errors=True)
     started = time.perf_counter()
     try:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CACHED = 2**18  # codes at a time, so that what is made of them on the way stays in the processor's cache
+
 
 def pack_int32(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     """Pack signed codes into int32 words along a dimension, least significant bits first.
@@ -24,20 +26,22 @@ def pack_int32(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     """
     if dim == 0:
         return pack_int32(codes.t().contiguous(), bits).t().contiguous()
-    unsigned = codes.cpu().contiguous().numpy().view(np.uint8) + np.uint8(2 ** (bits - 1))  # modulo 256
-    rows, columns = unsigned.shape
-    words = -(-columns * bits // 32)
-    if bits in (4, 8):  # a code never crosses a byte
-        stream = unsigned if bits == 8 else _nibbles(unsigned)
-    else:
-        stream = np.packbits(
-            np.unpackbits(unsigned[:, :, None], axis=2, bitorder="little")[:, :, :bits].reshape(rows, -1),
-            axis=1,
-            bitorder="little",
-        )
-    padded = np.zeros((rows, words * 4), dtype=np.uint8)
-    padded[:, : stream.shape[1]] = stream
+    patterns = codes.cpu().contiguous().numpy().view(np.uint8)
+    rows, columns = patterns.shape
+    padded = np.zeros((rows, -(-columns * bits // 32) * 4), dtype=np.uint8)
+    step = max(1, CACHED // max(columns, 1))
+    for start in range(0, rows, step):
+        stream = _stream(patterns[start : start + step] + np.uint8(2 ** (bits - 1)), bits)  # modulo 256
+        padded[start : start + step, : stream.shape[1]] = stream
     return torch.from_numpy(padded.view("<i4").astype(np.int32, copy=False))
+
+
+def _stream(unsigned: np.ndarray, bits: int) -> np.ndarray:
+    """The bytes of every row of codes."""
+    if bits in (4, 8):  # a code never crosses a byte
+        return unsigned if bits == 8 else _nibbles(unsigned)
+    flags = np.unpackbits(unsigned[:, :, None], axis=2, bitorder="little")[:, :, :bits]
+    return np.packbits(flags.reshape(len(unsigned), -1), axis=1, bitorder="little")
 
 
 def _nibbles(unsigned: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ Oracle: tests/search/test_latency.py adds tables up by hand.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -82,11 +83,25 @@ class LatencyTable:
             )
         return math.fsum(self.ms[name] for name in names)
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """To the file that `kept` reads."""
+        path = path_of(folder, self.conditions)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def path_of(folder: Path, wanted: Conditions) -> Path:
+    """Of the table of these conditions."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(wanted), sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"latency-{digest}.json"
+
+
+def kept(folder: Path, wanted: Conditions) -> LatencyTable:
+    """The table that a folder has of these conditions, or an empty one. CompressLabError as of `read`."""
+    path = path_of(folder, wanted)
+    return read(path, wanted) if path.exists() else LatencyTable(conditions=wanted)
 
 
 def read(path: Path, wanted: Conditions) -> LatencyTable:

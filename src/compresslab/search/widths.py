@@ -20,10 +20,12 @@ Cost. `allocated`: a few integer programmes. Oracle: tests/oracles/widths.py wri
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from compresslab.errors import CompressLabError
 from compresslab.search.allocation import Option, allocate
 
 Widths = tuple[int, ...]
@@ -42,6 +44,49 @@ class Costs(Protocol):
     def latency_frac(self, widths: Widths, batch: int) -> float:
         """CompressLabError if nothing was measured at this batch."""
         ...
+
+
+class Timed(Protocol):
+    """What foretells the time of a configuration, such as a latency.Predictor."""
+
+    def ms(self, widths: Widths) -> float: ...
+
+
+class CountedCosts(ABC):
+    """Costs of a network whose multiply-accumulates and bytes can be counted at any widths.
+
+    Attributes:
+        dense: the configuration that the shares are of.
+        predictors: of its latency, by the batch that they were measured at.
+    """
+
+    dense: Widths
+    predictors: Mapping[int, Timed]
+
+    @abstractmethod
+    def macs(self, widths: Widths) -> float:
+        """Multiply-accumulates of a forward."""
+
+    @abstractmethod
+    def bytes(self, widths: Widths) -> int:
+        """Of the weight files, at most."""
+
+    def macs_frac(self, widths: Widths) -> float:
+        return self.macs(widths) / self.macs(self.dense)
+
+    def bytes_frac(self, widths: Widths) -> float:
+        return self.bytes(widths) / self.bytes(self.dense)
+
+    def latency_ms(self, widths: Widths, batch: int) -> float:
+        """CompressLabError if nothing was measured at this batch."""
+        if batch not in self.predictors:
+            raise CompressLabError(
+                f"no latency was measured at a batch of {batch}, only at {sorted(self.predictors)}: measure a table for it"
+            )
+        return self.predictors[batch].ms(widths)
+
+    def latency_frac(self, widths: Widths, batch: int) -> float:
+        return self.latency_ms(widths, batch) / self.latency_ms(self.dense, batch)
 
 
 @dataclass(frozen=True, kw_only=True)
