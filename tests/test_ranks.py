@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,6 +164,48 @@ def test_a_rank_is_killed_and_one_process_goes_on(
     assert not out.exists()
     assert not [p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert compress(model, text, out) == undisturbed
+
+
+def test_two_machines_need_nothing_in_common(model: Path, text: Path, tmp_path: Path, undisturbed: bytes) -> None:
+    """Each in a folder of its own, with its own copies of model and text under the same names."""
+    port = free_port()
+    asked = [str(part) for part in command(Path("model"), Path("words.txt"), Path("out"))]
+    machines = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        shutil.copytree(model, folder / "model")
+        shutil.copy(text, folder / "words.txt")
+        start = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *start, *asked]
+        own = environment() | {"XDG_CACHE_HOME": str(folder / "cache")}
+        machines.append(
+            subprocess.Popen(launch, cwd=folder, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        )
+    said = [machine.communicate()[1].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert (tmp_path / "0" / "out" / WEIGHTS).read_bytes() == undisturbed
+    assert not list((tmp_path / "1").glob("out*"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found: int = probe.getsockname()[1]
+        return found
+
+
+def test_a_training_that_not_all_machines_can_go_on_with_is_refused(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(ranks.Ranks):
+        def told(self, value: Any) -> Any:
+            return "checkpoint-4"
+
+    monkeypatch.setattr(ranks, "started", lambda: Second(1, 2))
+    rows = tiny.token_batches(4, 8, size=1)
+    examples = [{"input_ids": row["input_ids"][0], "labels": row["input_ids"][0]} for row in rows]
+    with pytest.raises(CompressLabError, match="checkpoint-4 and rank 1 finds nothing in .*where all machines"):
+        training.train_(tiny.models.load(small), examples, Training(batch=2), tmp_path)
 
 
 def test_ranks_go_on_with_what_one_process_began(model: Path, text: Path, tmp_path: Path, undisturbed: bytes) -> None:

@@ -8,7 +8,8 @@ on the stripe before it, and none waits.
 
 Layers that read one tensor (query, key and value; gate and up) are solved at the same time, by different ranks, and exchanged.
 Only rank 0, the leader, touches the output folder, but for the checkpoints of trainings, of which every rank writes and reads its
-own part: on several machines the folders of models, data and output must lie on a file system that all of them see. A rank that
+own part. So each machine needs the model and the data at the path that the command names, its own copies will do, and the
+artifact lies on that of rank 0; only to go on with a training that was killed must all see the same output folder. A rank that
 fails or dies ends the run: torchrun stops the others, and the same command, with any number of ranks, goes on after the last
 finished block.
 
