@@ -15,7 +15,7 @@ help:
 	@echo "make check   lint, types, formatting"
 	@echo "make bench   time and quality against llm-compressor, in an environment of its own"
 	@echo "make bench-deploy  exports, encoders and decoding in each runtime, a stopwatch; keep the machine quiet"
-	@echo "make bench-prune   masks and solves against the published routines, MiniLM at half, a latency that was asked for; keep it quiet"
+	@echo "make bench-prune   masks, solves and cuts against published routines and Torch-Pruning, MiniLM at half, a latency that was asked for"
 	@echo "make bench-distill every loss, students beside what they learn without a teacher (over an hour); keep the machine quiet"
 	@echo "make bench-scale   Llama-2-7B's shapes on this machine, costs over four sizes, runs that are killed (an hour, 40 GB of disk)"
 
@@ -70,6 +70,8 @@ bench-prune: $(VENV)/.ready
 	$(BIN)/python benchmarks/pruning_speed.py
 	$(BIN)/python benchmarks/structured.py --only grouping minilm --out results/structured.json
 	$(BIN)/python benchmarks/latency_target.py
+	$(BIN)/compresslab peers install torch-pruning
+	$(BIN)/python benchmarks/structured_peer.py
 
 # 13.5 GB of random weights stay in $(SCALE) for the next time.
 SCALE ?= bench-scale-out
