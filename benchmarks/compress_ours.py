@@ -9,19 +9,19 @@ import json  # noqa: E402
 import sys  # noqa: E402
 
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from compresslab import pipeline  # noqa: E402
 from compresslab.data import Calibration  # noqa: E402
 from compresslab.learning import BATCH_TOKENS  # noqa: E402
 from compresslab.measure.environment import peak_memory_bytes  # noqa: E402
+from compresslab.recipe import plain_value  # noqa: E402
 
 
 def main() -> None:
     model, tokens_file, out = sys.argv[1:4]
     recipe = sys.argv[4] if len(sys.argv) > 4 else "w4a16-gptq"
-    settings = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in sys.argv[5:])}
+    settings = {key: plain_value(value) for key, value in (pair.split("=", 1) for pair in sys.argv[5:])}
     budget = settings.pop("budget", None)
     ids = load_file(tokens_file)["input_ids"]
     calibration = Calibration(

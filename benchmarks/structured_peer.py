@@ -8,8 +8,11 @@
     vit       6 blocks of 192, random weights: half of the heads and of the neurons by the sum of |w| over all that is coupled
     minilm    MiniLM-L6 of the offline zoo, likewise, and the embeddings of passages: their cosine with the whole network's
 
-Both do the same work in processes of their own, one after the other: theirs in the peer's environment
-(peers/torch_pruning_cut.py), ours here. Seconds are medians of --repeats; of a forward, the whole and the halved network in turn.
+Both run in processes of their own, one after the other: theirs in the peer's environment (peers/torch_pruning_cut.py), ours here.
+Seconds are medians of --repeats; of a forward, the whole and the halved network in turn. Ours copies the network, runs what is
+left beside the masked network and compares them, within its seconds; theirs cuts in place, and groups the Llama without its cache
+of keys and values.
+
 By the same importance (theirs is told to count biases) the same units go; so what both are left with must say the same of the
 same inputs, and `largest_difference` is how far they are apart, as a share of what is said at most: an oracle for both.
 """
@@ -74,13 +77,11 @@ def theirs(
     job = dict(told) | {"inputs": str(scratch / "inputs.safetensors"), "outputs": str(scratch / "outputs.safetensors")}
     save_file({k: v.clone() for k, v in (inputs | {f"shown.{k}": v for k, v in shown.items()}).items()}, job["inputs"])
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    command = [
-        str(environments.python(peer("torch-pruning"))),
-        str(SCRIPT),
-        str(scratch / "job.json"),
-        str(scratch / "answer.json"),
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=1200)
+    python = environments.python(peer("torch-pruning"))
+    command = [str(part) for part in (python, SCRIPT, scratch / "job.json", scratch / "answer.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    if done.returncode:
+        raise SystemExit(f"Torch-Pruning failed:\n{done.stderr[-2000:]}")
     answer: dict[str, Any] = json.loads((scratch / "answer.json").read_text(encoding="utf-8"))
     return answer, load_file(job["outputs"])["found"] if shown else None
 

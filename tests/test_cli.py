@@ -275,13 +275,22 @@ def test_other_networks_come_back_from_disk_bit_by_bit(kind: str, saved: Path, t
     assert report.parity.tensors == (12 if kind == "vit" else 8)
 
 
-def test_a_folder_that_holds_no_model_is_said_so(run: Run, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    code, _, err = run("sparse", empty)
-    assert code == 1
-    assert f"{empty} has no config.json: is it a model folder?" in " ".join(err.split())
-    (empty / "config.json").write_text("{}", encoding="utf-8")
-    code, _, err = run("sparse", empty)
-    assert code == 1
-    assert "config.json: Unrecognized model" in " ".join(err.split())
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (None, "has no config.json: is it a model folder?"),
+        ("{}", "config.json: Unrecognized model"),
+        ("[]", "holds no mapping"),
+        ('{"model_type": "bert"}', "names no architecture"),
+        ('{"model_type": "bert", "architectures": ["Mine"]}', "names Mine, which transformers"),
+        ('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "x"}', "config.json: "),
+    ],
+)
+def test_a_folder_that_holds_no_model_is_said_so(run: Run, tmp_path: Path, config: str | None, told: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(config, encoding="utf-8")
+    code, _, err = run("sparse", folder)
+    assert code == 2
+    assert told in " ".join(err.split())

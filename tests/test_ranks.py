@@ -166,46 +166,69 @@ def test_a_rank_is_killed_and_one_process_goes_on(
     assert compress(model, text, out) == undisturbed
 
 
-def test_two_machines_need_nothing_in_common(model: Path, text: Path, tmp_path: Path, undisturbed: bytes) -> None:
-    """Each in a folder of its own, with its own copies of model and text under the same names."""
-    port = free_port()
-    asked = [str(part) for part in command(Path("model"), Path("words.txt"), Path("out"))]
+def on_two_machines(tmp_path: Path, model: Path, text: Path, *asked: object) -> list[tuple[int, str]]:
+    """Exit codes and what is said; each in a folder of its own, with its own copies of model and text under the same names."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     machines = []
     for number in range(2):
         folder = tmp_path / str(number)
         shutil.copytree(model, folder / "model")
-        shutil.copy(text, folder / "words.txt")
+        if not (folder / "words.txt").exists():
+            shutil.copy(text, folder / "words.txt")
         start = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *start, *asked]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *start, *map(str, asked)]
         own = environment() | {"XDG_CACHE_HOME": str(folder / "cache")}
         machines.append(
             subprocess.Popen(launch, cwd=folder, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         )
-    said = [machine.communicate()[1].decode() for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
+    try:
+        said = [machine.communicate(timeout=300)[1].decode() for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    return [(machine.returncode, words) for machine, words in zip(machines, said, strict=True)]
+
+
+def test_two_machines_need_nothing_in_common(model: Path, text: Path, tmp_path: Path, undisturbed: bytes) -> None:
+    found = on_two_machines(tmp_path, model, text, *command(Path("model"), Path("words.txt"), Path("out")))
+    assert [code for code, _ in found] == [0, 0], found
     assert (tmp_path / "0" / "out" / WEIGHTS).read_bytes() == undisturbed
     assert not list((tmp_path / "1").glob("out*"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        found: int = probe.getsockname()[1]
-        return found
+def test_two_machines_with_other_texts_are_refused(small: Path, text: Path, tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "words.txt", seed=7)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "words.txt").rename(tmp_path / "1" / "words.txt")
+    found = on_two_machines(tmp_path, small, text, *command(Path("model"), Path("words.txt"), Path("out")))
+    for code, said in found:
+        assert code != 0
+        assert "the ranks have another data: give every machine the same" in " ".join(said.split())
 
 
-def test_a_training_that_not_all_machines_can_go_on_with_is_refused(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rank", "others_see"), [(0, True), (0, False), (1, True)])
+def test_a_training_needs_an_output_that_all_see(
+    rank: int, others_see: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Second(ranks.Ranks):
-        def told(self, value: Any) -> Any:
-            return "checkpoint-4"
+    """Rank 0 finds what it has written; rank 1, in a folder of its own, finds nothing."""
 
-    monkeypatch.setattr(ranks, "started", lambda: Second(1, 2))
-    rows = tiny.token_batches(4, 8, size=1)
-    examples = [{"input_ids": row["input_ids"][0], "labels": row["input_ids"][0]} for row in rows]
-    with pytest.raises(CompressLabError, match="checkpoint-4 and rank 1 finds nothing in .*where all machines"):
-        training.train_(tiny.models.load(small), examples, Training(batch=2), tmp_path)
+    class Team(ranks.Ranks):
+        def told(self, value: Any) -> Any:
+            return value if self.leads else "what rank 0 has written"
+
+        def gathered(self, values: Any) -> Any:
+            return [*values, others_see]
+
+    monkeypatch.setattr(ranks, "NOTICED_S", 0.0)
+    folder = tmp_path / "training"
+    if rank == 0 and others_see:
+        Team(rank, 2).check_sees(folder)
+    else:
+        with pytest.raises(CompressLabError, match="is not seen by all ranks: on several machines"):
+            Team(rank, 2).check_sees(folder)
+    assert not list(tmp_path.rglob("seen"))
 
 
 def test_ranks_go_on_with_what_one_process_began(model: Path, text: Path, tmp_path: Path, undisturbed: bytes) -> None:

@@ -152,6 +152,13 @@ def test_a_learning_rate_without_a_dot(tmp_path: Path) -> None:
     assert training.learning_rate == 3e-3
 
 
+def test_a_text_that_looks_like_a_number_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    written = tiny.recipe().override({"name": "1e5", "ignore": ["12e3"]})
+    path.write_text(written.to_yaml(), encoding="utf-8")
+    assert recipe.read(path) == written
+
+
 def test_a_file_may_bear_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped one wins over a file without suffix; a file is named with its suffix."""
     monkeypatch.chdir(tmp_path)

@@ -259,6 +259,21 @@ def test_killed_when_all_but_the_tidying_up_was_done(
         compress(model, text, out)
 
 
+def test_what_another_version_left_behind_is_started_over(
+    model: Path, text: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its units have other hashes."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after_unit(patch, 2)
+        compress(model, text, out)
+    note = partial(out) / "progress.json"
+    note.write_text(note.read_text(encoding="utf-8").replace('"xxh3"', '"sha256"'), encoding="utf-8")
+    with pytest.raises(CompressLabError, match="was damaged since it was written: start over with --force"):
+        compress(model, text, out)
+    assert (compress(model, text, out, force=True).folder / WEIGHTS).read_bytes() == undisturbed
+
+
 @pytest.mark.parametrize("how", ["changed", "cut off", "gone"])
 def test_a_state_that_was_damaged_in_between_is_not_gone_on_from(
     how: str, model: Path, text: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

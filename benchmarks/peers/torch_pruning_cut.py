@@ -3,7 +3,7 @@
     python torch_pruning_cut.py JOB.json ANSWER.json
 
 JOB: "folder", "do" ("group" or "halve"), "inputs" (safetensors, by the names of the forward's arguments; those whose names begin
-with "shown." are what the halved network's last hidden states are written for), "outputs", "batches", "rounds",
+with "shown." are what the halved network's logits, or last hidden states, are written for), "outputs", "batches", "rounds",
 "repeats" (of grouping or halving, whose median is told), "threads".
 
 "group": the dependency graph of the network and all groups of its linear layers. "halve": of every attention half of the heads,
@@ -52,10 +52,9 @@ def group(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 def halve_(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    kinds = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
-    count = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    kinds, neurons = ("query", "key", "value", "q_proj", "k_proj", "v_proj"), ("intermediate.dense", "mlp.fc1")
+    count = model.config.num_attention_heads
     heads = {module: count for name, module in linear.items() if name.rpartition(".")[2] in kinds}
-    neurons = ("intermediate.dense", "mlp.fc1", "up_proj", "gate_proj")
     cut = [*heads, *(module for name, module in linear.items() if name.endswith(neurons))]
     pruner = torch_pruning.pruner.BasePruner(
         model, dict(inputs), pruning_ratio=0.5, num_heads=heads, prune_num_heads=True, prune_head_dims=False,
@@ -94,7 +93,7 @@ def main() -> None:
     inputs = {name: tensor for name, tensor in given.items() if not name.startswith("shown.")}
     shown = {name.removeprefix("shown."): tensor for name, tensor in given.items() if name.startswith("shown.")}
     model, taken = opened(Path(job["folder"])), []
-    answer: dict[str, Any] = {"torch-pruning": version("torch-pruning")}
+    answer: dict[str, Any] = {name: version(name) for name in ("torch-pruning", "torch", "transformers")}
     if job["do"] == "group":
         for _ in range(job["repeats"]):
             started = time.perf_counter()

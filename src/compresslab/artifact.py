@@ -295,7 +295,7 @@ class Writer:
     def _damaged(self, units: dict[str, Any]) -> list[Path]:
         """Of the files of all units, and of the states to go on from, which are the last of every list of blocks."""
         states = {_siblings(name): entry["state"] for name, entry in units.items() if "state" in entry}
-        files = [(self.partial / entry["file"], entry["xxh3"]) for entry in (*units.values(), *states.values())]
+        files = [(self.partial / entry["file"], entry.get("xxh3")) for entry in (*units.values(), *states.values())]
         return [path for path, digest in files if not path.exists() or _digest(path) != digest]
 
     def scratch(self, stage: str) -> Path:

@@ -71,9 +71,17 @@ class Budget:
 
 
 def rounded_up(amount: float) -> str:
-    """To four digits, so that what a message names can be had."""
-    unit = 10 ** (3 - math.floor(math.log10(amount)))
-    return f"{math.ceil(amount * unit) / unit:g}"
+    """To four digits, as a budget is written, so that what a message names can be had. Of amounts above 0.
+
+    >>> rounded_up(0.07), rounded_up(1.23401), rounded_up(1234567.8), rounded_up(1e-5)
+    ('0.07', '1.235', '1235000', '0.00001')
+    """
+    digits = 3 - math.floor(math.log10(amount))
+    most = (
+        math.ceil(round(amount * 10.0**digits, 6)) / 10.0**digits
+    )  # rounded first: 0.07 is a little more than it says
+    text = f"{most:.{max(digits, 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def taken(costs: CountedCosts, budget: Budget, widths: Widths) -> float:

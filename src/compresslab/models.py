@@ -171,7 +171,7 @@ def _plain_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CompressLabError(f"{folder} has no config.json: is it a model folder?") from None
     except ValueError as error:
         raise CompressLabError(f"{path} is not valid JSON ({error})") from None
@@ -213,8 +213,12 @@ def main_input(config: transformers.PretrainedConfig) -> str:
 
 
 def _class_of(config: transformers.PretrainedConfig) -> Any:
-    cls = architecture_class((config.architectures or [""])[0])
-    assert cls is not None
+    name = (config.architectures or [""])[0]
+    cls = architecture_class(name)
+    if cls is None:
+        raise CompressLabError(
+            f"config.json names {name or 'no architecture'}, which transformers {transformers.__version__} does not have"
+        )
     return cls
 
 
@@ -349,7 +353,7 @@ def read_config(folder: Path | str) -> transformers.PretrainedConfig:
     _plain_config(folder)
     try:
         return transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, AssertionError, ZeroDivisionError, StrictDataclassError) as error:
         raise CompressLabError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
 
 

@@ -601,8 +601,14 @@ def told_of(record: Record) -> dict[str, Any]:
 def writing(
     team: ranks.Ranks, out: Path, key: Callable[[], dict[str, Any]], force: bool
 ) -> AbstractContextManager[Writer | None]:
-    """The leader's hold on the output folder, before any work; for the other ranks None."""
-    return Writer(out, key(), force=force) if team.leads else nullcontext()
+    """The leader's hold on the output folder, before any work; for the other ranks None.
+
+    Raises:
+        CompressLabError: on every rank, if they have not been asked for the same.
+    """
+    asked = key()
+    team.check_alike(asked)
+    return Writer(out, asked, force=force) if team.leads else nullcontext()
 
 
 def _key(

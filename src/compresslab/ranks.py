@@ -8,8 +8,9 @@ on the stripe before it, and none waits.
 
 Layers that read one tensor (query, key and value; gate and up) are solved at the same time, by different ranks, and exchanged.
 Only rank 0, the leader, touches the output folder, but for the checkpoints of trainings, of which every rank writes and reads its
-own part. So each machine needs the model and the data at the path that the command names, its own copies will do, and the
-artifact lies on that of rank 0; only to go on with a training that was killed must all see the same output folder. A rank that
+own part. So each machine needs the model and the data at the path that the command names, its own copies will do (their
+hashes are compared), and the artifact lies on that of rank 0; but where something is trained, all must see the output folder. A
+rank that
 fails or dies ends the run: torchrun stops the others, and the same command, with any number of ranks, goes on after the last
 finished block.
 
@@ -28,9 +29,12 @@ import datetime
 import functools
 import math
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -46,6 +50,8 @@ if TYPE_CHECKING:  # solving.py imports this module
 
 # A rank may wait while the leader measures; one that died is noticed by its closed connection, not by this.
 PATIENCE = datetime.timedelta(days=2)
+
+NOTICED_S = 5.0  # until what one machine writes to a shared file system is seen by all others
 
 Value = TypeVar("Value")
 
@@ -143,6 +149,36 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, list(values))
         return [value for part in found for value in part]
+
+    def check_alike(self, what: Mapping[str, Any]) -> None:
+        """CompressLabError on every rank, naming what they do not all have alike: each machine may work on its own copies."""
+        rows = self.gathered([dict(what)])
+        differing = [name for name in what if any(row.get(name) != rows[0].get(name) for row in rows)]
+        if differing:
+            raise CompressLabError(
+                f"the ranks have another {', '.join(differing)}: give every machine the same, or they would not work on one run"
+            )
+
+    def check_sees(self, folder: Path) -> None:
+        """CompressLabError on every rank unless all of them see what the leader writes into a folder."""
+        if self.is_alone:
+            return
+        probe, mine = folder / "seen", uuid.uuid4().hex
+        if self.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text(mine, encoding="ascii")
+        written, waited = self.told(mine), 0.0
+        while not (sees := probe.exists() and probe.read_text(encoding="ascii") == written) and waited < NOTICED_S:
+            time.sleep(NOTICED_S / 10)
+            waited += NOTICED_S / 10
+        all_see = all(self.gathered([sees]))
+        if self.leads:
+            probe.unlink()
+        if not all_see:
+            raise CompressLabError(
+                f"{folder}, where rank 0 keeps the checkpoints of a training, is not seen by all ranks: on several machines the "
+                "output of what trains must lie on a file system that they share"
+            )
 
     def shared_out(self, costs: Mapping[str, float], work: Callable[[str], Value]) -> dict[str, Value]:
         """`work` on every name, each done by one rank, the dearest first; everybody gets all results.

@@ -253,7 +253,7 @@ class Recipe(Strict):
         return next((step for step in self.steps if isinstance(step.build(), ActivationQuantizer)), None)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def override(self, settings: dict[str, Any]) -> Recipe:
         """A copy with settings replaced: a key of a step, or "ignore", or "calibration.samples" and the like.
@@ -295,9 +295,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes 3e-3 and 2.5e2 for texts; here they are the numbers they are in YAML 1.2, JSON and Python."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """So that a text like 1e5 is quoted."""
+
+
+WITH_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", WITH_EXPONENT, list("-+.0123456789"))
 
 
 def plain_value(text: str) -> Any:

@@ -63,6 +63,7 @@ def run_(
         raise CompressLabError(
             "zeros that a training keeps are kept in whole weights, of which no rank has any: leave training.shard out"
         )
+    team.check_sees(folder)
     if team.leads and not best_from and not any(folder.glob("checkpoint-*")):
         folder.mkdir(parents=True, exist_ok=True)
         _write(model.state_dict(), folder / START)
@@ -85,7 +86,6 @@ def run_(
         if team.leads:
             _keep(folder, keep_step)  # where a kill came between the checkpoint and its copy
         checkpoint = _last_checkpoint(folder)
-    _check_same(checkpoint, folder, team)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # progress and results are ours to tell
     model.train()
@@ -301,16 +301,6 @@ def _last_checkpoint(folder: Path) -> str | None:
             return str(path)
         shutil.rmtree(path)
     return None
-
-
-def _check_same(checkpoint: str | None, folder: Path, team: ranks.Ranks) -> None:
-    """CompressLabError where this rank does not find the checkpoint that the leader goes on from."""
-    mine = None if checkpoint is None else Path(checkpoint).name
-    if (leaders := team.told(mine)) != mine:
-        raise CompressLabError(
-            f"rank 0 goes on from {leaders or 'the start'} and rank {team.rank} finds {mine or 'nothing'} in {folder}: to go on "
-            "with a training, the output must lie where all machines see it; start over with --force, or in another folder"
-        )
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compresslab.budget import Budget, limit_of
 from compresslab.errors import CompressLabError
-from compresslab.search.widths import Limit, Widths, allocated, dense, drawn, fitted, offered, uniform
+from compresslab.search.widths import CountedCosts, Limit, Widths, allocated, dense, drawn, fitted, offered, uniform
 from oracles import widths as oracle
 
 LAWS = settings(deadline=None, max_examples=12, derandomize=True, database=None)
@@ -134,3 +135,23 @@ def test_widths_are_offered_in_steps_and_multiples() -> None:
     assert offered(32, multiple=8) == (8, 16, 24, 32)
     assert offered(20, multiple=8) == (8, 16, 20) and offered(3, multiple=8) == (3,)
     assert offered(12, steps=3) == (4, 8, 12)
+
+
+class Bytes(CountedCosts):
+    """One group, whose widths are bytes."""
+
+    dense = (1_234_567,)
+
+    def macs(self, widths: Widths) -> float:
+        return float(widths[0])
+
+    def bytes(self, widths: Widths) -> int:
+        return widths[0]
+
+
+@given(st.integers(1, 1_234_567))
+@LAWS
+def test_a_budget_that_is_just_met_is_met(count: int) -> None:
+    limit = limit_of(Bytes(), Budget(amount=count / 1e6, unit="MB"), (count,))
+    assert limit.fits(Bytes(), (count,))
+    assert count == 1_234_567 or not limit.fits(Bytes(), (count + 1,))

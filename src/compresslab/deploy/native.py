@@ -144,7 +144,8 @@ def is_ours(folder: Path) -> bool:
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return raw.get("quantization_config") or {} if isinstance(raw, dict) else {}
 
 
 def read_inputs(folder: Path) -> Iterator[tuple[str, QuantInput]]:

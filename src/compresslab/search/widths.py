@@ -32,6 +32,7 @@ Widths = tuple[int, ...]
 Space = Sequence[Sequence[int]]  # of every group the widths offered, ascending; the last is all it has
 ROUNDS = 8
 HALVINGS = 16
+ROUNDING = 1e-12  # of a share that was computed from an amount, so that what takes just that amount fits
 
 
 class Costs(Protocol):
@@ -110,7 +111,7 @@ class Limit:
         return costs.macs_frac(widths) if self.of == "macs" else costs.bytes_frac(widths)
 
     def fits(self, costs: Costs, widths: Widths) -> bool:
-        return self.taken(costs, widths) <= self.frac
+        return self.taken(costs, widths) <= self.frac * (1 + ROUNDING)
 
 
 def offered(count: int, *, multiple: int = 1, steps: int = 8) -> tuple[int, ...]:
