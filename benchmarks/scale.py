@@ -64,7 +64,7 @@ def say(name, value):
 
 model, out, recipe, data, settings, foretell, memory = json.loads(sys.argv[1])
 if foretell:
-    _, estimate, _ = pipeline.plan_only(model, recipe, settings=settings, memory=memory)
+    _, estimate, _ = pipeline.plan_only(model, recipe, settings=settings, memory=memory, measure=False)
     fields = ("seconds", "memory_bytes", "disk_bytes", "parts")
     say("foretold", {field: getattr(estimate, field) for field in fields})
 _, report = pipeline.compress(model, recipe, data, out=out, settings=settings, measure=False, memory=memory)

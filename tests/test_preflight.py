@@ -260,3 +260,13 @@ def test_the_process_that_measures_is_foretold(folder: Path, monkeypatch: pytest
     assert preflight.with_measuring(nothing, source, None).memory_bytes == pytest.approx(4.4 * numbers, abs=1)
     under = preflight.with_measuring(nothing, source, int(4.3 * numbers)).memory_bytes
     assert 4 * numbers / 3 < under < 4.3 * numbers
+
+
+def test_a_process_that_only_compares_layers_takes_no_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def foretold(*, measure: bool) -> int:
+        return pipeline.plan_only(folder, recipe(GPTQ), measure=measure)[1].memory_bytes
+
+    monkeypatch.setattr(preflight, "streamed_bytes", lambda source, logits: 10**12)
+    assert foretold(measure=True) == foretold(measure=False) < 10**12  # it fits, and is opened whole either way
+    monkeypatch.setattr(preflight, "fits_whole", lambda *given: False)
+    assert foretold(measure=False) < foretold(measure=True) == 10**12

@@ -35,9 +35,8 @@ def opened(folder: Path) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder)
     cls = getattr(transformers, config.architectures[0])
     model = cls.from_pretrained(folder, dtype=torch.float32).eval()
-    model.config.use_cache = (
-        False  # with keys and values among what is returned, 30 blocks were not grouped in ten minutes
-    )
+    # With keys and values among what is returned, 30 blocks were not grouped in ten minutes.
+    model.config.use_cache = False
     return model
 
 

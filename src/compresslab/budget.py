@@ -77,9 +77,8 @@ def rounded_up(amount: float) -> str:
     ('0.07', '1.235', '1235000', '0.00001')
     """
     digits = 3 - math.floor(math.log10(amount))
-    most = (
-        math.ceil(round(amount * 10.0**digits, 6)) / 10.0**digits
-    )  # rounded first: 0.07 is a little more than it says
+    whole = round(amount * 10.0**digits, 6)  # 0.07 is a little more than it says
+    most = math.ceil(whole) / 10.0**digits
     text = f"{most:.{max(digits, 0)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 

@@ -290,9 +290,13 @@ def plan_only(
     search_by: str = "evolution",
     device: str = "auto",
     memory: str | None = None,
+    measure: bool = True,
 ) -> tuple[Plan, preflight.Estimate, Recipe]:
     """The preflight alone: what would be compressed, and what it would take. Writes nothing, and reads the model's headers alone
     but for a budget of channels, whose search is foretold from forwards of the network.
+
+    Args:
+        measure: as of compress(); what is not measured and does not fit as a whole is compared layer by layer.
     """
     chosen = recipe_of(recipe, settings)
     wanted, narrow = _budgets(budget, chosen, search_by)
@@ -327,7 +331,9 @@ def plan_only(
         seconds = foretelling.seconds(source, chosen, narrow, chosen.calibration.samples, length) if fits else 0.0
         estimate = preflight.with_search(estimate, source, seconds)
     estimate, _ = _kept_within(estimate, _ceiling(memory), chosen, can_spill=stages.can_spill and not has_budget)
-    return plan, preflight.with_measuring(estimate, source, _ceiling(memory)), chosen
+    if measure or preflight.fits_whole(source, _ceiling(memory)):
+        estimate = preflight.with_measuring(estimate, source, _ceiling(memory))
+    return plan, estimate, chosen
 
 
 def _with_budget(

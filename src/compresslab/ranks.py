@@ -10,9 +10,8 @@ Layers that read one tensor (query, key and value; gate and up) are solved at th
 Only rank 0, the leader, touches the output folder, but for the checkpoints of trainings, of which every rank writes and reads its
 own part. So each machine needs the model and the data at the path that the command names, its own copies will do (their
 hashes are compared), and the artifact lies on that of rank 0; but where something is trained, all must see the output folder. A
-rank that
-fails or dies ends the run: torchrun stops the others, and the same command, with any number of ranks, goes on after the last
-finished block.
+rank that fails or dies ends the run: torchrun stops the others, and the same command, with any number of ranks, goes on after the
+last finished block.
 
 A refiner (AutoRound) computes the gradient of each batch where that is walked, and all add them in the order of batches. A
 training is shared out by examples (trainer.py): each rank takes its part of every batch, and accelerate adds up the gradients.

@@ -97,7 +97,7 @@ def compress(
         wanted = None if budget is None else budgets.parse_budget(budget)
         plan, estimate, chosen = pipeline.plan_only(
             model, recipe, settings=settings, budget=budget, sensitivity=sensitivity, search_by=search_by, device=device,
-            memory=memory,
+            memory=memory, measure=measure,
         )  # fmt: skip
         _show_plan(plan, estimate, chosen, wanted, as_json)
         pipeline.preflight.check(estimate, out)
