@@ -43,6 +43,10 @@ from compresslab.weights import FolderWeights, MemoryWeights, Weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# What transformers raises of a config that describes no network.
+NO_CONFIG = (ValueError, KeyError, TypeError, OSError, AssertionError, ZeroDivisionError, StrictDataclassError)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A model that is named and found, but not in memory.
@@ -194,7 +198,7 @@ def _config(folder: Path, name: str) -> transformers.PretrainedConfig:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         _skeleton(config)
-    except (ValueError, KeyError, TypeError, OSError, AssertionError, StrictDataclassError) as error:
+    except NO_CONFIG as error:
         raise CompressLabError(
             f"no model can be built from the config {path}: {' '.join(str(error).split())}"
         ) from None
@@ -353,7 +357,7 @@ def read_config(folder: Path | str) -> transformers.PretrainedConfig:
     _plain_config(folder)
     try:
         return transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError, AssertionError, ZeroDivisionError, StrictDataclassError) as error:
+    except NO_CONFIG as error:
         raise CompressLabError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
